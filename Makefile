@@ -1,0 +1,69 @@
+# Every target works from a bare clone: the environment is made in .venv on first use and remade when
+# pyproject.toml or constraints.txt changes. Nothing needs to be activated.
+PYTHON ?= python3
+# Extra arguments for the command a target runs: make test ARGS="-k conv -x"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# A stamp is touched only after its installation succeeded, so an interrupted one is done again. There is one
+# for everyday work and one on top of it for what only bench and experiments need; they depend on each
+# other, so that make -j never runs two installers in one environment.
+READY := $(VENV)/.ready
+READY_BENCH := $(VENV)/.ready-bench
+
+export PYTHONUNBUFFERED := 1
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test slow lint format notebooks bench conformance clean
+
+help: ## show this list
+	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.11]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## make .venv with everything but the benchmark extras
+
+demo: $(READY) ## train on digits with SGD, AdamW, NGD and FNGD; table, JSON and figure in results/demo
+	$(BIN)/python -m fngd compare --out results/demo $(ARGS)
+
+test: $(READY) ## the tests, but for the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(READY) ## the slow tests, and many more examples for each property
+	$(BIN)/python -m pytest -m slow --hypothesis-profile=slow $(ARGS)
+
+lint: $(READY) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(READY) ## execute the notebooks at full size and store their output
+	$(BIN)/jupyter-execute --inplace $(ARGS) notebooks/*.ipynb
+
+bench: $(READY_BENCH) ## speed and memory beside plain training and other libraries
+	$(BIN)/python -m benchmarks $(ARGS)
+
+conformance: $(READY_BENCH) ## every backend and other libraries on every case: exact, refused or wrong
+	$(BIN)/python -m persample conformance --peers $(ARGS)
+
+clean: ## remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) build dist *.egg-info results/demo .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (a minute or two, once)"
+	@$(PIP) -e '.[test,demo,opacus,dev]'
+	@touch $@
+
+$(READY_BENCH): $(READY)
+	@echo "installing the peers for the benchmarks into $(VENV)"
+	@$(PIP) -e '.[bench,experiments]'
+	@touch $@

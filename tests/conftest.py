@@ -1,0 +1,68 @@
+"""What every test runs under: checked shapes, fixed seeds, bounded threads, hypothesis profiles, GPU skips."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported by anything: there is no screen
+
+from jaxtyping import install_import_hook
+
+# Before the packages are imported, or their annotations stay unchecked.
+install_import_hook(["persample", "fngd"], "beartype.beartype")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, register_random, settings
+
+# The tensors here are small: more threads than this cost more than they bring.
+torch.set_num_threads(min(os.cpu_count() or 1, 4))
+
+
+class _TorchRandom:
+    """Lets hypothesis seed torch before each example, so that a failing one fails again when replayed."""
+
+    def seed(self, value: int) -> None:
+        torch.manual_seed(value)
+
+    def getstate(self) -> bytes:
+        return torch.get_rng_state().numpy().tobytes()  # bytes, as states are compared with ==
+
+    def setstate(self, state: bytes) -> None:
+        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+_torch_random = _TorchRandom()  # hypothesis keeps a weak reference only
+register_random(_torch_random)
+
+# No deadline and no complaint about slow examples: the first call of an operation in torch is far slower
+# than the next, and so is everything on a loaded machine.
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
+settings.register_profile("slow", max_examples=500, **_common)
+settings.load_profile("ci")  # --hypothesis-profile=slow overrides it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no GPU, and says so."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_state_before_and_after() -> Iterator[None]:
+    """Seeds torch, and fails a test that leaves torch's global state changed for the ones after it."""
+    torch.manual_seed(0)
+    yield
+    left = []
+    if not torch.is_grad_enabled():
+        left.append("gradients switched off")
+    if torch.get_default_dtype() != torch.float32:
+        left.append(f"default dtype {torch.get_default_dtype()}")
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    assert not left, f"the test left behind: {', '.join(left)}"
