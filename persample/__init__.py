@@ -1,0 +1,1 @@
+"""The gradient of every sample in a batch, for any PyTorch model."""

@@ -1,0 +1,313 @@
+"""Reductions: what is computed with blocks.
+
+Each is a function of a block; the default materialises the rows, and faster forms are registered by block
+type. With K the Gram matrix, X and Z the factors of `persample.blocks`:
+
+    materialise     g_b                                       [B, *shape]
+    squared_norms   ‖g_b‖²                                    [B]
+    gram            K_ab = ⟨g_a, h_b⟩                         [B, B']
+    inner           ⟨g_b, h_b⟩ of two blocks of one batch     [B]
+    weighted_sum    Σ_b c_b g_b                               [*shape]
+    dot             ⟨g_b, v⟩                                  [B]
+
+Inner products of complex rows are those of the real vector space, Re Σ conj(g) h, because a real loss has a
+gradient in that space. Two exact forms compete for norms and Gram of `Outer` (equations 10–12 of the FNGD
+paper, extended to T positions): the Hadamard form K = Σ_(t,s) (z_at·z_bs)(x_at·x_bs) costs B²T²(I + O),
+materialising B·T·I·O + B²·I·O. The cheaper is taken, in chunks of at most `CHUNK_BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import singledispatch
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persample import convolution
+from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
+
+CHUNK_BYTES = 64 * 2**20
+"""Temporary memory a reduction may take, in bytes; results are not counted."""
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it is half precision, unchanged otherwise."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def chunks(length: int, bytes_each: int) -> Iterator[slice]:
+    """Slices that cover range(length), each of at most `CHUNK_BYTES` / `bytes_each` entries and at least one."""
+    step = max(1, CHUNK_BYTES // max(1, bytes_each))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def real_rows(values: Tensor) -> Tensor:
+    """Rows as real vectors, [B, *shape] -> [B, N] (2N when complex)."""
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return values.reshape(values.shape[0], values[0].numel() if values.shape[0] else 0)
+
+
+# --- materialise ------------------------------------------------------------------------------------------
+
+
+@singledispatch
+def materialise(block: Block) -> Tensor:
+    """Returns the rows g_b themselves, [B, *shape]."""
+    raise TypeError(f"no rule to materialise a block of type {type(block).__name__}; register one with "
+                    "persample.reductions.materialise.register")
+
+
+@materialise.register
+def _(block: Outer) -> Tensor:
+    x, z = full_precision(block.x), full_precision(block.z)
+    if x.shape[1] == 1:
+        return z.transpose(1, 2) * x  # an outer product: no sum, so no matmul
+    return torch.bmm(z.transpose(1, 2), x)
+
+
+@materialise.register
+def _(block: Conv) -> Tensor:
+    return convolution.per_sample_grads(block.x, block.z, block.spec)
+
+
+@materialise.register
+def _(block: Rows) -> Tensor:
+    batch, time, dim = block.z.shape
+    z = full_precision(block.z)
+    offsets = torch.arange(batch, device=block.device)[:, None] * block.rows
+    flat = z.new_zeros(batch * block.rows, dim)
+    flat.index_add_(0, (block.indices + offsets).reshape(-1), z.reshape(batch * time, dim))
+    return flat.view(batch, block.rows, dim)
+
+
+@materialise.register
+def _(block: Dense) -> Tensor:
+    return full_precision(block.values)
+
+
+@materialise.register
+def _(block: Pulled) -> Tensor:
+    return block.pull(materialise(block.inner))
+
+
+# --- weighted sum -----------------------------------------------------------------------------------------
+
+
+@singledispatch
+def weighted_sum(block: Block, c: Float[Tensor, " batch"]) -> Tensor:
+    """Returns Σ_b c_b g_b, [*shape]."""
+    rows = materialise(block)
+    return torch.tensordot(c.to(rows.dtype), rows, dims=1)
+
+
+@weighted_sum.register
+def _(block: Outer, c: Tensor) -> Tensor:
+    x, z = full_precision(block.x), full_precision(block.z)
+    scale = c.to(z.dtype)[:, None, None]
+    x, z = (x, z * scale) if z.shape[2] <= x.shape[2] else (x * scale, z)
+    return z.reshape(-1, z.shape[2]).T @ x.reshape(-1, x.shape[2])
+
+
+@weighted_sum.register
+def _(block: Conv, c: Tensor) -> Tensor:
+    return convolution.weighted_grad(block.x, block.z, block.spec, c)
+
+
+@weighted_sum.register
+def _(block: Rows, c: Tensor) -> Tensor:
+    z = full_precision(block.z)
+    scaled = (z * c.to(z.dtype)[:, None, None]).reshape(-1, z.shape[2])
+    return z.new_zeros(block.shape).index_add_(0, block.indices.reshape(-1), scaled)
+
+
+@weighted_sum.register
+def _(block: Pulled, c: Tensor) -> Tensor:
+    return block.pull(weighted_sum(block.inner, c)[None])[0]
+
+
+# --- inner products with a vector -------------------------------------------------------------------------
+
+
+@singledispatch
+def dot(block: Block, vector: Tensor) -> Float[Tensor, " batch"]:
+    """Returns ⟨g_b, v⟩ for a vector of the parameter's shape, [B]."""
+    rows = real_rows(materialise(block))
+    return rows @ real_rows(vector.to(block.dtype)[None])[0]
+
+
+@dot.register
+def _(block: Outer, vector: Tensor) -> Tensor:
+    x, z = full_precision(block.x), full_precision(block.z)
+    return torch.einsum("bto,bto->b", z, x @ vector.to(x.dtype).T)
+
+
+@dot.register
+def _(block: Rows, vector: Tensor) -> Tensor:
+    z = full_precision(block.z)
+    return torch.einsum("btd,btd->b", z, vector.to(z.dtype)[block.indices])
+
+
+# --- inner products of two blocks, sample by sample -------------------------------------------------------
+
+Pair = TypeVar("Pair", bound=Callable[..., Tensor])
+_INNER: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
+_GRAM: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
+
+
+def register_pair(table: dict, left: type, right: type) -> Callable[[Pair], Pair]:
+    """Registers a fast form for a pair of block types in `_INNER` or `_GRAM`."""
+
+    def add(function: Pair) -> Pair:
+        table[left, right] = function
+        return function
+
+    return add
+
+
+def inner(a: Block, b: Block) -> Float[Tensor, " batch"]:
+    """Returns ⟨g_b, h_b⟩ for two blocks of the same batch and shape, [B]: the cross terms of tied weights."""
+    if (type(a), type(b)) in _INNER:
+        return _INNER[type(a), type(b)](a, b)
+    if (type(b), type(a)) in _INNER:
+        return _INNER[type(b), type(a)](b, a)
+    return (real_rows(materialise(a)) * real_rows(materialise(b))).sum(1)
+
+
+def squared_norms(block: Block) -> Float[Tensor, " batch"]:
+    """Returns ‖g_b‖², [B]."""
+    if (type(block), type(block)) in _INNER:
+        return _INNER[type(block), type(block)](block, block)
+    return real_rows(materialise(block)).square().sum(1)
+
+
+def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
+    """Returns K_ij = ⟨g_i, h_j⟩, [B, B'], with h the rows of `b` or, without it, g itself."""
+    b = a if b is None else b
+    if (type(a), type(b)) in _GRAM:
+        return _GRAM[type(a), type(b)](a, b)
+    if (type(b), type(a)) in _GRAM:
+        return _GRAM[type(b), type(a)](b, a).T
+    rows = real_rows(materialise(a))
+    return rows @ (rows if b is a else real_rows(materialise(b))).T
+
+
+@register_pair(_INNER, Outer, Outer)
+def _(a: Outer, b: Outer) -> Tensor:
+    (batch, time, inp), out = a.x.shape, a.z.shape[2]
+    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
+    if time == b.x.shape[1] == 1:
+        return (ax * bx).sum((1, 2)) * (az * bz).sum((1, 2))
+    size = ax.element_size()
+    if time * b.x.shape[1] * (inp + out) <= (time if a is b else time + b.x.shape[1]) * inp * out:
+        parts = [
+            (torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))).sum((1, 2))
+            for s in chunks(batch, 2 * time * b.x.shape[1] * size)
+        ]
+    else:
+        parts = []
+        for s in chunks(batch, 2 * inp * out * size):
+            rows = torch.bmm(az[s].transpose(1, 2), ax[s]).flatten(1)
+            other = rows if a is b else torch.bmm(bz[s].transpose(1, 2), bx[s]).flatten(1)
+            parts.append(torch.linalg.vecdot(rows, other))
+    return torch.cat(parts) if parts else ax.new_zeros(0)
+
+
+@register_pair(_GRAM, Outer, Outer)
+def _(a: Outer, b: Outer) -> Tensor:
+    (batch, time, inp), out = a.x.shape, a.z.shape[2]
+    other, time_b = b.x.shape[:2]
+    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
+    size = ax.element_size()
+    hadamard = batch * other * time * time_b * (inp + out)
+    formed = (batch * time + (0 if a is b else other * time_b)) * inp * out + batch * other * inp * out
+    if hadamard <= formed:
+        if time == time_b == 1:
+            return (az[:, 0] @ bz[:, 0].T) * (ax[:, 0] @ bx[:, 0].T)
+        right_x, right_z = bx.reshape(-1, inp).T, bz.reshape(-1, out).T
+        parts = [
+            ((az[s].reshape(-1, out) @ right_z) * (ax[s].reshape(-1, inp) @ right_x))
+            .view(-1, time, other, time_b).sum((1, 3))
+            for s in chunks(batch, 2 * time * other * time_b * size)
+        ]
+        return torch.cat(parts) if parts else ax.new_zeros(0, other)
+    result = ax.new_zeros(batch, other)
+    for s in chunks(out, 2 * max(batch, other) * inp * size):
+        rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
+        rows_b = rows if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
+        result.addmm_(rows, rows_b.T)
+    return result
+
+
+@register_pair(_INNER, Conv, Conv)
+def _(a: Conv, b: Conv) -> Tensor:
+    if a is b:
+        return convolution.sqnorms(a.x, a.z, a.spec)
+    return (materialise(a) * materialise(b)).flatten(1).sum(1)
+
+
+@register_pair(_GRAM, Conv, Conv)
+def _(a: Conv, b: Conv) -> Tensor:
+    if a.spec == b.spec and a.x.shape[1:] == b.x.shape[1:]:
+        return convolution.gram(a.x, a.z, a.spec, None if a is b else (b.x, b.z))
+    return materialise(a).flatten(1) @ materialise(b).flatten(1).T
+
+
+@register_pair(_INNER, Rows, Rows)
+def _(a: Rows, b: Rows) -> Tensor:
+    az, bz = full_precision(a.z), full_precision(b.z)
+    parts = [
+        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum((1, 2))
+        for s in chunks(a.batch, 2 * az.shape[1] * bz.shape[1] * az.element_size())
+    ]
+    return torch.cat(parts) if parts else az.new_zeros(0)
+
+
+@register_pair(_GRAM, Rows, Rows)
+def _(a: Rows, b: Rows) -> Tensor:
+    az, bz = full_precision(a.z), full_precision(b.z)
+    (batch, time, dim), (other, time_b) = az.shape, bz.shape[:2]
+    right, index = bz.reshape(-1, dim).T, b.indices.reshape(-1)
+    parts = [
+        ((az[s].reshape(-1, dim) @ right) * (a.indices[s].reshape(-1, 1) == index))
+        .view(-1, time, other, time_b).sum((1, 3))
+        for s in chunks(batch, 2 * time * other * time_b * az.element_size())
+    ]
+    return torch.cat(parts) if parts else az.new_zeros(0, other)
+
+
+@register_pair(_INNER, Rows, Outer)
+def _(a: Rows, b: Outer) -> Tensor:
+    # ⟨Σ_t e_i(t) ⊗ r_t, Σ_s z_s ⊗ x_s⟩ = Σ_(t,s) z_s[i(t)] (x_s · r_t): a tied output projection, no table formed
+    r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
+    picked = z.gather(2, a.indices[:, None, :].expand(-1, z.shape[1], -1))
+    return (torch.bmm(x, r.transpose(1, 2)) * picked).sum((1, 2))
+
+
+@register_pair(_GRAM, Rows, Outer)
+def _(a: Rows, b: Outer) -> Tensor:
+    r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
+    (batch, time, dim), (other, time_b, out) = r.shape, z.shape
+    x, z = x.reshape(-1, dim), z.reshape(-1, out)
+    parts = [
+        ((x @ r[s].reshape(-1, dim).T) * z[:, a.indices[s].reshape(-1)])
+        .view(other, time_b, -1, time).sum((1, 3)).T
+        for s in chunks(batch, 2 * time * other * time_b * r.element_size())
+    ]
+    return torch.cat(parts) if parts else r.new_zeros(0, other)
+
+
+@register_pair(_INNER, Pulled, Pulled)
+def _(a: Pulled, b: Pulled) -> Tensor:
+    if a is b and a.isometric:
+        return squared_norms(a.inner)
+    return (real_rows(materialise(a)) * real_rows(materialise(b))).sum(1)
+
+
+@register_pair(_GRAM, Pulled, Pulled)
+def _(a: Pulled, b: Pulled) -> Tensor:
+    if a is b and a.isometric:
+        return gram(a.inner)
+    return real_rows(materialise(a)) @ real_rows(materialise(b)).T
