@@ -1,0 +1,159 @@
+"""What a linear or convolution layer's input and output gradient make of its per-sample gradients.
+
+    symbol   meaning                                                            shape
+    x, z     a layer's input; gradient of a loss w.r.t. its output              [B, T, I], [B, T, O]
+    g_b      sample b's share of the layer's gradient, weight and bias together [N]
+    K        the layer's Gram matrix ⟨g_a, g_b⟩                                 [B, B]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from persample import reductions
+from persample.blocks import Block, Conv, Dense, Outer
+from persample.convolution import ConvSpec
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
+
+KEEP_BYTES = 256 * 2**20
+"""Per-sample gradients formed for a Gram matrix are kept for the weighted sum up to this size."""
+
+
+class LayerGrads:
+    """The per-sample gradients of one layer, in factored form; everything is computed on demand.
+
+    g_b is sample b's share of the gradient of the *training loss*: with a mean over the batch it is 1/B of
+    the gradient of the sample's own loss. Weight and bias count as one vector.
+    """
+
+    def __init__(self, weight: Block | None, bias: Block | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    @property
+    def batch_size(self) -> int:
+        """The number of samples B."""
+        return self._blocks[0].batch
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self._blocks[0].device
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return [block for block in (self._weight, self._bias) if block is not None]
+
+    def gram(self) -> Float[Tensor, "batch batch"]:
+        """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`."""
+        self._form()
+        first, *rest = (reductions.gram(block) for block in self._blocks)
+        return sum(rest, first)
+
+    def norms(self) -> Float[Tensor, " batch"]:
+        """Returns ‖g_b‖."""
+        first, *rest = (reductions.squared_norms(block) for block in self._blocks)
+        return sum(rest, first).clamp_min(0).sqrt()
+
+    def weighted_sum(self, c: Float[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None]:
+        """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient."""
+        blocks = (self._weight, self._bias)
+        weight, bias = (None if block is None else reductions.weighted_sum(block, c) for block in blocks)
+        return weight, bias
+
+    def explain(self) -> str:
+        """Returns a line that says in which form the gradients are held, and their bytes."""
+        return " + ".join(
+            f"{name}: {type(block).__name__} {block.batch} × {list(block.shape)}, {block.nbytes:,} bytes"
+            for name, block in (("weight", self._weight), ("bias", self._bias))
+            if block is not None
+        )
+
+    def _form(self) -> None:
+        """Replaces the weight's block by its rows where its Gram matrix would form them anyway."""
+        weight = self._weight
+        if isinstance(weight, Outer | Conv) and not _hadamard_is_cheaper(weight):
+            bytes_each = torch.finfo(weight.dtype).bits // 8
+            if weight.batch * weight.numel * bytes_each <= KEEP_BYTES:
+                self._weight = Dense(reductions.materialise(weight))
+
+
+def _hadamard_is_cheaper(block: Outer | Conv) -> bool:
+    """Whether K straight from x and z needs fewer operations than through the rows; see `reductions`."""
+    if isinstance(block, Outer):
+        time, inp, out = block.x.shape[1], block.x.shape[2], block.z.shape[2]
+    else:
+        steps = block.x if block.spec.transposed else block.z  # the end that has one position per patch
+        time = steps.shape[2:].numel()
+        out = steps.shape[1] // block.spec.groups
+        inp = block.numel // steps.shape[1]
+    return block.batch * time**2 * (inp + out) < (time + block.batch) * inp * out
+
+
+def layer_grads(
+    module: nn.Module, uses: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int
+) -> LayerGrads:
+    """Returns the per-sample gradients of a layer that was called once or several times.
+
+    Arguments:
+        module: a linear or convolution layer.
+        uses: (x, z) of each call, as the module received and returned them.
+        needed: whether the weight, and whether the bias, needs a gradient.
+        axis: which axis of x and z counts samples (for a convolution 0).
+    """
+    if isinstance(module, nn.Linear):
+        pairs = [(_rows(x, axis), _rows(z, axis)) for x, z in uses]
+        # Several calls are more positions: Σ_t runs over all of them, cross terms included.
+        x, z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+        weight: Block = Outer(x, z)
+        bias = Dense(reductions.full_precision(z).sum(1)) if needed[1] else None
+    else:
+        convs = [_conv_block(module, x, z) for x, z in uses]
+        weight = convs[0]
+        if len(convs) > 1:
+            first, *rest = map(reductions.materialise, convs)
+            weight = Dense(sum(rest, first))
+        sums = (reductions.full_precision(z).flatten(2).sum(2) for _, z in uses)
+        bias = Dense(sum(sums, next(sums))) if needed[1] else None
+    return LayerGrads(weight if needed[0] else None, bias)
+
+
+def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
+    factor = factor.movedim(axis, 0)
+    return factor.unsqueeze(1) if factor.dim() == 2 else factor.flatten(1, -2)
+
+
+def _conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
+    kernel, padding = module.kernel_size, module.padding
+    output_padding = (0,) * len(kernel)
+    if module.transposed:
+        # From the shapes, because the call's `output_size=` overrides the module's own.
+        geometry = (z.shape[2:], x.shape[2:], module.stride, padding, module.dilation, kernel)
+        output_padding = tuple(
+            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for out, n, s, p, d, k in zip(*geometry, strict=True)
+        )
+    else:
+        # 'same' may need one more element on one side, and other modes copy: both are padded by hand.
+        both = module._reversed_padding_repeated_twice
+        if module.padding_mode == "zeros" and both[0::2] == both[1::2]:
+            padding = tuple(both[0::2][::-1])
+        else:
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x, padding = F.pad(x, both, mode=mode), output_padding
+    spec = ConvSpec(
+        weight_shape=tuple(module.weight.shape),
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        transposed=module.transposed,
+        output_padding=output_padding,
+        groups=module.groups,
+    )
+    return Conv(x, z, spec)

@@ -1,0 +1,360 @@
+"""Reweighting inside the backward pass: `loss.backward()` accumulates Σ_b c_b g_b instead of Σ_b g_b.
+
+With g_b sample b's share of a layer's gradient and c what a policy returns (symbols: `persample.layers`).
+
+How. While a layer runs, its own weight and bias do not require a gradient, so autograd computes only the
+input gradient of the operation and keeps no x for it. Two nodes in the graph replace what was switched off:
+
+    weight, bias ──▶ Gate ──token──▶ Tap ◀── output of the layer
+                                      │
+                                      ▼
+                                the next layer
+
+Tap passes the output on; in the backward pass it leaves (x, z) with its Gate. The engine runs a Gate when all
+of its Taps have run, that is, when every use of the layer in this forward pass is known: a layer that is
+called several times is one layer with one Gram matrix. The Gate asks the policy and returns the gradients of
+weight and bias, which reach `.grad` through autograd as always, so that DDP, FSDP2, GradScaler, accumulation
+and clipping see nothing unusual.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from persample.layers import LAYERS, LayerGrads, layer_grads
+
+Policy = Callable[[str, LayerGrads], "Tensor | None"]
+
+
+@dataclass(eq=False)
+class _Uses:
+    """The uses of one layer in one forward pass: filled by Taps, emptied by the Gate."""
+
+    layer: _Layer
+    batch: int | None
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Layer:
+    path: str
+    module: nn.Module
+    policy: Policy
+    axis: int | None
+    off: list[nn.Parameter] = field(default_factory=list)
+    called: bool = False
+
+    def parameters(self) -> list[nn.Parameter | None]:
+        """[weight, bias], or an empty list where the layer is to take the plain gradient."""
+        if self.why_plain() is not None:
+            return []
+        bias = self.module._parameters.get("bias")
+        return [self.module._parameters["weight"], bias if bias is not None and bias.requires_grad else None]
+
+    def why_plain(self) -> str | None:
+        own = self.module._parameters.get("weight")
+        if own is None:
+            return "its weight is computed from other parameters (parametrised)"
+        if not own.requires_grad and all(own is not parameter for parameter in self.off):
+            return "its weight is frozen"
+        return None
+
+    def switch_off(self) -> None:
+        self.switch_on()  # left over from a forward pass that Ctrl-C ended
+        for parameter in self.parameters():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                self.off.append(parameter)
+
+    def switch_on(self) -> None:
+        while self.off:
+            self.off.pop().requires_grad_(True)
+
+    def gradients(self, uses: _Uses, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """The reweighted (weight, bias) gradients of all uses together."""
+        found, uses.found = uses.found, []
+        if self.axis is None:
+            self.axis = _find_axis(self, found[0][1], uses.batch)
+        sizes = {z.shape[self.axis] for _, z in found}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward pass; "
+                "its calls make one gradient per sample only if each has the same samples. Call the model "
+                "once per batch."
+            )
+        grads = layer_grads(self.module, found, needed, self.axis)
+        c = self.policy(self.path, grads)
+        if c is None:
+            c = torch.ones(grads.batch_size, device=grads.device)
+        elif not isinstance(c, Tensor) or c.shape != (grads.batch_size,):
+            returned = f"shape {list(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
+            raise ValueError(
+                f"the policy returned {returned} for layer '{self.path}'; allowed are None (the plain "
+                f"gradient) and a tensor of shape [{grads.batch_size}], one factor per sample."
+            )
+        return grads.weighted_sum(c)
+
+
+def _find_axis(layer: _Layer, z: Tensor, batch: int | None) -> int:
+    """The axis of the layer's output that counts samples; raises ValueError where that is not certain."""
+    shape, remedy = list(z.shape), f"give reweight(..., batch_axis={{'{layer.path}': axis}})"
+    if batch is None:
+        raise ValueError(
+            f"the batch size is unknown at layer '{layer.path}' (output of shape {shape}): the model's own "
+            f"forward was not called with a tensor. Call the model itself, or {remedy}."
+        )
+    if not isinstance(layer.module, nn.Linear):
+        if z.dim() == len(layer.module.kernel_size) + 2 and shape[0] == batch:  # type: ignore[arg-type]
+            return 0
+        raise ValueError(
+            f"layer '{layer.path}' has an output of shape {shape}, but the model's input has {batch} samples, "
+            f"and axis 0 must count samples. If each of its {shape[0]} rows is to be a sample of its own, "
+            f"{remedy.replace('axis}', '0}')}."
+        )
+    candidates = [axis for axis, size in enumerate(shape[:-1]) if size == batch]
+    if len(candidates) == 1:
+        return candidates[0]
+    what = f"axes {candidates} all have that size" if candidates else "no axis before the last has that size"
+    raise ValueError(
+        f"cannot tell which axis of layer '{layer.path}' counts samples: its output has shape {shape}, the "
+        f"model's input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
+        "layers."
+    )
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, uses: _Uses, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)  # Taps send no gradient along the token
+        ctx.uses, ctx.dtypes = uses, (weight.dtype, None if bias is None else bias.dtype)
+        return torch.empty(0, device=weight.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.uses.found:
+            return None, None, None
+        device_type = ctx.uses.found[0][1].device.type
+        with torch.autocast(device_type, enabled=False):  # on where backward() is called inside autocast
+            gradients = ctx.uses.layer.gradients(ctx.uses, ctx.needs_input_grad[1:])
+        return None, *(
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, token: Tensor, uses: _Uses) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)  # where a checkpoint wants to, it is dropped and recomputed
+        ctx.uses, ctx.gate = uses, token.grad_fn
+        # Neither the input itself nor a differentiable view of it: an in-place ReLU may follow. No copy.
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
+        # autograd.grad(loss, inputs) never runs the Gate: leave nothing for a later backward pass to find.
+        if z is not None and torch._C._will_engine_execute_node(ctx.gate):
+            ctx.uses.found.append((ctx.saved_tensors[0].detach(), z.detach()))
+        return z, None, None, None
+
+
+class _Inert:
+    """What a copied or unpickled hook becomes: it does nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class _Hook:
+    """Base of the hooks; copies are inert, so that copying or saving a model takes no optimiser along."""
+
+    def __init__(self, handle: Reweighting, layer: _Layer | None = None) -> None:
+        self.handle, self.layer = handle, layer
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Inert, ()
+
+
+class _RootBefore(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
+        first = next(tensors, None)
+        self.handle._batch = None if first is None else first.shape[0]
+        self.handle._gates = {}
+
+
+class _RootAfter(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        self.handle._gates = None
+
+
+class _Before(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        assert self.layer is not None
+        # torch.func differentiates what it is given, and tensors inside it cannot be switched.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            self.layer.switch_off()
+
+
+class _After(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+        layer = self.layer
+        assert layer is not None
+        if not layer.off:
+            return None
+        layer.switch_on()
+        if not isinstance(output, Tensor):  # the forward raised
+            return None
+        layer.called = True
+        x = args[0] if args else kwargs["input"]
+        token, uses = self.handle._gate(layer)
+        return _Tap.apply(output, x, token, uses)
+
+
+class Reweighting:
+    """What `reweight` returns: ends the reweighting by `remove()` or at the end of a `with` block."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, _Layer]) -> None:
+        self._layers = layers
+        self._batch: int | None = None
+        self._gates: dict[str, tuple[Tensor, _Uses]] | None = None
+        # The root's hook first: the model may be a layer itself.
+        self._hooks = [
+            model.register_forward_pre_hook(_RootBefore(self), with_kwargs=True),
+            model.register_forward_hook(_RootAfter(self), always_call=True),
+        ]
+        for layer in layers.values():
+            self._hooks += [
+                layer.module.register_forward_pre_hook(_Before(self, layer), with_kwargs=True),
+                layer.module.register_forward_hook(
+                    _After(self, layer), prepend=True, with_kwargs=True, always_call=True
+                ),
+            ]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the layers that are reweighted now; "" is the model itself."""
+        return tuple(path for path, layer in self._layers.items() if layer.why_plain() is None)
+
+    def explain(self) -> dict[str, str]:
+        """Returns for each linear and convolution layer what happens to its gradient, and why."""
+        return {path: self._explain(layer) for path, layer in self._layers.items()}
+
+    @staticmethod
+    def _explain(layer: _Layer) -> str:
+        plain = layer.why_plain()
+        if plain is not None:
+            return f"plain: {plain}"
+        if not layer.called:
+            return "plain so far: its forward has not been called (another module may use its weight)"
+        return "reweighted" + ("" if layer.axis is None else f", samples on axis {layer.axis} of its output")
+
+    def remove(self) -> None:
+        """Restores the ordinary backward pass (graphs built before stay reweighted). Harmless when repeated."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._layers.values():
+            layer.switch_on()
+        self._hooks = []
+
+    def __enter__(self) -> Reweighting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _gate(self, layer: _Layer) -> tuple[Tensor, _Uses]:
+        if self._gates is not None and layer.path in self._gates:
+            return self._gates[layer.path]
+        uses = _Uses(layer, self._batch)
+        token = _Gate.apply(uses, *layer.parameters())
+        if self._gates is not None:
+            self._gates[layer.path] = token, uses
+        return token, uses
+
+
+def reweight(
+    model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str, int] | None = None
+) -> Reweighting:
+    """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of `model`.
+
+    For every `nn.Linear`, `nn.Conv1d`–`3d` and `nn.ConvTranspose1d`–`3d` that runs, weight and bias together,
+
+        grad = Σ_b c_b g_b,    c = policy(layer path, grads),
+
+    with g_b sample b's share of the gradient of the loss on which `backward()` is called (the form of equation 9
+    of the FNGD paper). All other parameters get the plain gradient Σ_b g_b. With given c it costs one
+    elementwise product per layer beyond an ordinary backward pass.
+
+    Arguments:
+        policy: called once for each layer in each backward pass, with the layer's path and its `LayerGrads`.
+            Returns None (the plain gradient) or c of shape [B]; all ones is the plain gradient too.
+        batch_axis: which axis of a layer's output counts samples; an int for all linear layers, or a dict by
+            layer path. By default it is found in the first backward pass: the axis that is as long as axis 0
+            of the first tensor given to the model. In a convolution it is axis 0; giving {path: 0} makes
+            each row a sample, whatever their number.
+
+    Raises:
+        ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis. In the
+            backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
+
+    Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as in
+    the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
+    subclasses with their own forward, and weights used without calling their layer keep the plain
+    gradient: see `explain()`. Second derivatives (create_graph=True) are refused by autograd.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> clip = lambda layer, grads: 1 / grads.norms().clamp(min=1)  # each sample, layer by layer
+    >>> with reweight(model, clip):
+    ...     model(torch.randn(5, 3)).sum().backward()
+    """
+    for path, module in model.named_modules():
+        hooks = itertools.chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
+        if any(isinstance(hook, _Hook) for hook in hooks):
+            where = f"its module '{path}'" if path else "it"
+            raise ValueError(
+                f"this model is reweighted already ({where} carries hooks of persample.reweight). Call remove() "
+                "on the earlier handle, or on the optimiser that made it, first."
+            )
+    modules = dict(_layers(model))
+    axes = _axes(modules, batch_axis)
+    layers = {path: _Layer(path, module, policy, axes.get(path)) for path, module in modules.items()}
+    return Reweighting(model, layers)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LAYERS) and any(type(module).forward is kind.forward for kind in LAYERS):
+            yield path, module
+
+
+def _axes(modules: Mapping[str, nn.Module], batch_axis: int | Mapping[str, int] | None) -> dict[str, int]:
+    if batch_axis is None:
+        return {}
+    if isinstance(batch_axis, int):
+        if batch_axis < 0:
+            raise ValueError(f"batch_axis={batch_axis}: count axes from the front, 0, 1, …")
+        able = [path for path, module in modules.items() if isinstance(module, nn.Linear) or not batch_axis]
+        return dict.fromkeys(able, batch_axis)
+    unknown = sorted(set(batch_axis) - set(modules))
+    if unknown:
+        raise ValueError(f"batch_axis names {unknown}, but the layers that can be named are {sorted(modules)}.")
+    for path, axis in batch_axis.items():
+        if axis < 0 or (axis and not isinstance(modules[path], nn.Linear)):
+            raise ValueError(
+                f"batch_axis={{'{path}': {axis}}}: axes count from the front, and a convolution has its samples "
+                "on axis 0."
+            )
+    return dict(batch_axis)
