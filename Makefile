@@ -6,7 +6,8 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# -qq: errors only.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # A stamp is touched only after its installation succeeded, so an interrupted one is done again. There is one
 # for everyday work and one on top of it for what only bench and experiments need; they depend on each
 # other, so that make -j never runs two installers in one environment.

@@ -1,4 +1,4 @@
-"""What every test runs under: checked shapes, fixed seeds, bounded threads, hypothesis profiles, GPU skips."""
+"""What every test runs under: checked shapes, seeds, bounded threads, hypothesis profiles, GPU skips."""
 
 import os
 
@@ -13,27 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, register_random, settings
+from hypothesis import HealthCheck, settings
 
 # The tensors here are small: more threads than this cost more than they bring.
 torch.set_num_threads(min(os.cpu_count() or 1, 4))
-
-
-class _TorchRandom:
-    """Lets hypothesis seed torch before each example, so that a failing one fails again when replayed."""
-
-    def seed(self, value: int) -> None:
-        torch.manual_seed(value)
-
-    def getstate(self) -> bytes:
-        return torch.get_rng_state().numpy().tobytes()  # bytes, as states are compared with ==
-
-    def setstate(self, state: bytes) -> None:
-        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-
-
-_torch_random = _TorchRandom()  # hypothesis keeps a weak reference only
-register_random(_torch_random)
 
 # No deadline and no complaint about slow examples: the first call of an operation in torch is far slower
 # than the next, and so is everything on a loaded machine.
@@ -55,7 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_state_before_and_after() -> Iterator[None]:
-    """Seeds torch, and fails a test that leaves torch's global state changed for the ones after it."""
+    """Seeds torch, and fails a test that leaves torch's global state changed for the ones after it.
+
+    The seed is set once a test, not once an example: a property that needs random tensors draws their seed.
+    """
     torch.manual_seed(0)
     yield
     left = []
