@@ -1,9 +1,9 @@
 """What a linear or convolution layer's input and output gradient make of its per-sample gradients.
 
-    symbol   meaning                                                            shape
-    x, z     a layer's input; gradient of a loss w.r.t. its output              [B, T, I], [B, T, O]
-    g_b      sample b's share of the layer's gradient, weight and bias together [N]
-    K        the layer's Gram matrix ⟨g_a, g_b⟩                                 [B, B]
+symbol   meaning                                                            shape
+x, z     a layer's input; gradient of a loss w.r.t. its output              [B, T, I], [B, T, O]
+g_b      sample b's share of the layer's gradient, weight and bias together [N]
+K        the layer's Gram matrix ⟨g_a, g_b⟩                                 [B, B]
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
         # From the shapes, because the call's `output_size=` overrides the module's own.
         geometry = (z.shape[2:], x.shape[2:], module.stride, padding, module.dilation, kernel)
         output_padding = tuple(
-            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for out, n, s, p, d, k in zip(*geometry, strict=True)
+            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1)
+            for out, n, s, p, d, k in zip(*geometry, strict=True)
         )
     else:
         # 'same' may need one more element on one side, and other modes copy: both are padded by hand.

@@ -86,7 +86,7 @@ class _Layer:
         sizes = {z.shape[self.axis] for _, z in found}
         if len(sizes) > 1:
             raise ValueError(
-                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward pass; "
+                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
                 "its calls make one gradient per sample only if each has the same samples. Call the model "
                 "once per batch."
             )
@@ -115,7 +115,7 @@ def _find_axis(layer: _Layer, z: Tensor, batch: int | None) -> int:
         if z.dim() == len(layer.module.kernel_size) + 2 and shape[0] == batch:  # type: ignore[arg-type]
             return 0
         raise ValueError(
-            f"layer '{layer.path}' has an output of shape {shape}, but the model's input has {batch} samples, "
+            f"layer '{layer.path}' has an output of shape {shape}, but the model's input {batch} samples, "
             f"and axis 0 must count samples. If each of its {shape[0]} rows is to be a sample of its own, "
             f"{remedy.replace('axis}', '0}')}."
         )
@@ -262,7 +262,7 @@ class Reweighting:
         return "reweighted" + ("" if layer.axis is None else f", samples on axis {layer.axis} of its output")
 
     def remove(self) -> None:
-        """Restores the ordinary backward pass (graphs built before stay reweighted). Harmless when repeated."""
+        """Restores the ordinary backward pass (graphs built before stay reweighted); repeating is harmless."""
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers.values():
@@ -288,15 +288,16 @@ class Reweighting:
 def reweight(
     model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str, int] | None = None
 ) -> Reweighting:
-    """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of `model`.
+    """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of
+    `model`.
 
     For every `nn.Linear`, `nn.Conv1d`–`3d` and `nn.ConvTranspose1d`–`3d` that runs, weight and bias together,
 
         grad = Σ_b c_b g_b,    c = policy(layer path, grads),
 
-    with g_b sample b's share of the gradient of the loss on which `backward()` is called (the form of equation 9
-    of the FNGD paper). All other parameters get the plain gradient Σ_b g_b. With given c it costs one
-    elementwise product per layer beyond an ordinary backward pass.
+    with g_b sample b's share of the gradient of the loss on which `backward()` is called (the form of
+    equation 9 of the FNGD paper). All other parameters get the plain gradient Σ_b g_b. With given c it
+    costs one elementwise product per layer beyond an ordinary backward pass.
 
     Arguments:
         policy: called once for each layer in each backward pass, with the layer's path and its `LayerGrads`.
@@ -307,11 +308,11 @@ def reweight(
             each row a sample, whatever their number.
 
     Raises:
-        ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis. In the
-            backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
+        ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis.
+            In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
 
-    Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as in
-    the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
+    Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as
+    in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
     subclasses with their own forward, and weights used without calling their layer keep the plain
     gradient: see `explain()`. Second derivatives (create_graph=True) are refused by autograd.
 
@@ -325,8 +326,8 @@ def reweight(
         if any(isinstance(hook, _Hook) for hook in hooks):
             where = f"its module '{path}'" if path else "it"
             raise ValueError(
-                f"this model is reweighted already ({where} carries hooks of persample.reweight). Call remove() "
-                "on the earlier handle, or on the optimiser that made it, first."
+                f"this model is reweighted already ({where} carries hooks of persample.reweight). Call "
+                "remove() on the earlier handle, or on the optimiser that made it, first."
             )
     modules = dict(_layers(model))
     axes = _axes(modules, batch_axis)
@@ -350,11 +351,13 @@ def _axes(modules: Mapping[str, nn.Module], batch_axis: int | Mapping[str, int] 
         return dict.fromkeys(able, batch_axis)
     unknown = sorted(set(batch_axis) - set(modules))
     if unknown:
-        raise ValueError(f"batch_axis names {unknown}, but the layers that can be named are {sorted(modules)}.")
+        raise ValueError(
+            f"batch_axis names {unknown}, but the layers that can be named are {sorted(modules)}."
+        )
     for path, axis in batch_axis.items():
         if axis < 0 or (axis and not isinstance(modules[path], nn.Linear)):
             raise ValueError(
-                f"batch_axis={{'{path}': {axis}}}: axes count from the front, and a convolution has its samples "
-                "on axis 0."
+                f"batch_axis={{'{path}': {axis}}}: axes count from the front, and a convolution has its "
+                "samples on axis 0."
             )
     return dict(batch_axis)

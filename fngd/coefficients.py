@@ -1,0 +1,128 @@
+"""The coefficients of a natural-gradient step: from a Gram matrix to one weight per sample.
+
+    symbol            meaning                                                     shape
+    B (paper: M)      samples in the batch
+    g_b               gradient of sample b's own loss w.r.t. one layer            [N]
+    U                 the g_b as columns                                          [N, B]
+    K = UᵀU           Gram matrix ("correlation matrix")                          [B, B]
+    g = U·1/B         mean gradient                                               [N]
+    λ, α              damping; λ = α‖K‖_F (equation 14 of the FNGD paper)
+    c                 coefficients; the direction is d = U c                      [B]
+
+The empirical Fisher matrix of a layer is F = UUᵀ/B. By Sherman–Morrison–Woodbury the paper's equation 9 is
+
+    (λI + UUᵀ/B)⁻¹ g = 1/(λB) · U (1 − (λI + K/B)⁻¹ Uᵀg),    with Uᵀg = K·1/B,
+
+and by the push-through identity it collapses to
+
+    d = U c,    c = (K + λB·I)⁻¹ 1,
+
+one symmetric positive definite B × B system; nothing of size N is needed to get c once K is known.
+
+Where the paper can be read in several ways:
+
+- Damping. Equation 9 damps K/B, the text of Section IV-D writes (λI + UᵀU)⁻¹, and equation 14 takes the
+  norm of K = UᵀU, not of K/B. This module follows equation 9 with λ of equation 14. Then ‖K‖₂/(λB) ≤
+  1/(αB), so that |B·c̃_b − 1| = O(1/(αB)): α ≥ 1 is SGD to three digits at B = 128, and what deserves the
+  name natural gradient has α well under 1/B.
+- Scale. Section IV-D folds 1/λ into the learning rate: `absorb` gives c̃ = λ(K + λB·I)⁻¹ 1, which tends to
+  1/B (SGD) for heavy damping and does not change with the scale of the loss. `per_layer` keeps 1/λ: every
+  layer has its own adaptive step, and K must then be that of the true, unscaled g_b.
+- K = 0 (every gradient vanishes) makes λ = 0. Any c gives the step 0 then; the answer here is 1/B, no NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SCALES = ("absorb", "per_layer")
+
+
+def smw_coefficients(
+    gram: Float[Tensor, "*layers batch batch"],
+    *,
+    alpha: float | None = None,
+    damping: float | None = None,
+    scale: str = "absorb",
+) -> Float[Tensor, "*layers batch"]:
+    """Returns the coefficients c of the damped natural-gradient direction d = U c.
+
+        c = (K + λB·I)⁻¹ 1, times λ if scale is "absorb"    (FNGD paper, equations 9 and 14; see the module)
+
+    Arguments:
+        gram: K = UᵀU, symmetric positive semi-definite; any number of matrices in front.
+        alpha: relative damping α > 0, λ = α‖K‖_F for each matrix. math.inf is allowed with "absorb": c = 1/B.
+        damping: absolute damping λ > 0, instead of alpha.
+        scale: "absorb" or "per_layer".
+
+    Raises:
+        ValueError: not exactly one of alpha and damping, one out of range, an unknown scale, K not square.
+
+    Exact up to rounding. Solved in float64 whatever K's precision and returned in K's (float32 for half). A
+    K that rounding made indefinite is lifted by its own rounding error; one that is indefinite beyond that
+    gives 1/B. NaN or inf in K gives NaN. Nothing waits for the device.
+
+    >>> smw_coefficients(torch.eye(4), alpha=0.5)  # orthogonal gradients: all samples count the same
+    tensor([0.1250, 0.1250, 0.1250, 0.1250])
+    """
+    check_damping(alpha, damping, scale)
+    batch = gram.shape[-1] if gram.dim() >= 2 else 0
+    if gram.dim() < 2 or gram.shape[-2] != batch or not batch:
+        raise ValueError(f"gram has shape {list(gram.shape)}; it must be [..., B, B] with B ≥ 1")
+    eps = torch.finfo(gram.dtype).eps
+    dtype = torch.float32 if gram.element_size() < 4 else gram.dtype
+    gram = gram.double()
+    # Everything relative to ‖K‖_F, which is found in two steps: squares of small entries would vanish.
+    largest = gram.abs().amax((-2, -1), keepdim=True)
+    vanished = largest == 0
+    unit = gram / torch.where(vanished, 1, largest)
+    norm = torch.where(vanished, 1, torch.linalg.matrix_norm(unit, keepdim=True))
+    relative = damping / (norm * largest) if damping is not None else torch.full_like(norm, alpha or 0.0)
+    # c̃ = (K/λ + B·I)⁻¹ 1: no eigenvalue below B, condition number at most 1 + 1/(αB).
+    absorbed = _solve(unit / (norm * relative), eps / relative)
+    if scale == "absorb":
+        return absorbed.to(dtype)
+    lam = torch.where(vanished, 1.0 if damping is None else damping, relative * norm * largest)
+    return (absorbed / lam.squeeze(-1)).to(dtype)
+
+
+def check_damping(alpha: float | None, damping: float | None, scale: str) -> None:
+    """Raises ValueError unless one of alpha and damping is given and positive and the scale is known."""
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown; choose one of {list(SCALES)}")
+    given = {name: value for name, value in (("alpha", alpha), ("damping", damping)) if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"got alpha={alpha} and damping={damping}; give exactly one: alpha (relative, λ = α‖K‖_F) or "
+            "damping (λ itself)"
+        )
+    for name, value in given.items():
+        if not value > 0:  # also catches NaN
+            raise ValueError(
+                f"{name}={value}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)"
+            )
+        if math.isinf(value) and scale == "per_layer":
+            raise ValueError(
+                f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD"
+            )
+
+
+def _solve(matrix: Tensor, rounding: Tensor) -> Tensor:
+    """(matrix + B·I)⁻¹ 1 by Cholesky; `rounding` is the size of the errors that the matrix may carry."""
+    batch = matrix.shape[-1]
+    one = matrix.new_ones(*matrix.shape[:-1], 1)
+    diagonal = torch.eye(batch, dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + batch * diagonal)
+    result = torch.cholesky_solve(one, factor)
+    # On the CPU a look at `failed` is free; on an accelerator it would wait, so there both are computed.
+    if matrix.device.type != "cpu" or failed.any():
+        factor, failed_again = torch.linalg.cholesky_ex(matrix + batch * (1 + rounding) * diagonal)
+        lifted = torch.cholesky_solve(one, factor)
+        lifted = torch.where(failed_again[..., None, None] == 0, lifted, 1 / batch)
+        result = torch.where(failed[..., None, None] == 0, result, lifted)
+    # NaN must not be hidden by the fallback.
+    return result.squeeze(-1) + 0 * matrix.sum((-2, -1)).unsqueeze(-1)

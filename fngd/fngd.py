@@ -1,0 +1,117 @@
+"""FNGD: natural gradient descent that computes coefficients in one epoch and shares them with later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fngd.natural import NaturalSGD
+from fngd.sharing import SHARES, CoefficientTable
+
+
+class FNGD(NaturalSGD):
+    """Fast natural gradient descent; a `torch.optim.Optimizer` for the ordinary training loop.
+
+        d_l = U c,    c = (K + λB·I)⁻¹ 1 of an earlier epoch,    λ = α‖K‖_F    (FNGD paper, eqs. 9, 14; IV-B)
+
+    for every linear and convolution layer l, weight and bias together; the other parameters get the plain
+    gradient. Both then go through SGD with momentum and weight decay. In the first epoch c is computed;
+    after that a step costs one elementwise product per layer more than SGD. See `fngd.coefficients` and
+    `fngd.sharing`.
+
+    Arguments:
+        model: the model; its `loss.backward()` accumulates d instead of g until `remove()`.
+        params: parameters or parameter groups, as for any optimiser; default: all of the model's.
+        steps_per_epoch: optimiser steps in an epoch, len(loader); needed unless share is None.
+        share: "position" (the paper's), "sample" (then announce ids by `next_batch`), None
+            (nothing: as `NGD`).
+        samples: the number of samples in the data set, ids being below it; only with share="sample".
+        refresh_epochs: compute c anew in every R-th epoch, R ≥ 1; None: only in the first.
+        control: "constant" or "permuted", to test what the coefficients bring; see `fngd.sharing`.
+        seed: of the permutations.
+        Others: as for `NGD`.
+
+    Raises:
+        ValueError: an argument out of range, or a model that is reweighted already. In the backward pass: a
+            batch of another size than the stored one, more batches than steps_per_epoch, missing sample ids.
+
+    Approximate: as `NGD`, and the coefficients are those of an earlier epoch: with share="position" of
+        other samples. With gradient accumulation each backward pass within a step has its own coefficients.
+
+    >>> model = nn.Linear(3, 1)
+    >>> opt = FNGD(model, lr=0.1, steps_per_epoch=1)
+    >>> for epoch in range(2):
+    ...     model(torch.randn(8, 3)).square().mean().backward()
+    ...     opt.step()
+    ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        steps_per_epoch: int | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        alpha: float | None = 1e-2,
+        damping: float | None = None,
+        scale: str = "absorb",
+        reduction: str = "mean",
+        share: str | None = "position",
+        samples: int | None = None,
+        refresh_epochs: int | None = None,
+        control: str | None = None,
+        seed: int = 0,
+        batch_axis: int | Mapping[str, int] | None = None,
+    ) -> None:
+        if share not in SHARES:
+            raise ValueError(f"share={share!r} is unknown; choose one of {list(SHARES)}")
+        table = None
+        if share is not None:
+            table = CoefficientTable(
+                steps_per_epoch,  # type: ignore[arg-type]  # None is refused there, with a sentence
+                share=share,
+                samples=samples,
+                refresh_epochs=refresh_epochs,
+                control=control,
+                seed=seed,
+            )
+        elif control is not None or refresh_epochs is not None or samples is not None:
+            raise ValueError("control, refresh_epochs and samples need share='position' or share='sample'")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(
+            model,
+            params,
+            defaults,
+            table=table,
+            alpha=alpha,
+            damping=damping,
+            scale=scale,
+            reduction=reduction,
+            batch_axis=batch_axis,
+        )
+
+    def next_batch(self, sample_ids: Tensor) -> None:
+        """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only."""
+        self._sharing().next_batch(sample_ids)
+
+    def start_epoch(self) -> None:
+        """Announces that an epoch begins; optional. From then on a loader that is too long is an error."""
+        self._sharing().start_epoch()
+
+    def _sharing(self) -> CoefficientTable:
+        if self._table is None:
+            raise ValueError("share=None keeps no coefficients, so there is nothing to announce")
+        return self._table

@@ -1,0 +1,221 @@
+"""Coefficients that are computed in one epoch and reused in later ones (FNGD paper, Section IV-B).
+
+What is stored is the factor B·c_b by which each sample's share of the plain gradient is multiplied; 1 is SGD.
+
+- `share="position"`, the paper's rule: the key is (layer, batch index, position in the batch). Batches are
+  reshuffled, so a factor meets another sample in every epoch. A shorter last batch has its own shorter
+  vector.
+- `share="sample"`, what the paper's argument ("determined by the intrinsic nature of samples") would
+  support: the key is (layer, sample id).
+- `control="constant"`: all factors 1 (plain SGD by the same code). `control="permuted"`: every computed
+  vector is permuted at random before it is used and stored. Both exist to test whether it matters whose
+  factor it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SHARES = ("position", "sample", None)
+CONTROLS = (None, "constant", "permuted")
+
+
+class CoefficientTable:
+    """Factors by layer and batch position or sample id, with the place in the epoch that finds them.
+
+    Arguments:
+        steps_per_epoch: optimiser steps (batches) in one epoch.
+        share: "position" or "sample".
+        samples: the number of different sample ids; only with "sample".
+        refresh_epochs: compute anew in every R-th epoch (R ≥ 1); None: only in the first.
+        control: None, "constant" or "permuted".
+        seed: of the permutations.
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        *,
+        share: str = "position",
+        samples: int | None = None,
+        refresh_epochs: int | None = None,
+        control: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check(steps_per_epoch, share, samples, refresh_epochs, control)
+        self.steps_per_epoch, self.share, self.samples = steps_per_epoch, share, samples
+        self.refresh_epochs, self.control = refresh_epochs, control
+        self.epoch, self.index = 0, 0
+        self._explicit = False  # whether the user announces epochs
+        self._random = torch.Generator().manual_seed(seed)
+        self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
+        self._ids: Tensor | None = None
+        # by (layer, backward pass within the step): rows [steps, longest batch], their lengths, which to redo
+        self._rows: dict[tuple[str, int], Tensor] = {}
+        self._lengths: dict[tuple[str, int], list[int]] = {}
+        self._bad: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def computing(self) -> bool:
+        """Whether this epoch computes coefficients."""
+        return self.epoch == 0 or (self.refresh_epochs is not None and self.epoch % self.refresh_epochs == 0)
+
+    def lookup(self, layer: str, batch: int, device: torch.device) -> Float[Tensor, " batch"] | None:
+        """Returns the factors to use now, None where they must be computed; for one backward pass."""
+        if self._explicit and self.index >= self.steps_per_epoch:
+            raise ValueError(
+                f"batch {self.index + 1} of an epoch, but steps_per_epoch is {self.steps_per_epoch}. "
+                "Give the optimiser steps_per_epoch=len(loader), counted in optimiser steps."
+            )
+        if self.control == "constant":
+            return torch.ones(batch, device=device)
+        return self._by_sample(layer, batch) if self.share == "sample" else self._by_position(layer, batch)
+
+    def store(self, layer: str, factors: Float[Tensor, " batch"], good: Tensor) -> Float[Tensor, " batch"]:
+        """Stores what was computed and returns what to use.
+
+        good: a tensor holding one bool; where it is False the factors are used now but computed again next
+            time. It is not looked at before the epoch ends, because that would wait for the device.
+        """
+        if self.control == "permuted":
+            order = torch.randperm(len(factors), generator=self._random)
+            factors = factors[order.to(factors.device, non_blocking=True)]
+        if self.share == "sample":
+            key = layer, 0
+            assert self._ids is not None, "lookup has checked"
+            assert self.samples is not None, "so has the constructor"
+            if key not in self._rows:
+                self._rows[key] = factors.new_full((self.samples,), torch.nan)
+            self._rows[key][self._ids.to(factors.device)] = torch.where(good, factors, torch.nan)
+            return factors
+        key = layer, self._calls[layer] - 1
+        rows = self._rows.get(key)
+        if rows is None or rows.shape[1] < len(factors):
+            wider = factors.new_ones(self.steps_per_epoch, len(factors))
+            if rows is not None:
+                wider[:, : rows.shape[1]] = rows
+            self._rows[key] = rows = wider
+        if key not in self._lengths:
+            self._lengths[key] = [0] * self.steps_per_epoch
+            self._bad[key] = torch.zeros(self.steps_per_epoch, dtype=torch.bool, device=factors.device)
+        rows[self.index % self.steps_per_epoch, : len(factors)] = factors
+        self._bad[key][self.index % self.steps_per_epoch] = ~good
+        self._lengths[key][self.index % self.steps_per_epoch] = len(factors)
+        return factors
+
+    def next_batch(self, sample_ids: Tensor) -> None:
+        """Announces the ids (0 … samples − 1) of the coming backward pass's samples; for share="sample"."""
+        if self.share != "sample":
+            raise ValueError(f"next_batch(sample_ids) is for share='sample', but share is {self.share!r}")
+        ids = torch.as_tensor(sample_ids)
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"sample_ids must be integers [B], not {ids.dtype} of shape {list(ids.shape)}")
+        self._ids = ids
+
+    def start_epoch(self) -> None:
+        """Announces that an epoch begins. Optional: without it, an epoch is every steps_per_epoch steps."""
+        if self._explicit or self.index:
+            self._close_epoch()
+        self._explicit = True
+
+    def advance(self) -> None:
+        """Ends a step: the next backward pass belongs to the next batch."""
+        self._calls.clear()
+        self._ids = None
+        self.index += 1
+        if not self._explicit and self.index == self.steps_per_epoch:
+            self._close_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that resuming needs; tensors are not copied."""
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "explicit": self._explicit,
+            "steps_per_epoch": self.steps_per_epoch,
+            "share": self.share,
+            "random": self._random.get_state(),
+            "rows": dict(self._rows),
+            "lengths": {key: list(lengths) for key, lengths in self._lengths.items()},
+            "bad": dict(self._bad),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restores what `state_dict` returned, with tensors on `device`.
+
+        Raises ValueError if the state was saved with another steps_per_epoch or share.
+        """
+        for name in ("steps_per_epoch", "share"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the saved state has {name}={state[name]!r}, this optimiser {getattr(self, name)!r}: "
+                    "coefficients would meet other samples. Construct the optimiser as the saved one was."
+                )
+        self.epoch, self.index, self._explicit = state["epoch"], state["index"], state["explicit"]
+        self._random.set_state(state["random"].cpu())
+        self._rows = {key: rows.to(device, copy=True) for key, rows in state["rows"].items()}
+        self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
+        self._lengths = {key: list(lengths) for key, lengths in state["lengths"].items()}
+        self._calls.clear()
+        self._ids = None
+
+    def _by_position(self, layer: str, batch: int) -> Tensor | None:
+        key = layer, self._calls.get(layer, 0)
+        self._calls[layer] = key[1] + 1
+        index = self.index % self.steps_per_epoch
+        length = self._lengths[key][index] if key in self._lengths else 0
+        if self.computing or not length:
+            return None
+        if length != batch:
+            raise ValueError(
+                f"batch {index + 1} of the epoch has {batch} samples at layer '{layer}', but its stored "
+                f"coefficients are for {length}. Batches must come in the same sizes every epoch: is "
+                f"steps_per_epoch={self.steps_per_epoch} the length of the loader? With batches of varying "
+                "size use fngd.NGD or share='sample'."
+            )
+        return self._rows[key][index, :length]
+
+    def _by_sample(self, layer: str, batch: int) -> Tensor | None:
+        if self._ids is None:
+            raise ValueError("share='sample' needs opt.next_batch(sample_ids) before loss.backward()")
+        if len(self._ids) != batch:
+            raise ValueError(
+                f"next_batch got {len(self._ids)} sample ids, but layer '{layer}' has a batch of {batch}"
+            )
+        if self.computing or (layer, 0) not in self._rows:
+            return None
+        rows = self._rows[layer, 0]
+        factors = rows[self._ids.to(rows.device)]
+        # Samples that were never met take the plain gradient.
+        return torch.where(factors.isnan(), 1.0, factors)
+
+    def _close_epoch(self) -> None:
+        self.epoch, self.index = self.epoch + 1, 0
+        # The only look at device values, once an epoch: a batch with NaN or inf is computed again next time.
+        for key, bad in self._bad.items():
+            for index in bad.nonzero().flatten().tolist():
+                self._lengths[key][index] = 0
+
+
+def _check(
+    steps_per_epoch: object, share: object, samples: object, refresh_epochs: object, control: object
+) -> None:
+    if share not in SHARES:
+        raise ValueError(f"share={share!r} is unknown; choose one of {list(SHARES)}")
+    if control not in CONTROLS:
+        raise ValueError(f"control={control!r} is unknown; choose one of {list(CONTROLS)}")
+    counts = {"steps_per_epoch": steps_per_epoch, "refresh_epochs": refresh_epochs, "samples": samples}
+    for name, value in counts.items():
+        optional = name != "steps_per_epoch" and value is None
+        if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            hint = " (give len(loader))" if name == "steps_per_epoch" else ""
+            raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1{hint}")
+    if (share == "sample") != (samples is not None):
+        raise ValueError(
+            f"share={share!r} with samples={samples}: share='sample' needs samples=len(dataset), and nothing "
+            "else does"
+        )
