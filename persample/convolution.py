@@ -86,9 +86,7 @@ def per_sample_grads(
     return ALGORITHMS[algorithm].compute(x, z, spec, out)
 
 
-def gram(
-    x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def gram(x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Inner products of per-sample weight gradients, [batch, batch'], with themselves or with those of `other`.
 
     other: (x', z') of the same convolution. The form is chosen by cost; see `_form`.

@@ -67,7 +67,11 @@ def ordinary(x: Tensor, z: Tensor, spec: ConvSpec) -> tuple[Tensor, Tensor, Conv
         # that the transposed one does not: fix the extent by padding (and cropping) by hand.
         pads: list[int] = []
         for axis in reversed(range(len(padding))):
-            extent = (z.shape[2 + axis] - 1) * spec.stride[axis] + spec.dilation[axis] * (spec.kernel[axis] - 1) + 1
+            extent = (
+                (z.shape[2 + axis] - 1) * spec.stride[axis]
+                + spec.dilation[axis] * (spec.kernel[axis] - 1)
+                + 1
+            )
             pads += [padding[axis], extent - x.shape[2 + axis] - padding[axis]]
         x, padding = F.pad(x, pads), (0,) * len(padding)
     return x, z, replace(spec, padding=padding, transposed=False, output_padding=(0,) * len(padding))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import singledispatch
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -47,7 +48,7 @@ def chunks(length: int, bytes_each: int) -> Iterator[slice]:
 def real_rows(values: Tensor) -> Tensor:
     """Rows as real vectors, [B, *shape] -> [B, N] (2N when complex)."""
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    return values.reshape(values.shape[0], values[0].numel() if values.shape[0] else 0)
+    return values.reshape(values.shape[0], prod(values.shape[1:]))
 
 
 # --- materialise ------------------------------------------------------------------------------------------
@@ -56,8 +57,10 @@ def real_rows(values: Tensor) -> Tensor:
 @singledispatch
 def materialise(block: Block) -> Tensor:
     """Returns the rows g_b themselves, [B, *shape]."""
-    raise TypeError(f"no rule to materialise a block of type {type(block).__name__}; register one with "
-                    "persample.reductions.materialise.register")
+    raise TypeError(
+        f"no rule to materialise a block of type {type(block).__name__}; register one with "
+        "persample.reductions.materialise.register"
+    )
 
 
 @materialise.register
@@ -108,7 +111,7 @@ def _(block: Outer, c: Tensor) -> Tensor:
     x, z = full_precision(block.x), full_precision(block.z)
     scale = c.to(z.dtype)[:, None, None]
     x, z = (x, z * scale) if z.shape[2] <= x.shape[2] else (x * scale, z)
-    return z.reshape(-1, z.shape[2]).T @ x.reshape(-1, x.shape[2])
+    return z.flatten(0, 1).T @ x.flatten(0, 1)
 
 
 @weighted_sum.register
@@ -155,6 +158,8 @@ def _(block: Rows, vector: Tensor) -> Tensor:
 Pair = TypeVar("Pair", bound=Callable[..., Tensor])
 _INNER: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
 _GRAM: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
+_MATERIALISING = {(Conv, Conv), (Pulled, Pulled)}
+"""Pairs registered for a block with itself; two different ones are materialised."""
 
 
 def register_pair(table: dict, left: type, right: type) -> Callable[[Pair], Pair]:
@@ -165,6 +170,12 @@ def register_pair(table: dict, left: type, right: type) -> Callable[[Pair], Pair
         return function
 
     return add
+
+
+def has_pair_form(a: Block, b: Block) -> bool:
+    """True where inner products of the two blocks need neither materialised."""
+    types = {(type(a), type(b)), (type(b), type(a))}
+    return bool(types & _INNER.keys()) and bool(types & _GRAM.keys()) and not types & _MATERIALISING
 
 
 def inner(a: Block, b: Block) -> Float[Tensor, " batch"]:
@@ -226,10 +237,11 @@ def _(a: Outer, b: Outer) -> Tensor:
     if hadamard <= formed:
         if time == time_b == 1:
             return (az[:, 0] @ bz[:, 0].T) * (ax[:, 0] @ bx[:, 0].T)
-        right_x, right_z = bx.reshape(-1, inp).T, bz.reshape(-1, out).T
+        right_x, right_z = bx.flatten(0, 1).T, bz.flatten(0, 1).T
         parts = [
-            ((az[s].reshape(-1, out) @ right_z) * (ax[s].reshape(-1, inp) @ right_x))
-            .view(-1, time, other, time_b).sum((1, 3))
+            ((az[s].flatten(0, 1) @ right_z) * (ax[s].flatten(0, 1) @ right_x))
+            .view(-1, time, other, time_b)
+            .sum((1, 3))
             for s in chunks(batch, 2 * time * other * time_b * size)
         ]
         return torch.cat(parts) if parts else ax.new_zeros(0, other)
@@ -259,7 +271,9 @@ def _(a: Conv, b: Conv) -> Tensor:
 def _(a: Rows, b: Rows) -> Tensor:
     az, bz = full_precision(a.z), full_precision(b.z)
     parts = [
-        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum((1, 2))
+        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum(
+            (1, 2)
+        )
         for s in chunks(a.batch, 2 * az.shape[1] * bz.shape[1] * az.element_size())
     ]
     return torch.cat(parts) if parts else az.new_zeros(0)
@@ -269,10 +283,11 @@ def _(a: Rows, b: Rows) -> Tensor:
 def _(a: Rows, b: Rows) -> Tensor:
     az, bz = full_precision(a.z), full_precision(b.z)
     (batch, time, dim), (other, time_b) = az.shape, bz.shape[:2]
-    right, index = bz.reshape(-1, dim).T, b.indices.reshape(-1)
+    right, index = bz.flatten(0, 1).T, b.indices.reshape(-1)
     parts = [
-        ((az[s].reshape(-1, dim) @ right) * (a.indices[s].reshape(-1, 1) == index))
-        .view(-1, time, other, time_b).sum((1, 3))
+        ((az[s].flatten(0, 1) @ right) * (a.indices[s].reshape(-1, 1) == index))
+        .view(-1, time, other, time_b)
+        .sum((1, 3))
         for s in chunks(batch, 2 * time * other * time_b * az.element_size())
     ]
     return torch.cat(parts) if parts else az.new_zeros(0, other)
@@ -290,10 +305,12 @@ def _(a: Rows, b: Outer) -> Tensor:
 def _(a: Rows, b: Outer) -> Tensor:
     r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
     (batch, time, dim), (other, time_b, out) = r.shape, z.shape
-    x, z = x.reshape(-1, dim), z.reshape(-1, out)
+    x, z = x.flatten(0, 1), z.flatten(0, 1)
     parts = [
-        ((x @ r[s].reshape(-1, dim).T) * z[:, a.indices[s].reshape(-1)])
-        .view(other, time_b, -1, time).sum((1, 3)).T
+        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)])
+        .view(other, time_b, -1, time)
+        .sum((1, 3))
+        .T
         for s in chunks(batch, 2 * time * other * time_b * r.element_size())
     ]
     return torch.cat(parts) if parts else r.new_zeros(0, other)

@@ -262,7 +262,7 @@ class Reweighting:
         return "reweighted" + ("" if layer.axis is None else f", samples on axis {layer.axis} of its output")
 
     def remove(self) -> None:
-        """Restores the ordinary backward pass (graphs built before stay reweighted); repeating is harmless."""
+        """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated."""
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers.values():

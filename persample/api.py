@@ -1,0 +1,111 @@
+"""The entry points: `per_sample`, `grad` and `backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from persample.backends import BACKENDS, Problem
+from persample.backends.outputs import capture_losses
+from persample.result import PerSampleGrads
+
+
+def per_sample(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Float[Tensor, " batch"]],
+    inputs: Any,
+    targets: Any = None,
+    *,
+    backend: str = "outputs",
+    coupled: str = "error",
+    check: bool = True,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> PerSampleGrads:
+    """Returns the per-sample gradients g_b = ∂ℓ_b/∂θ of every trainable parameter, as factors.
+
+    Args:
+        model: any eager PyTorch module. Parameters that do not require a gradient are left out.
+        loss_fn: `loss_fn(outputs, targets)`, one loss for each sample, [B].
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
+        targets: whatever the loss function takes.
+        backend: one of `backends()`.
+        coupled: "error" refuses models whose samples influence each other; "rows" reads the rows of each
+            layer's gradient instead, sample b being row b of dimension 0, as the FNGD paper does with batch
+            normalisation in training mode.
+        check: verify that the rows add up to the batch gradient.
+        chunk_size: backend "vmap" alone: samples differentiated at once.
+        randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
+
+    Raises:
+        CoupledSamplesError: samples influence each other; the message names the operation.
+        UnsupportedError: the backend does not cover the model; the message names the layer.
+        CheckError: the rows do not add up to the batch gradient.
+        ValueError, TypeError: losses of another shape, unknown options.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> loss = lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+        >>> psg = per_sample(model, loss, torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> psg.grads()["weight"].shape, psg.norms().shape
+        (torch.Size([5, 2, 3]), torch.Size([5]))
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if coupled not in ("error", "rows"):
+        raise ValueError(f"coupled must be 'error' or 'rows'; got {coupled!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module; got {type(model).__name__}. "
+            "For losses computed without a module use persample.grad(losses, params)"
+        )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    problem = Problem(
+        model, loss_fn, inputs, targets, parameters,
+        coupled=coupled, check=check, randomness=randomness, chunk_size=chunk_size,
+    )  # fmt: skip
+    return PerSampleGrads(BACKENDS[backend].capture(problem), parameters, backend)
+
+
+def grad(
+    losses: Float[Tensor, " batch"],
+    params: Tensor | Iterable[Tensor],
+    *,
+    check: bool = True,
+) -> tuple[Float[Tensor, "batch *shape"], ...]:
+    """Returns the gradient of each loss for each parameter: like `torch.autograd.grad`, one row per loss.
+
+    Losses alone do not tell data from parameters, so samples that influence each other cannot be refused: row b is
+    ∂ℓ_b/∂θ whatever else ℓ_b depends on, the row of the Jacobian.
+
+    Args:
+        losses: [B], the losses of a batch, their graph still there; it is kept.
+        params: leaf tensors that require a gradient.
+        check: as in `per_sample`.
+
+    Returns:
+        One tensor [B, *shape] for each parameter; zeros where no loss depends on it.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> grad((torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * w).sum(1), w)
+        (tensor([[1., 2.],
+                [3., 4.]]),)
+    """
+    wanted = [params] if isinstance(params, Tensor) else list(params)
+    for position, parameter in enumerate(wanted):
+        if not (isinstance(parameter, Tensor) and parameter.is_leaf and parameter.requires_grad):
+            got = type(parameter).__name__ if not isinstance(parameter, Tensor) else "one that is not"
+            raise ValueError(f"params[{position}] must be a leaf tensor that requires a gradient; got {got}")
+    names = {str(position): parameter for position, parameter in enumerate(wanted)}
+    capture = capture_losses(losses, names, check=check)
+    psg = PerSampleGrads(capture, names, "outputs")
+    return tuple(psg.grads().values())
+
+
+def backends() -> tuple[str, ...]:
+    """Returns the names of the backends, in order of preference."""
+    return tuple(BACKENDS)

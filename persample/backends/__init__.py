@@ -1,0 +1,86 @@
+"""Backends: ways to capture the blocks of a batch, interchangeable and validated against each other.
+
+A backend is a function from a `Problem` to a `Capture`. `BACKENDS` holds them in order of preference; dispatch,
+error messages and documentation are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from persample.blocks import Block
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What per-sample gradients are asked of."""
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor]
+    inputs: Any
+    targets: Any
+    parameters: Mapping[str, Tensor]
+    """Trainable parameters by name, each once."""
+    coupled: str = "error"
+    check: bool = True
+    randomness: str = "error"
+    chunk_size: int | None = None
+
+    def outputs(self) -> Any:
+        """The model called on the inputs: a tuple as positional, a dict as keyword arguments."""
+        if isinstance(self.inputs, dict):
+            return self.model(**self.inputs)
+        if isinstance(self.inputs, (tuple, list)):
+            return self.model(*self.inputs)
+        return self.model(self.inputs)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One use of a parameter: its block, the operation it is used by and the rule that built the block."""
+
+    block: Block
+    operation: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a backend returns: the losses [B] and every use of every parameter; no use: unused."""
+
+    losses: Tensor
+    uses: Mapping[str, tuple[Captured, ...]]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def blocks(self) -> dict[str, list[Block]]:
+        """Blocks alone, by parameter."""
+        return {name: [use.block for use in uses] for name, uses in self.uses.items()}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A registered backend."""
+
+    name: str
+    capture: Callable[[Problem], Capture]
+    covers: str
+    requires: str | None = None
+    """Name of an optional package."""
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(name: str, *, covers: str, requires: str | None = None) -> Callable[[Any], Any]:
+    """Registers a capture function as a backend."""
+
+    def add(function: Callable[[Problem], Capture]) -> Callable[[Problem], Capture]:
+        BACKENDS[name] = Backend(name, function, covers, requires)
+        return function
+
+    return add

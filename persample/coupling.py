@@ -1,0 +1,65 @@
+"""Samples that influence each other: the error that names where, and the row reading for those who want it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from persample.attribution import Owner
+from persample.errors import CoupledSamplesError
+from persample.graph import Graph, Node
+
+
+def row_owner(z: Tensor, batch: int) -> Owner | None:
+    """Returns the owner in the row reading, in which row b of dimension 0 belongs to sample b, or None.
+
+    With operations that couple samples, what flows through sample b's rows is not the gradient of sample b's
+    loss, but it is what the FNGD paper uses with batch normalisation, and it still adds up to the batch gradient.
+    """
+    if z.ndim == 0 or z.shape[0] != batch:
+        return None
+    return Owner(0, torch.arange(batch, device=z.device), batch)
+
+
+def coupled_error(
+    node: Node,
+    graph: Graph,
+    separated: Callable[[Node], bool],
+    module: Callable[[Node], str | None],
+    name: str,
+    coupled: str,
+) -> CoupledSamplesError:
+    """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix."""
+    behind, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current not in behind:
+            behind.add(current)
+            stack.extend(consumer for consumer, _, _ in graph.consumers.get(current, ()))
+    culprit = None
+    for current in sorted(behind, key=graph.order.__getitem__, reverse=True):
+        # from the loss back: the first node whose samples mix feeds the operation that mixes them
+        if not separated(current):
+            culprit = next((c for c, _, _ in graph.consumers.get(current, ()) if separated(c)), current)
+            break
+    if culprit is None:
+        where = "in the loss"
+    else:
+        path = module(culprit)
+        layer = (
+            "in the loss" if path is None else f"in layer {path!r}" if path else "in the model's own forward"
+        )
+        where = f"{layer} (operation {culprit.name().removesuffix('Backward0')})"
+    if coupled == "rows":
+        return CoupledSamplesError(
+            f"the samples of this batch influence each other, {where}, and the operation that uses {name!r} has no "
+            "rows to read: dimension 0 of its output is not the batch. The row reading needs the batch first."
+        )
+    return CoupledSamplesError(
+        f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. "
+        "Per-sample gradients exist where each loss depends on its own sample alone: put batch normalisation in "
+        "eval mode or use GroupNorm, and do not normalise a loss over the batch. coupled='rows' reads the rows of "
+        "each layer instead, as the FNGD paper does with batch normalisation."
+    )

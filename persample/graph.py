@@ -1,0 +1,220 @@
+"""The autograd graph of a batch: who uses a parameter, and pulling rows back through parameter-only operations.
+
+Nodes are autograd's own (`tensor.grad_fn`). An edge (node, k) is output k of the operation the node belongs to;
+slot j of a node is its input j, fed by the edge `node.next_functions[j]`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node; the stubs lack _input_metadata and saved tensors
+Edge = tuple[Node, int]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes that the losses depend on, inputs before outputs, and who consumes what each of them puts out."""
+
+    order: dict[Node, int]
+    """Topological position: a node comes after everything it consumes."""
+    consumers: dict[Node, list[tuple[Node, int, int]]]
+    """node -> (consumer, slot of the consumer, output of the node)."""
+    leaves: dict[int, Node]
+    """id of a leaf tensor -> its AccumulateGrad node."""
+    root: Node | None
+    """Node of the losses; None when they need no gradient."""
+
+    def outputs(self, node: Node) -> list[int]:
+        """Outputs of the node that something consumes; the root's own output counts."""
+        used = {output for _, _, output in self.consumers.get(node, ())}
+        return sorted(used | ({0} if node is self.root else set()))
+
+
+def trace(losses: Tensor) -> Graph:
+    """Returns the graph of `losses` [B]."""
+    root = losses.grad_fn
+    order: dict[Node, int] = {}
+    consumers: dict[Node, list[tuple[Node, int, int]]] = {}
+    leaves: dict[int, Node] = {}
+    stack: list[tuple[Node, Iterator]] = [(root, iter(root.next_functions))] if root is not None else []
+    seen = {root}
+    while stack:
+        node, edges = stack[-1]
+        for source, _ in edges:
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append((source, iter(source.next_functions)))
+                break
+        else:
+            stack.pop()
+            order[node] = len(order)
+            for slot, (source, output) in enumerate(node.next_functions):
+                if source is not None:
+                    consumers.setdefault(source, []).append((node, slot, output))
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                leaves[id(variable)] = node
+    return Graph(order, consumers, leaves, root)
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """Shape of the tensor at an edge."""
+    node, output = edge
+    variable = getattr(node, "variable", None)
+    return tuple(variable.shape if variable is not None else node._input_metadata[output].shape)
+
+
+def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Returns the node's gradients for its inputs, before any reduction over broadcast dimensions."""
+    grads = node(*cotangents) if callable(node) else node.apply(*cotangents)
+    return grads if isinstance(grads, tuple) else (grads,)
+
+
+def call_node_rows(
+    node: Node, cotangents: Sequence[Tensor | None], slots: Sequence[int]
+) -> list[Tensor | None]:
+    """The node called on n rows of cotangents at once, [n, *output]: gradients [n, *input] of the given slots.
+
+    Broadcasting is undone: each gradient has the shape of the tensor that enters its slot.
+    """
+    present = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
+    rows = [cotangents[k] for k in present]
+    count = rows[0].shape[0]
+    found: list[int] = []
+
+    def one(*given: Tensor) -> tuple[Tensor, ...]:
+        full: list[Tensor | None] = [None] * len(cotangents)
+        for k, cotangent in zip(present, given, strict=True):
+            full[k] = cotangent
+        grads = call_node(node, full)
+        found[:] = [slot for slot in slots if grads[slot] is not None]
+        return tuple(grads[slot] for slot in found)
+
+    stacked: Sequence[Tensor]
+    if count == 0:
+        stacked = [r.new_zeros(0, *edge_shape(node.next_functions[s])) for s in slots for r in rows[:1]]
+        found[:] = list(slots)
+    else:
+        stacked = _batched(one, rows, count)
+    result: list[Tensor | None] = []
+    for slot in slots:
+        grad = stacked[found.index(slot)] if slot in found else None
+        result.append(None if grad is None else sum_to(grad, (count, *edge_shape(node.next_functions[slot]))))
+    return result
+
+
+def _batched(function: Any, rows: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """`function` over dimension 0 of the rows: with vmap, or one by one where an operation has no batching rule."""
+    if count > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "There is a performance drop"
+                )  # the fallback is what we want
+                return torch.vmap(function)(*rows)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            pass  # no batching rule, or a custom Function that vmap refuses: the loop below is exact, only slower
+    singles = [function(*(row[i] for row in rows)) for i in range(count)]
+    return [torch.stack([single[i] for single in singles]) for i in range(len(singles[0]))]
+
+
+def sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """`grad` [n, *broadcast] summed to `shape` [n, *input], what the engine does after each node."""
+    if tuple(grad.shape) == tuple(shape):
+        return grad
+    extra = grad.ndim - len(shape)
+    if extra > 0:
+        grad = grad.sum(tuple(range(1, 1 + extra)))
+    stretched = tuple(d for d in range(1, len(shape)) if shape[d] == 1 and grad.shape[d] != 1)
+    return grad.sum(stretched, keepdim=True) if stretched else grad.reshape(tuple(shape))
+
+
+# Operations that only rearrange a tensor, each entry kept: inner products survive their pull-back.
+REARRANGING = frozenset(
+    f"{name}Backward{n}"
+    for name in [
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Squeeze",
+        "Unsqueeze",
+        "Alias",
+        "Clone",
+        "Select",
+        "Slice",
+        "Split",
+        "SplitWithSizes",
+        "UnsafeSplit",
+        "Unbind",
+        "Movedim",
+        "Contiguous",
+        "Narrow",
+        "Flip",
+        "Detach",
+    ]
+    for n in range(3)
+)
+# Operations on a parameter alone that are never worth a cut: z behind them is a summed weight gradient.
+SKIPPED = REARRANGING | {"ToCopyBackward0"}
+
+
+@dataclass(frozen=True)
+class Route:
+    """The operations between a parameter and one edge behind it, all on parameters alone (or summed over
+    samples): rows at `source` pull back to rows of the parameter."""
+
+    leaf: Node
+    source: Edge
+    nodes: tuple[Node, ...] = field(default=())
+    """Outputs first."""
+
+    @property
+    def names(self) -> list[str]:
+        """Kinds of the operations, the parameter's own last."""
+        return [node.name() for node in self.nodes]
+
+    @property
+    def isometric(self) -> bool:
+        """True where the route only rearranges entries, along one path."""
+        return all(name in REARRANGING for name in self.names)
+
+    def pull(self, rows: Tensor) -> Tensor:
+        """Rows [n, *tensor at source] -> rows [n, *parameter]."""
+        waiting: dict[Node, dict[int, Tensor]] = {self.source[0]: {self.source[1]: rows}}
+        inside = {*self.nodes, self.leaf}
+        for node in self.nodes:
+            given = waiting.pop(node, {})
+            if not given:
+                continue
+            cotangents = [given.get(k) for k in range(len(node._input_metadata))]
+            slots = [slot for slot, (source, _) in enumerate(node.next_functions) if source in inside]
+            for slot, grad in zip(slots, call_node_rows(node, cotangents, slots), strict=True):
+                if grad is not None:
+                    source, output = node.next_functions[slot]
+                    slot_sums = waiting.setdefault(source, {})
+                    slot_sums[output] = slot_sums[output] + grad if output in slot_sums else grad
+        arrived = waiting.get(self.leaf)
+        shape = edge_shape((self.leaf, 0))
+        return rows.new_zeros(rows.shape[0], *shape) if arrived is None else arrived[0]
+
+
+def route(graph: Graph, leaf: Node, source: Edge, region: set[Node]) -> Route:
+    """Returns the route from `leaf` to `source` inside `region`, the operations not yet cut."""
+    nodes: set[Node] = set()
+    stack = [source[0]]
+    while stack:
+        node = stack.pop()
+        if node in region and node not in nodes:
+            nodes.add(node)
+            stack.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
+    return Route(leaf, source, tuple(sorted(nodes, key=graph.order.__getitem__, reverse=True)))

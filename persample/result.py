@@ -1,0 +1,258 @@
+"""The result of `persample.per_sample`: quantities formed from blocks when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persample import reductions
+from persample.backends import Capture
+from persample.blocks import Block, Conv
+from persample.convolution import choose
+from persample.reductions import full_precision, real_rows
+
+Per = Literal["total", "layer", "param"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the gradient of one use of a parameter is held and formed."""
+
+    parameter: str
+    operation: str
+    rule: str
+    block: str
+    algorithm: str
+    nbytes: int
+
+
+class PerSampleGrads:
+    """Per-sample gradients of one batch, held as factors; every method forms what it returns when called.
+
+    With θ the parameters, ℓ_b the loss of sample b and g_b = ∂ℓ_b/∂θ. Results have the precision of the
+    parameters, float32 where those are half precision, and carry no graph.
+    """
+
+    def __init__(self, capture: Capture, parameters: Mapping[str, Tensor], backend: str) -> None:
+        self.losses: Float[Tensor, " batch"] = capture.losses
+        self.backend = backend
+        self.notes = capture.notes
+        self._uses = capture.uses
+        self._blocks = capture.blocks
+        self._parameters = dict(parameters)
+
+    def __repr__(self) -> str:
+        held = sum(block.nbytes for blocks in self._blocks.values() for block in blocks)
+        return (
+            f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, backend={self.backend!r}, "
+            f"factors={held / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.losses.shape[0]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of trainable parameters that no loss depends on; their gradients are zero."""
+        return tuple(name for name in self._parameters if not self._blocks.get(name))
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model."""
+        found: dict[str, list[str]] = {}
+        for name in self._parameters:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return {layer: tuple(names) for layer, names in found.items()}
+
+    def grads(self) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """Returns g_b for every parameter: name -> [B, *shape]."""
+        return {name: self._materialise(name) for name in self._parameters}
+
+    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+        """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter."""
+        squares = {name: self._squared_norms(name) for name in self._parameters}
+        grouped = self._group(squares, per, lambda: self.losses.new_zeros(self.batch))
+        if isinstance(grouped, dict):
+            return {key: value.clamp(min=0).sqrt() for key, value in grouped.items()}
+        return grouped.clamp(min=0).sqrt()
+
+    def gram(
+        self, per: Per = "total", other: PerSampleGrads | None = None
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
+
+        Args:
+            per: over all parameters ("total"), or a dict for each "layer" or "param".
+            other: per-sample gradients of the same parameters on another batch, or at another point.
+
+        Raises:
+            ValueError: `other` holds other parameters.
+        """
+        right = self if other is None else other
+        if {n: p.shape for n, p in right._parameters.items()} != {
+            n: p.shape for n, p in self._parameters.items()
+        }:
+            raise ValueError(
+                f"other= must hold the same parameters with the same shapes; got {len(right._parameters)} parameters "
+                f"against {len(self._parameters)}: differing names "
+                f"{sorted(set(right._parameters) ^ set(self._parameters))[:5]}"
+            )
+        matrices = {name: self._gram(name, right) for name in self._parameters}
+        return self._group(matrices, per, lambda: self.losses.new_zeros(self.batch, right.batch))
+
+    def weighted_sum(
+        self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
+    ) -> dict[str, Float[Tensor, " *shape"]]:
+        """Returns Σ_b c_b g_b for every parameter: name -> shape. No per-sample gradient is formed.
+
+        Args:
+            c: coefficients [B]; or a dict layer -> [B], one for each layer of `layers`.
+        """
+        by_layer = c if isinstance(c, Mapping) else dict.fromkeys(self.layers, c)
+        if set(by_layer) != set(self.layers):
+            raise ValueError(
+                f"c names layers {sorted(set(by_layer) - set(self.layers))} that are not there and misses "
+                f"{sorted(set(self.layers) - set(by_layer))}; layers are {sorted(self.layers)}"
+            )
+        for layer, values in by_layer.items():
+            if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}"
+                )
+        result = {}
+        for layer, names in self.layers.items():
+            for name in names:
+                blocks = self._blocks.get(name, ())
+                parts = [reductions.weighted_sum(block, by_layer[layer].to(block.device)) for block in blocks]
+                result[name] = _add(parts) if parts else self._zeros(name)
+        return result
+
+    def dot(self, vectors: Mapping[str, Float[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+        """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
+
+        Parameters that are left out count as v = 0.
+
+        Raises:
+            ValueError: a name that is no trainable parameter, or a vector of another shape.
+        """
+        unknown = set(vectors) - set(self._parameters)
+        if unknown:
+            raise ValueError(
+                f"vectors has {sorted(unknown)}, which are no trainable parameters of this model"
+            )
+        result = self.losses.new_zeros(self.batch, dtype=self._dtype)
+        for name, vector in vectors.items():
+            if vector.shape != self._parameters[name].shape:
+                raise ValueError(
+                    f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
+                    f"got {tuple(vector.shape)}"
+                )
+            for block in self._blocks.get(name, ()):
+                result = result + reductions.dot(block, vector.to(block.device)).to(result)
+        return result
+
+    def clipped_sum(self, max_norm: float | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
+        """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
+
+        Args:
+            max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
+                clips each layer by its own norm.
+        """
+        if isinstance(max_norm, Mapping):
+            norms = self.norms(per="layer")
+            if set(max_norm) != set(norms):
+                raise ValueError(
+                    f"max_norm must name every layer once; layers are {sorted(norms)}, got {sorted(max_norm)}"
+                )
+            return self.weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
+        return self.weighted_sum(_clip(self.norms(), max_norm))
+
+    def explain(self) -> list[Explanation]:
+        """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held."""
+        rows = []
+        for name, uses in self._uses.items():
+            for use in uses:
+                kind = type(use.block).__name__
+                algorithm = "materialise or Hadamard by cost" if kind == "Outer" else "direct"
+                if isinstance(use.block, Conv):
+                    algorithm = choose(use.block.x, use.block.z, use.block.spec)
+                rows.append(Explanation(name, use.operation, use.rule, kind, algorithm, use.block.nbytes))
+            if not uses:
+                rows.append(Explanation(name, "unused", "zero", "none", "none", 0))
+        return rows
+
+    # --- one parameter, all its uses ------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return full_precision(self.losses).dtype
+
+    def _zeros(self, name: str, *leading: int) -> Tensor:
+        parameter = self._parameters[name]
+        return full_precision(parameter.new_zeros(*leading, *parameter.shape))
+
+    def _materialise(self, name: str) -> Tensor:
+        rows = [reductions.materialise(block) for block in self._blocks.get(name, ())]
+        return _add(rows) if rows else self._zeros(name, self.batch)
+
+    def _squared_norms(self, name: str) -> Tensor:
+        blocks: Sequence[Block] = self._blocks.get(name, ())
+        if not blocks:
+            return self.losses.new_zeros(self.batch, dtype=self._dtype)
+        if len(blocks) == 1 or _all_fast(blocks):
+            squares = [reductions.squared_norms(block) for block in blocks]
+            crosses = [2 * reductions.inner(a, b) for a, b in combinations(blocks, 2)]
+            return _add([*squares, *crosses])
+        return real_rows(self._materialise(name)).square().sum(1)
+
+    def _gram(self, name: str, right: PerSampleGrads) -> Tensor:
+        left_blocks, right_blocks = self._blocks.get(name, ()), right._blocks.get(name, ())
+        if not left_blocks or not right_blocks:
+            return self.losses.new_zeros(self.batch, right.batch, dtype=self._dtype)
+        if (len(left_blocks) == len(right_blocks) == 1) or _all_fast([*left_blocks, *right_blocks]):
+            if right is self:
+                crosses = [reductions.gram(a, b) for a, b in combinations(left_blocks, 2)]
+                return _add([*(reductions.gram(a) for a in left_blocks), *(k + k.T for k in crosses)])
+            return _add([reductions.gram(a, b) for a in left_blocks for b in right_blocks])
+        rows = real_rows(self._materialise(name))
+        return rows @ (rows if right is self else real_rows(right._materialise(name))).T
+
+    def _group(
+        self, values: Mapping[str, Tensor], per: Per, zero: Callable[[], Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """Values of parameters, added up as `per` says."""
+        if per == "param":
+            return dict(values)
+        if per == "layer":
+            return {layer: _add([values[name] for name in names]) for layer, names in self.layers.items()}
+        if per == "total":
+            return _add([value.to(self.losses.device) for value in values.values()]) if values else zero()
+        raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+
+
+def _add(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _all_fast(blocks: Sequence[Block]) -> bool:
+    """True where every pair of blocks has a form that materialises nothing."""
+    return all(reductions.has_pair_form(a, b) for a, b in combinations(blocks, 2))
+
+
+def _clip(norms: Tensor, max_norm: float) -> Tensor:
+    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive; got {max_norm}")
+    return torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))

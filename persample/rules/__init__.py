@@ -1,0 +1,86 @@
+"""Rules: from one use of a parameter, by kind of autograd node, to a block.
+
+A rule gets a `Site`, the place where a parameter meets the data, and returns a block whose rows have the shape
+of the tensor that enters the node's slot; or None where it does not apply, and the generic rule takes over.
+The generic rule calls the node itself, so no kind of operation needs a rule to be exact, only to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from persample.attribution import Owner
+from persample.blocks import Block
+from persample.graph import Node, edge_shape
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a parameter: slot `slot` of `node`, with z and its owner for each of the node's outputs."""
+
+    node: Node
+    slot: int
+    zs: tuple[Tensor | None, ...]
+    owners: tuple[Owner | None, ...]
+    batch: int
+
+    @property
+    def z(self) -> Tensor:
+        """z of the first output."""
+        z = self.zs[0]
+        if z is None:
+            raise LookupError(f"{self.node.name()}: nothing depends on output 0")
+        return z
+
+    @property
+    def owner(self) -> Owner:
+        """Owner of the first output's entries."""
+        owner = self.owners[0]
+        if owner is None:
+            raise LookupError(f"{self.node.name()}: nothing depends on output 0")
+        return owner
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that enters the slot."""
+        return edge_shape(self.node.next_functions[self.slot])
+
+
+Rule = Callable[[Site], Block | None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*kinds: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for autograd nodes of these kinds, such as "AddmmBackward0"."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(kinds, function))
+        return function
+
+    return add
+
+
+def build(site: Site) -> tuple[Block, str]:
+    """Returns the block of a site and the name of the rule that built it."""
+    from persample.rules import generic
+
+    single = len(site.zs) == 0 or all(z is None for z in site.zs[1:])
+    function = RULES.get(site.node.name())
+    if function is not None and single and site.zs and site.zs[0] is not None:
+        block = function(site)
+        if block is not None:
+            return block, function.__name__
+    return generic.generic(site), "generic"
+
+
+def _load() -> None:
+    """Imports the modules that register rules."""
+    from persample.rules import convolution, elementwise, embedding, linear, normalisation
+
+    del convolution, elementwise, embedding, linear, normalisation
+
+
+_load()
