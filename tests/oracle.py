@@ -1,4 +1,6 @@
-"""The definition that everything is compared with: per-sample gradients by a slow loop, and what is derived from them."""
+"""The definition that everything is compared with: per-sample gradients by a slow loop, and what is derived
+from them.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def loop_grads(model: nn.Module, loss_fn: Callable, inputs: Any, targets: Any) -> Grads:
-    """d loss_b / d theta for every sample b and trainable parameter theta: name -> [B, *shape]; zero where unused.
+    """d loss_b / d theta for every sample b and trainable parameter theta: name -> [B, *shape]; zero where
+    unused.
 
-    One forward pass of the whole batch, then one backward pass per sample, so it does not matter where the batch axis
-    is. For models whose samples do not interact this is the gradient of sample b alone. For coupled models it is
-    d loss_b / d theta with the other samples held fixed as context, which is another reading (`isolated_grads` differs).
+    One forward pass of the whole batch, then one backward pass per sample, so it does not matter where the
+    batch axis is. For models whose samples do not interact this is the gradient of sample b alone. For
+    coupled models it is d loss_b / d theta with the other samples held fixed as context, which is another
+    reading (`isolated_grads` differs).
     """
     params = trainable(model)
     losses = loss_fn(call(model, inputs), targets)
@@ -43,13 +47,15 @@ def loop_grads_of(losses: Tensor, params: Mapping[str, Tensor]) -> Grads:
     for i, (name, p) in enumerate(params.items()):
         out[name] = torch.zeros(len(losses), *p.shape, dtype=p.dtype, device=p.device)
         for b, row in enumerate(rows):
-            if row[i] is not None:
-                out[name][b] = row[i].to_dense() if row[i].is_sparse else row[i]
+            if (g := row[i]) is not None:
+                out[name][b] = g.to_dense() if g.is_sparse else g
     return out
 
 
 def isolated_grads(case: Case, model: nn.Module, loss_fn: Callable, inputs: Any, targets: Any) -> Grads:
-    """The gradient of each sample run alone in a batch of one: name -> [B, *shape]. Only for ``case.sliceable``."""
+    """The gradient of each sample run alone in a batch of one: name -> [B, *shape]. Only for
+    ``case.sliceable``.
+    """
     params = trainable(model)
     batch = len(loss_fn(call(model, inputs), targets))
     rows = [loop_grads(model, loss_fn, *case.isolate(inputs, targets, b)) for b in range(batch)]
@@ -59,11 +65,14 @@ def isolated_grads(case: Case, model: nn.Module, loss_fn: Callable, inputs: Any,
     }
 
 
-def rel_err(got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor], floor: float = 1e-12) -> float:
+def rel_err(
+    got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor], floor: float = 1e-12
+) -> float:
     """Largest absolute deviation over the largest absolute value of the reference; for dicts the worst entry.
 
-    Entries of a dict share the scale of the largest one times 1e-3, so that a parameter whose gradient is zero up to
-    rounding is not measured by its own noise. Other names, other shapes and NaN are infinitely wrong.
+    Entries of a dict share the scale of the largest one times 1e-3, so that a parameter whose gradient is
+    zero up to rounding is not measured by its own noise. Other names, other shapes and NaN are infinitely
+    wrong.
     """
     if isinstance(want, Mapping):
         if not isinstance(got, Mapping) or got.keys() != want.keys():
@@ -96,7 +105,10 @@ def regroup(grads: Grads, per: str) -> dict[str, list[str]]:
 
 def _rows(grads: Grads, names: list[str]) -> Tensor:
     """The gradients of these parameters flattened side by side, complex ones as pairs of reals: [B, P]."""
-    flat = [torch.view_as_real(grads[n]).flatten(1) if grads[n].is_complex() else grads[n].flatten(1) for n in names]
+    flat = [
+        torch.view_as_real(grads[n]).flatten(1) if grads[n].is_complex() else grads[n].flatten(1)
+        for n in names
+    ]
     return torch.cat(flat, 1)
 
 
@@ -122,7 +134,7 @@ def dot(grads: Grads, vectors: Mapping[str, Tensor]) -> Tensor:
 
 
 def weighted_sum(grads: Grads, c: Tensor | Mapping[str, Tensor]) -> Grads:
-    """Sum over samples of c_b g_b, with one c for all, or one per layer (a missing layer counts as an error)."""
+    """Sum over samples of c_b g_b, with one c for all, or one per layer (every layer must be there)."""
     per_param = {n: c[layer_of(n)] if isinstance(c, Mapping) else c for n in grads}
     return {n: torch.einsum("b,b...->...", per_param[n].to(g.dtype), g) for n, g in grads.items()}
 
@@ -133,17 +145,22 @@ def clipped_sum(grads: Grads, max_norm: float) -> Grads:
     return weighted_sum(grads, torch.where(total > max_norm, max_norm / total, torch.ones_like(total)))
 
 
-def expected(grads: Grads, other: Grads | None = None, max_norm: float = 1.0, seed: int = 0) -> dict[str, Any]:
+def expected(
+    grads: Grads, other: Grads | None = None, max_norm: float = 1.0, seed: int = 0
+) -> dict[str, Any]:
     """Every reduction of the dense gradients, by the names of the public API, with the random arguments used.
 
     Keys ``("norms", per)``, ``("gram", per)``, ``("cross_gram", per)`` if ``other`` is given, and ``"dot"``,
-    ``"weighted_sum"``, ``"layer_weighted_sum"``, ``"clipped_sum"`` with ``"vectors"``, ``"c"``, ``"layer_c"``.
+    ``"weighted_sum"``, ``"layer_weighted_sum"``, ``"clipped_sum"`` with ``"vectors"``, ``"c"``,
+    ``"layer_c"``.
     """
     batch = len(next(iter(grads.values())))
     random = torch.Generator().manual_seed(seed)
     vectors = {n: torch.randn(g.shape[1:], generator=random, dtype=g.dtype) for n, g in grads.items()}
     c = torch.randn(batch, generator=random, dtype=torch.float64)
-    layer_c = {layer: torch.randn(batch, generator=random, dtype=torch.float64) for layer in regroup(grads, "layer")}
+    layer_c = {
+        layer: torch.randn(batch, generator=random, dtype=torch.float64) for layer in regroup(grads, "layer")
+    }
     out: dict[Any, Any] = {"vectors": vectors, "c": c, "layer_c": layer_c}
     for per in ("total", "layer", "param"):
         out["norms", per] = norms(grads, per)

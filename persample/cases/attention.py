@@ -1,7 +1,8 @@
-"""Attention layers: MultiheadAttention in both layouts with all its options, and torch's Transformer layers."""
+"""MultiheadAttention in both layouts with all its options, and torch's Transformer layers."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,23 @@ B, T, S, E = 3, 4, 5, 4
 
 
 def attend(steps: int = T, keys: int = S, heads: int = 2, weights: bool = True, **options: Any) -> Built:
-    """Cross-attention with three different inputs; torch takes another path (fused) where weights are not wanted."""
+    """Cross-attention with three different inputs; torch takes another path (fused) where weights are not
+    wanted.
+    """
     first = options.get("batch_first", False)
     sizes = ((steps, E), (keys, options.get("kdim") or E), (keys, options.get("vdim") or E))
     inputs = tuple(randn(B, n, d) if first else randn(n, B, d) for n, d in sizes)
-    model = Net(lambda m, q, k, v: m.attention(q, k, v, need_weights=weights)[: 1 + weights],
-                attention=nn.MultiheadAttention(E, heads, **options))  # fmt: skip
+    model = Net(
+        lambda m, q, k, v: m.attention(q, k, v, need_weights=weights)[: 1 + weights],
+        attention=nn.MultiheadAttention(E, heads, **options),
+    )
     return regress(model, inputs, 0 if first else 1, *([0] if weights else []))
 
 
 for first in (True, False):
     layout = "batch_first" if first else "time-major"
     tags = ["layer", "peers"] + ([] if first else ["time-major"])
-    for name, options in {
+    variants: dict[str, dict[str, Any]] = {
         "": {},
         "1 head": {"heads": 1},
         "fused": {"weights": False},
@@ -36,16 +41,23 @@ for first in (True, False):
         "add_zero_attn": {"add_zero_attn": True},
         "kdim,vdim": {"kdim": 3, "vdim": 2},
         "everything": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 3, "vdim": 2, "weights": False},
-    }.items():
+    }
+    for name, options in variants.items():
         title = ",".join(filter(None, (layout, name)))
-        add(f"layer/MultiheadAttention({title})", lambda f=first, o=options: attend(batch_first=f, **o), *tags,
-            axes=0 if first else 1)  # fmt: skip
+        add(
+            f"layer/MultiheadAttention({title})",
+            partial(attend, batch_first=first, **options),
+            *tags,
+            axes=0 if first else 1,
+        )
 
 
 def itself(first: bool, steps: int = T) -> Built:
     """Self-attention: one input in three roles."""
-    model = Net(lambda m, x: m.attention(x, x, x, need_weights=False)[0],
-                attention=nn.MultiheadAttention(E, 2, batch_first=first))  # fmt: skip
+    model = Net(
+        lambda m, x: m.attention(x, x, x, need_weights=False)[0],
+        attention=nn.MultiheadAttention(E, 2, batch_first=first),
+    )
     return regress(model, randn(B, steps, E) if first else randn(steps, B, E), 0 if first else 1)
 
 
@@ -57,8 +69,10 @@ add("layer/self-attention(time-major,T=B)", lambda: itself(False, B), "layer", "
 @case(name="self-attention(padding mask)")
 def _() -> Built:
     """Padded keys are masked, so their rows get gradients of exactly zero."""
-    model = Net(lambda m, x, mask: m.attention(x, x, x, key_padding_mask=mask)[0],
-                attention=nn.MultiheadAttention(E, 2, batch_first=True))  # fmt: skip
+    model = Net(
+        lambda m, x, mask: m.attention(x, x, x, key_padding_mask=mask)[0],
+        attention=nn.MultiheadAttention(E, 2, batch_first=True),
+    )
     mask = torch.arange(T) >= torch.tensor([[2], [4], [3]])
     return regress(model, (randn(B, T, E), mask))
 
@@ -80,12 +94,23 @@ for kind, title in (
     ("decoder", "TransformerDecoderLayer"),
     ("both", "Transformer"),
 ):
-    add(f"layer/{title}(batch_first)", lambda k=kind: _stack(k, True), "layer", "peers")
-    add(f"layer/{title}(time-major)", lambda k=kind: _stack(k, False), "layer", "peers", "time-major", axes=1)
-    add(f"layer/{title}(time-major,T=B)", lambda k=kind: _stack(k, False, B), "layer", "peers", "time-major", axes=1)
+    add(f"layer/{title}(batch_first)", partial(_stack, kind, True), "layer", "peers")
+    add(f"layer/{title}(time-major)", partial(_stack, kind, False), "layer", "peers", "time-major", axes=1)
+    add(
+        f"layer/{title}(time-major,T=B)",
+        partial(_stack, kind, False, B),
+        "layer",
+        "peers",
+        "time-major",
+        axes=1,
+    )
 
-add("layer/TransformerEncoderLayer(norm_first,gelu,bias=False)",
-    lambda: _stack("encoder", True, norm_first=True, activation="gelu", bias=False), "layer", "peers")  # fmt: skip
+add(
+    "layer/TransformerEncoderLayer(norm_first,gelu,bias=False)",
+    lambda: _stack("encoder", True, norm_first=True, activation="gelu", bias=False),
+    "layer",
+    "peers",
+)
 
 
 @case("peers", name="TransformerEncoderLayer eval")

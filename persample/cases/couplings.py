@@ -1,4 +1,5 @@
-"""Models and losses in which samples interact: to be refused by name, or read as the tag ``separable`` allows.
+"""Models and losses in which samples interact: to be refused by name, or read as the tag ``separable``
+allows.
 
 Their neighbours that look coupled and are not are here too.
 """
@@ -32,14 +33,18 @@ def batch_norm_train_after_convolution() -> Built:
 
 @case("peers", coupled=True)
 def batch_norm_train_frozen_affine() -> Built:
-    """The norm has no trainable parameter, so a check of module types sees nothing; the layer below is coupled."""
+    """The norm has no trainable parameter, so a check of module types sees nothing; the layer below is
+    coupled.
+    """
     return regress(nn.Sequential(lin(), nn.BatchNorm1d(D).requires_grad_(False), lin(2)), randn(B, D))
 
 
 @case("separable", coupled=True)
 def batch_norm_train_under_everything() -> Built:
     """On the inputs, frozen: nothing trainable is below it, and above it rows belong to samples."""
-    return regress(nn.Sequential(nn.BatchNorm1d(D).requires_grad_(False), lin(), nn.Tanh(), lin(2)), randn(B, D))
+    return regress(
+        nn.Sequential(nn.BatchNorm1d(D).requires_grad_(False), lin(), nn.Tanh(), lin(2)), randn(B, D)
+    )
 
 
 @case("peers")
@@ -49,7 +54,7 @@ def batch_norm_eval_between_layers() -> Built:
 
 
 @case(coupled=True)
-def half_precision_batch_statistics_by_hand() -> Built:
+def batch_statistics_by_hand() -> Built:
     """A mean over axis 0 without any norm module."""
     return regress(Net(lambda m, x: m.a(x) - m.a(x).mean(0), a=lin()), randn(B, D))
 
@@ -81,9 +86,10 @@ def recurrence_over_the_batch() -> Built:
 @case(coupled=True)
 def minibatch_standard_deviation() -> Built:
     """A feature of the whole batch given to every sample (StyleGAN's discriminator)."""
+
     def run(m: Net, x: Tensor) -> Tensor:
         h = m.a(x)
-        return m.b(torch.cat([h, h.std(0).mean().expand(len(h), 1)], 1))
+        return m.b(torch.cat([h, h.std(0, correction=0).mean().expand(len(h), 1)], 1))
 
     return regress(Net(run, a=lin(), b=nn.Linear(D + 1, 2)), randn(B, D))
 
@@ -91,7 +97,9 @@ def minibatch_standard_deviation() -> Built:
 @case(coupled=True)
 def neighbours_in_the_batch() -> Built:
     """Mixup inside the model, after the first layer: two samples in every row."""
-    return regress(Net(lambda m, x: m.b(0.7 * m.a(x) + 0.3 * m.a(x).roll(1, 0)), a=lin(), b=lin(2)), randn(B, D))
+    return regress(
+        Net(lambda m, x: m.b(0.7 * m.a(x) + 0.3 * m.a(x).roll(1, 0)), a=lin(), b=lin(2)), randn(B, D)
+    )
 
 
 @case("separable", coupled=True)
@@ -103,6 +111,7 @@ def mixup_of_the_inputs() -> Built:
 @case(coupled=True)
 def one_pair_of_samples() -> Built:
     """Only the last two samples touch, all others are alone."""
+
     def run(m: Net, x: Tensor) -> Tensor:
         h = m.a(x).tanh()
         return m.b(torch.cat([h[:-1], h[-1:] + h[-2:-1]]))
@@ -113,7 +122,9 @@ def one_pair_of_samples() -> Built:
 @case(coupled=True)
 def faint_coupling() -> Built:
     """One part in 10⁴ of the batch mean: too much for an exact method, easily lost in a tolerance."""
-    return regress(Net(lambda m, x: m.b(m.a(x).tanh() + 1e-4 * m.a(x).mean(0)), a=lin(), b=lin(2)), randn(B, D))
+    return regress(
+        Net(lambda m, x: m.b(m.a(x).tanh() + 1e-4 * m.a(x).mean(0)), a=lin(), b=lin(2)), randn(B, D)
+    )
 
 
 @case(coupled=True)
@@ -147,6 +158,7 @@ def ranking_loss() -> Built:
 @case(coupled=True)
 def in_batch_negatives() -> Built:
     """A contrastive loss: the other samples' keys are the wrong answers."""
+
     def loss(outputs: tuple[Tensor, Tensor], _: Tensor) -> Tensor:
         scores = outputs[0] @ outputs[1].T
         return F.cross_entropy(scores, torch.arange(len(scores)), reduction="none")
@@ -157,8 +169,10 @@ def in_batch_negatives() -> Built:
 
 @case(coupled=True)
 def experts_with_capacity() -> Built:
-    """Tokens beyond an expert's capacity are dropped, so a sample's output depends on who came before it. Weights by
-    the share of the batch carry gradient, as load balancing does."""
+    """Tokens beyond an expert's capacity are dropped, so a sample's output depends on who came before it.
+    Weights by the share of the batch carry gradient, as load balancing does.
+    """
+
     def run(m: Net, x: Tensor) -> Tensor:
         gate = m.gate(x).softmax(-1)
         return m.a(x) * gate[:, :1] / gate[:, :1].mean(0)
@@ -169,6 +183,7 @@ def experts_with_capacity() -> Built:
 @case()
 def sum_over_the_batch_of_what_is_shared() -> Built:
     """A mean over rows that are all the same parameter: looks like coupling, holds no sample."""
+
     def run(m: Net, x: Tensor) -> Tensor:
         return m.a(x) + m.shift.expand(len(x), -1).mean(0)
 

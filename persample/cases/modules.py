@@ -1,4 +1,5 @@
-"""Layers alone: linear, convolution, embedding and normalisation, one line a case, named after how they are built.
+"""Layers alone: linear, convolution, embedding and normalisation, one line a case, named after how they are
+built.
 
 Most lines are the ones that other per-sample-gradient suites test, the rest the options that they forget.
 """
@@ -29,7 +30,9 @@ def layer(
     below: tuple[Any, ...] = (),
     **options: Any,
 ) -> None:
-    """Add a case of one layer on normal inputs of this shape, or on these inputs; ``below``: another, in front."""
+    """Add a case of one layer on normal inputs of this shape, or on these inputs; ``below``: another, in
+    front.
+    """
     how = ",".join([*map(_brief, args), *(f"{k}={_brief(v)}" for k, v in options.items())])
     at = ",".join(map(str, shape if isinstance(shape, tuple) else shape.shape))
     under = f"{below[0].__name__}-" if below else ""
@@ -106,18 +109,27 @@ layer((2, 4, 2, 3, 2), nn.ConvTranspose3d, 4, 2, 2, stride=2, output_padding=1, 
 
 # Embeddings; the repeated ids within a sample and across samples are meant.
 layer(torch.tensor([0, 4, 2, 4, 0, 1]), nn.Embedding, 5, 3)
-layer(torch.tensor([[[0, 1], [2, 2]], [[0, 0], [0, 0]], [[1, 0], [2, 1]], [[2, 1], [1, 2]]]), nn.Embedding, 3, 5)
+layer(
+    torch.tensor([[[0, 1], [2, 2]], [[0, 0], [0, 0]], [[1, 0], [2, 1]], [[2, 1], [1, 2]]]), nn.Embedding, 3, 5
+)
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, padding_idx=1, tags=peers)
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, padding_idx=-1)
 layer(torch.tensor([[1, 1], [1, 1]]), nn.Embedding, 3, 2, padding_idx=1, tags=("zero",))
 layer(torch.tensor([[1, 0, 3], [3, 2, 2]]), nn.Embedding, 4, 3, max_norm=1.0, tags=("stateful",))
 layer(
     torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]),
-    nn.Embedding, 4, 3, scale_grad_by_freq=True, coupled=True, tags=("separable",),
-)  # fmt: skip
+    nn.Embedding,
+    4,
+    3,
+    scale_grad_by_freq=True,
+    coupled=True,
+    tags=("separable",),
+)
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, sparse=True)
 for mode in ("sum", "mean", "max"):
-    layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.EmbeddingBag, 4, 3, mode=mode, tags=peers)
+    layer(
+        torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.EmbeddingBag, 4, 3, mode=mode, tags=peers
+    )
     layer(torch.tensor([[1, 1, 0], [3, 2, 2]]), nn.EmbeddingBag, 4, 3, mode=mode, padding_idx=1)
 
 _BAGS = (torch.tensor([1, 1, 0, 3, 2, 2, 2, 0]), torch.tensor([0, 3, 3, 5]))  # the second bag is empty
@@ -138,7 +150,11 @@ for mode in ("sum", "mean", "max"):
         return regress(nn.EmbeddingBag(4, 3, mode=mode), _BAGS)
 
 
-@case("peers", name="EmbeddingBag(4,3,mode=sum)@weights", axes=lambda i, b: {k: v[b : b + 1] for k, v in i.items()})
+@case(
+    "peers",
+    name="EmbeddingBag(4,3,mode=sum)@weights",
+    axes=lambda i, b: {k: v[b : b + 1] for k, v in i.items()},
+)
 def _() -> Built:
     """A weight for each id."""
     bag = nn.EmbeddingBag(4, 3, mode="sum")
@@ -190,9 +206,16 @@ layer((3, 4, 3, 2), nn.BatchNorm2d, 4, train=False, below=(nn.Conv2d, 4, 4, 1))
 for train in (True, False):
     for affine in (True, False):
         layer(
-            (3, 4, 3, 2), nn.BatchNorm2d, 4, track_running_stats=train, affine=affine, train=train, coupled=True,
-            below=(nn.Conv2d, 4, 4, 1), tags=peers,
-        )  # fmt: skip
+            (3, 4, 3, 2),
+            nn.BatchNorm2d,
+            4,
+            track_running_stats=train,
+            affine=affine,
+            train=train,
+            coupled=True,
+            below=(nn.Conv2d, 4, 4, 1),
+            tags=peers,
+        )
 layer((5, 7), nn.BatchNorm1d, 7, coupled=True, tags=("separable", "peers"))
 layer((5, 7, 4), nn.BatchNorm1d, 7, coupled=True, tags=("separable", "peers"))
 

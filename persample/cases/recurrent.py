@@ -1,7 +1,10 @@
-"""Recurrent layers: every kind, one or two layers, both directions, either layout, projections, packed sequences."""
+"""Recurrent layers: every kind, one or two layers, both directions, either layout, projections, packed
+sequences.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,7 +20,7 @@ KINDS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
 
 
 def recurrent(kind: str, steps: int = T, **options: Any) -> Built:
-    """The layer with output and final states in the loss; states have the batch on axis 1 in either layout."""
+    """Output and final states enter the loss; states have the batch on axis 1 in either layout."""
     first = options.get("batch_first", False)
     x = randn(B, steps, I) if first else randn(steps, B, I)
     return regress(KINDS[kind](I, H, **options), x, 0 if first else 1, *(1,) * (2 if kind == "LSTM" else 1))
@@ -36,15 +39,27 @@ def packed(kind: str, **options: Any) -> Built:
 
 for kind, layers, both, first in product(KINDS, (1, 2), (False, True), (False, True)):
     options = {"num_layers": layers, "bidirectional": both, "batch_first": first}
-    shown = ",".join(k for k, on in (("2 layers", layers == 2), ("bidirectional", both), ("batch_first", first)) if on)
+    shown = ",".join(
+        k for k, on in (("2 layers", layers == 2), ("bidirectional", both), ("batch_first", first)) if on
+    )
     tags = ["layer", "peers"] + ([] if first else ["time-major"])
-    add(f"layer/{kind}({shown})", lambda k=kind, o=options: recurrent(k, **o), *tags, axes=0 if first else 1)
+    add(f"layer/{kind}({shown})", partial(recurrent, kind, **options), *tags, axes=0 if first else 1)
 
 for kind in KINDS:
-    add(f"layer/{kind}(bias=False,T=B)", lambda k=kind: recurrent(k, steps=B, bias=False), "layer", "time-major", axes=1)
-    add(f"layer/{kind}(packed)", lambda k=kind: packed(k), "layer", "routing")
-    add(f"layer/{kind}(packed,bidirectional,2 layers)", lambda k=kind: packed(k, bidirectional=True, num_layers=2),
-        "layer", "routing")  # fmt: skip
+    add(
+        f"layer/{kind}(bias=False,T=B)",
+        partial(recurrent, kind, steps=B, bias=False),
+        "layer",
+        "time-major",
+        axes=1,
+    )
+    add(f"layer/{kind}(packed)", partial(packed, kind), "layer", "routing")
+    add(
+        f"layer/{kind}(packed,bidirectional,2 layers)",
+        partial(packed, kind, bidirectional=True, num_layers=2),
+        "layer",
+        "routing",
+    )
 
 add("layer/LSTM(proj_size)", lambda: recurrent("LSTM", proj_size=1, batch_first=True), "layer")
 add("layer/RNN(relu)", lambda: recurrent("RNN", nonlinearity="relu"), "layer", "time-major", axes=1)
@@ -65,15 +80,18 @@ def _() -> Built:
 @case("peers", name="GRU(learned initial state)")
 def _() -> Built:
     """A parameter expanded over the batch as the first state."""
-    model = Net(lambda m, x: m.rnn(x, m.start.expand(-1, len(x), -1).contiguous())[0],
-                rnn=nn.GRU(I, H, batch_first=True), start=randn(1, 1, H))  # fmt: skip
+    model = Net(
+        lambda m, x: m.rnn(x, m.start.expand(-1, len(x), -1).contiguous())[0],
+        rnn=nn.GRU(I, H, batch_first=True),
+        start=randn(1, 1, H),
+    )
     return regress(model, randn(B, T, I))
 
 
 def _cell(kind: str) -> Built:
     def run(m: Net, x: Tensor) -> Tensor:
-        state = x.new_zeros(len(x), H)
-        state = (state, state) if kind == "LSTMCell" else state
+        zeros = x.new_zeros(len(x), H)
+        state: Any = (zeros, zeros) if kind == "LSTMCell" else zeros
         for step in x.unbind(1):
             state = m.cell(step, state)
         return state[0] if kind == "LSTMCell" else state
@@ -82,4 +100,4 @@ def _cell(kind: str) -> Built:
 
 
 for kind in ("RNNCell", "LSTMCell", "GRUCell"):
-    add(f"layer/{kind}(loop)", lambda k=kind: _cell(k), "layer")
+    add(f"layer/{kind}(loop)", partial(_cell, kind), "layer")
