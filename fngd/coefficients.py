@@ -102,13 +102,9 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
         )
     for name, value in given.items():
         if not value > 0:  # also catches NaN
-            raise ValueError(
-                f"{name}={value}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)"
-            )
+            raise ValueError(f"{name}={value}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)")
         if math.isinf(value) and scale == "per_layer":
-            raise ValueError(
-                f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD"
-            )
+            raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")
 
 
 def _solve(matrix: Tensor, rounding: Tensor) -> Tensor:

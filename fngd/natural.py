@@ -160,9 +160,7 @@ class NaturalSGD(Optimizer):
         """
         if self._table is not None:
             if "coefficients" not in state_dict:
-                raise ValueError(
-                    "the state has no 'coefficients': it was not saved by an optimiser that shares them"
-                )
+                raise ValueError("the state has no 'coefficients': it was not saved by an optimiser that shares them")
             self._table.load_state_dict(state_dict["coefficients"], self.param_groups[0]["params"][0].device)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._met_batch = False

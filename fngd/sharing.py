@@ -183,9 +183,7 @@ class CoefficientTable:
         if self._ids is None:
             raise ValueError("share='sample' needs opt.next_batch(sample_ids) before loss.backward()")
         if len(self._ids) != batch:
-            raise ValueError(
-                f"next_batch got {len(self._ids)} sample ids, but layer '{layer}' has a batch of {batch}"
-            )
+            raise ValueError(f"next_batch got {len(self._ids)} sample ids, but layer '{layer}' has a batch of {batch}")
         if self.computing or (layer, 0) not in self._rows:
             return None
         rows = self._rows[layer, 0]
@@ -201,9 +199,7 @@ class CoefficientTable:
                 self._lengths[key][index] = 0
 
 
-def _check(
-    steps_per_epoch: object, share: object, samples: object, refresh_epochs: object, control: object
-) -> None:
+def _check(steps_per_epoch: object, share: object, samples: object, refresh_epochs: object, control: object) -> None:
     if share not in SHARES:
         raise ValueError(f"share={share!r} is unknown; choose one of {list(SHARES)}")
     if control not in CONTROLS:
@@ -216,6 +212,5 @@ def _check(
             raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1{hint}")
     if (share == "sample") != (samples is not None):
         raise ValueError(
-            f"share={share!r} with samples={samples}: share='sample' needs samples=len(dataset), and nothing "
-            "else does"
+            f"share={share!r} with samples={samples}: share='sample' needs samples=len(dataset), and nothing else does"
         )

@@ -137,8 +137,7 @@ def _conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
         # From the shapes, because the call's `output_size=` overrides the module's own.
         geometry = (z.shape[2:], x.shape[2:], module.stride, padding, module.dilation, kernel)
         output_padding = tuple(
-            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1)
-            for out, n, s, p, d, k in zip(*geometry, strict=True)
+            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for out, n, s, p, d, k in zip(*geometry, strict=True)
         )
     else:
         # 'same' may need one more element on one side, and other modes copy: both are padded by hand.

@@ -285,9 +285,7 @@ class Reweighting:
         return token, uses
 
 
-def reweight(
-    model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str, int] | None = None
-) -> Reweighting:
+def reweight(model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str, int] | None = None) -> Reweighting:
     """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of
     `model`.
 
@@ -351,9 +349,7 @@ def _axes(modules: Mapping[str, nn.Module], batch_axis: int | Mapping[str, int] 
         return dict.fromkeys(able, batch_axis)
     unknown = sorted(set(batch_axis) - set(modules))
     if unknown:
-        raise ValueError(
-            f"batch_axis names {unknown}, but the layers that can be named are {sorted(modules)}."
-        )
+        raise ValueError(f"batch_axis names {unknown}, but the layers that can be named are {sorted(modules)}.")
     for path, axis in batch_axis.items():
         if axis < 0 or (axis and not isinstance(modules[path], nn.Linear)):
             raise ValueError(
