@@ -1,6 +1,6 @@
-"""Reductions of per-sample convolution gradients: weighted sum, the gradients, their Gram matrix, their norms.
+"""Per-sample convolution gradients, and their weighted sum, Gram matrix and norms.
 
-With x [batch, in, *space], z [batch, out, *time] and g_b = Σ_t z_bt ⊗ patch_bt (see `convolution_algorithms`):
+With x [batch, in, *space], z [batch, out, *time] and g_b = Σ_t z_bt ⊗ patch_bt (`convolution_algorithms`):
 
     weighted_grad      Σ_b c_b g_b                                       [*weight_shape]
     per_sample_grads   g_b                                               [batch, *weight_shape]
@@ -12,51 +12,25 @@ All are exact. float16 and bfloat16 inputs are accumulated, and returned, in flo
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
+import torch
 from torch import Tensor
 
-from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, patches, weight_gradient
+from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, pad, patches, weight_gradient
+from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, force, product_costs, ranges
 
 __all__ = ["ConvSpec", "choose", "force", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
 
-_BUDGET = 64 * 2**20  # bytes of temporary memory in gram and sqnorms
-_forced: list[str] = []
+Pair = tuple[Tensor, Tensor]
 
-
-@contextmanager
-def force(name: str) -> Iterator[None]:
-    """Within the context every choice of an algorithm, in the whole process, is `name`.
-
-    For gram and sqnorms the names are "materialise" and "hadamard"; both kinds of choice can be forced together.
-    Raises ValueError if there is no such name.
-    """
-    if name not in ALGORITHMS and name not in _FORMS:
-        raise ValueError(f"no algorithm is called {name!r}; choose one of {sorted([*ALGORITHMS, *_FORMS])}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.remove(name)
-
-
-def _forced_among(names: object) -> str | None:
-    return next((name for name in reversed(_forced) if name in names), None)  # type: ignore[operator]
-
-
-def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
-    """The name of the algorithm that per_sample_grads uses."""
-    _, _, spec = ordinary(x[:0], z[:0], spec)
-    forced = _forced_among(ALGORITHMS)
-    if forced is not None:
-        return forced
-    return "pointwise" if ALGORITHMS["pointwise"].supports(spec) else "fold"
+# oneDNN's matrix product, which torch.mm does not use in float32: 2.3 times as fast as the BLAS in gram.
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def weighted_grad(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor | None = None) -> Tensor:
-    """Σ_b c_b g_b, shape [*weight_shape], at the cost of one ordinary weight gradient (c: [batch], default ones)."""
+    """Σ_b c_b g_b, shape [*weight_shape], at the cost of one weight gradient (c: [batch], default ones)."""
     x, z, spec = ordinary(x, z, spec)
     if not x.shape[0]:
         return x.new_zeros(spec.weight_shape)
@@ -83,7 +57,21 @@ def per_sample_grads(
         raise ValueError(f"algorithm {algorithm!r} cannot be used for {spec}; choose one of {able}")
     if not x.shape[0]:
         return x.new_zeros(0, *spec.weight_shape) if out is None else out
-    return ALGORITHMS[algorithm].compute(x, z, spec, out)
+    batch, chosen = x.shape[0], ALGORITHMS[algorithm]
+    result = math.prod(spec.weight_shape)
+    columns = spec.groups * math.prod(spec.weight_shape[1:]) * math.prod(z.shape[2:])
+    temporary = {"result": result, "columns": columns, "nothing": 0}[chosen.temporary]
+    elements = (x.numel() + z.numel()) // batch + temporary
+    parts = ranges(batch, elements * x.element_size(), CACHE)
+    if chosen.temporary == "nothing" or len(parts) == 1:
+        return chosen.compute(x, z, spec, out)
+    # In parts whose temporaries stay in the cache, and come from memory that has been touched before: oneDNN
+    # works in layouts of its own, and for 64 → 64 channels the batch at once took three times as long.
+    if out is None:
+        out = x.new_empty(batch, *spec.weight_shape)
+    for part in parts:
+        chosen.compute(x[part], z[part], spec, out[part])
+    return out
 
 
 def gram(x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -93,7 +81,7 @@ def gram(x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | No
     """
     x, z, ordinary_spec = ordinary(x, z, spec)
     x2, z2 = (x, z) if other is None else ordinary(*other, spec)[:2]
-    form = _FORMS[_form(x, z, ordinary_spec, x2.shape[0])]
+    form = _FORMS[choose_form(x, z, ordinary_spec, x2.shape[0])]
     result = x.new_zeros(x.shape[0], x2.shape[0])
     if result.numel():
         form(result, (x, z), None if other is None else (x2, z2), ordinary_spec)
@@ -106,69 +94,91 @@ def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
     result = x.new_empty(x.shape[0])
     if not x.shape[0]:
         return result
-    hadamard = _form(x, z, spec, 1) == "hadamard"
-    time = math.prod(z.shape[2:])
-    per_sample = (2 * spec.groups * time**2) if hadamard else math.prod(spec.weight_shape)
-    for part in _ranges(x.shape[0], per_sample * x.element_size()):
+    hadamard = choose_form(x, z, spec, None) == "hadamard"
+    time, pixels = math.prod(z.shape[2:]), math.prod(x.shape[2:])
+    per_sample = spec.groups * (2 * time**2 + pixels**2) if hadamard else math.prod(spec.weight_shape)
+    for part in ranges(x.shape[0], per_sample * x.element_size(), 2 * CACHE):
         if hadamard:
-            left, right = _columns(x[part], z[part], spec)
-            result[part] = ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
+            rows = z[part].reshape(-1, z.shape[1] // spec.groups, time)
+            images = x[part].reshape(-1, spec.weight_shape[1], *x.shape[2:])
+            products = _position_products(images, None, spec, tuple(z.shape[2:]))
+            products *= torch.bmm(rows.mT, rows).view_as(products)
+            result[part] = products.flatten(1).sum(1).view(-1, spec.groups).sum(1)
         else:
-            result[part] = per_sample_grads(x[part], z[part], spec).flatten(1).square().sum(1)
+            grads = per_sample_grads(x[part], z[part], spec).flatten(1)
+            result[part] = torch.linalg.vector_norm(grads, dim=1).square()
     return result
 
 
-def _form(x: Tensor, z: Tensor, spec: ConvSpec, others: int) -> str:
-    """Which form of the Gram matrix needs fewer operations."""
-    forced = _forced_among(_FORMS)
-    if forced is not None:
-        return forced
-    batch, time = z.shape[0], math.prod(z.shape[2:])
-    out, inp = z.shape[1] // spec.groups, math.prod(spec.weight_shape[1:])
-    materialise = batch * time * out * inp + batch * others * out * inp
-    hadamard = batch * others * time**2 * (out + inp)
-    return "hadamard" if hadamard < materialise else "materialise"
+def _position_products(x: Tensor, other: Tensor | None, spec: ConvSpec, time: tuple[int, ...]) -> Tensor:
+    """patch_at·patch_bs for every pair of samples, [batch, *time, batch', *time]; other None: each with itself.
+
+    From pixels: patch_t·patch_s = Σ_k x_{t+k}·x_{s+k}, so the kernel's elements are added after the product of
+    the images, which takes as many times fewer multiplications as the kernel has elements.
+    """
+    positions = math.prod(time)
+    second = () if other is None else (slice(None),)
+    others = () if other is None else (other.shape[0],)
+    shape = (x.shape[0], *time, *others, *time)
+    from_pixels, from_patches = product_costs(x, spec, positions)
+    if from_patches < from_pixels:
+        left = patches(x, spec, time).reshape(x.shape[0], -1, positions)
+        right = None if other is None else patches(other, spec, time).reshape(other.shape[0], -1, positions)
+        return _pair_products(left, right).view(shape)
+    images = pad(x, spec)
+    size = images.shape[2:]
+    right = None if other is None else pad(other, spec).flatten(2)
+    products = _pair_products(images.flatten(2), right).view(x.shape[0], *size, *others, *size)
+    total = x.new_zeros(shape)
+    for element in product(*map(range, spec.kernel)):
+        axes = zip(element, spec.dilation, spec.stride, time, strict=True)
+        where = [slice(k * d, k * d + (n - 1) * s + 1, s) for k, d, s, n in axes]
+        total += products[(slice(None), *where, *second, *where)]
+    return total
 
 
-def _columns(x: Tensor, z: Tensor, spec: ConvSpec) -> tuple[Tensor, Tensor]:
-    """(z, patches) as [batch, groups, time, out] and [batch, groups, time, inp]."""
-    batch, groups = x.shape[0], spec.groups
-    left = z.reshape(batch, groups, z.shape[1] // groups, -1)
-    right = patches(x, spec, tuple(z.shape[2:])).reshape(batch, groups, -1, left.shape[-1])
-    return left.mT, right.mT
+def _pair_products(left: Tensor, right: Tensor | None) -> Tensor:
+    """[batch, time, batch', time'] from columns [batch, channels, time]; right None: [batch, time, time]."""
+    if right is None:
+        return torch.bmm(left.mT, left)
+    channels = left.shape[1]
+    return left.mT.reshape(-1, channels) @ right.mT.reshape(-1, channels).mT
 
 
-def _ranges(size: int, bytes_each: int) -> list[slice]:
-    step = max(1, _BUDGET // max(1, bytes_each))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _add_hadamard(
-    result: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, spec: ConvSpec
-) -> None:
-    left, right = _columns(*first, spec)
-    left2, right2 = (left, right) if second is None else _columns(*second, spec)
-    others, time = left2.shape[0], left.shape[2]
+def _add_hadamard(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec) -> None:
+    (x, z), (x2, z2) = first, second or first
+    shape, time = tuple(z.shape[2:]), math.prod(z.shape[2:])
+    x, z, x2, z2 = (t.unflatten(1, (spec.groups, -1)) for t in (x, z, x2, z2))
+    per_sample = x2.shape[0] * (2 * time**2 + math.prod(x.shape[3:]) ** 2) * result.element_size()
     for group in range(spec.groups):
-        l2, r2 = left2[:, group].reshape(others * time, -1).mT, right2[:, group].reshape(others * time, -1).mT
-        for part in _ranges(result.shape[0], 2 * time**2 * others * result.element_size()):
-            products = left[part, group].reshape(-1, l2.shape[0]) @ l2
-            products *= right[part, group].reshape(-1, r2.shape[0]) @ r2
-            result[part] += products.view(-1, time, others, time).sum((1, 3))
+        for part in ranges(result.shape[0], per_sample, BUDGET):
+            products = _position_products(x[part, group], x2[:, group], spec, shape)
+            products *= _pair_products(z[part, group].flatten(2), z2[:, group].flatten(2)).view_as(products)
+            result[part] += products.view(-1, time, z2.shape[0], time).sum((1, 3))
 
 
-def _add_materialised(
-    result: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, spec: ConvSpec
-) -> None:
+def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec) -> None:
     out = spec.weight_shape[0] // spec.groups
     both = result.shape[0] + (0 if second is None else result.shape[1])
     per_channel = both * math.prod(spec.weight_shape[1:]) * result.element_size()
+    # No product over more than 2^17 elements at once: oneDNN adds them one after the other, and 2^21 squares in
+    # float32 came out 1e-5 off (and five times as slow).
+    budget = min(BUDGET // 4, both * 2**17 * result.element_size())
     # Whole groups together while they fit, otherwise some of the output channels of one group.
-    for group in _ranges(spec.groups, per_channel * out):
-        for part in _ranges(out, per_channel * (group.stop - group.start)):
+    for group in ranges(spec.groups, per_channel * out, budget):
+        for part in ranges(out, per_channel * (group.stop - group.start), budget, 16):
             rows = _partial_grads(*first, spec, group, part)
             columns = rows if second is None else _partial_grads(*second, spec, group, part)
-            result.addmm_(rows, columns.mT)
+            result += _inner(rows, columns)
+
+
+def _inner(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns.T."""
+    if _LINEAR is not None and rows.dtype == torch.float32 and rows.device.type == "cpu":
+        # Contiguous, or it falls back to a reference kernel that is a thousand times slower.
+        inner: Tensor = _LINEAR(rows.contiguous(), columns.contiguous(), None, "none", [], "")
+        return inner
+    return rows @ columns.mT
 
 
 def _partial_grads(x: Tensor, z: Tensor, spec: ConvSpec, group: slice, part: slice) -> Tensor:

@@ -1,0 +1,93 @@
+"""Which algorithm, which form of the Gram matrix, and how large a part of the batch at a time."""
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary
+
+FORMS = ("hadamard", "materialise")
+BUDGET = 64 * 2**20  # bytes of temporary memory in gram and sqnorms
+CACHE = 4 * 2**20  # bytes that the parts of a batch may touch: about what stays in the cache of a few cores
+_forced: list[str] = []
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Within the context every choice of an algorithm, in the whole process, is `name`.
+
+    For gram and sqnorms the names are "materialise" and "hadamard"; both kinds can be forced together.
+    Raises ValueError if there is no such name.
+    """
+    if name not in ALGORITHMS and name not in FORMS:
+        raise ValueError(f"no algorithm is called {name!r}; choose one of {sorted([*ALGORITHMS, *FORMS])}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.remove(name)
+
+
+def _forced_among(names: Collection[str]) -> str | None:
+    return next((name for name in reversed(_forced) if name in names), None)
+
+
+def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
+    """The name of the algorithm that per_sample_grads uses.
+
+    An analytic rule, not a measurement at run time: on a shared machine single measurements were off by up to
+    ten times, far more than the algorithms differ, so a cache would have kept wrong choices for good. Measured
+    on two CPU cores (float32, AVX-512), in units of the summed weight gradient: `fold`, a cache-sized part of
+    the batch at a time, costs 0.9 to 1.3 for most layers, because oneDNN's convolutions run at twice the speed
+    of a batched matmul. The others win where the gradients of one sample are larger than the data they come
+    from (few positions, many channels), where patches do not overlap, and (`rows`) for images.
+    """
+    x, z, spec = ordinary(x, z, spec)
+    forced = _forced_among(ALGORITHMS)
+    if forced is not None:
+        return forced
+    batch = max(1, x.shape[0])
+    result, data = math.prod(spec.weight_shape), (x.numel() + z.numel()) // batch
+    inp, out = spec.weight_shape[1], spec.weight_shape[0] // spec.groups
+    if ALGORITHMS["pointwise"].supports(spec):
+        return "pointwise" if result > data or x.dtype != torch.float32 else "fold"
+    if inp == out == 1:
+        return "fold"
+    disjoint = all(stride >= size for stride, size in zip(spec.stride, spec.kernel, strict=True))
+    if disjoint or result * x.element_size() > CACHE:
+        return "unfold"
+    if inp % 8 and inp < 32 and out >= 8 and x.dtype == torch.float32:
+        return "rows"
+    return "fold"
+
+
+def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: int | None) -> str:
+    """Which form of the Gram matrix (others: batch') or of its diagonal (None) needs fewer operations."""
+    forced = _forced_among(FORMS)
+    if forced is not None:
+        return forced
+    time, out = math.prod(z.shape[2:]), z.shape[1] // spec.groups
+    rows = out * math.prod(spec.weight_shape[1:])
+    materialise = time * rows + (0 if others is None else others * rows)
+    hadamard = (1 if others is None else others) * (time**2 * out + min(product_costs(x, spec, time)))
+    return "hadamard" if hadamard < materialise else "materialise"
+
+
+def product_costs(x: Tensor, spec: ConvSpec, time: int) -> tuple[int, int]:
+    """Operations for the products of the patches of one pair of samples: from pixels, from patches."""
+    padded = math.prod(size + 2 * amount for size, amount in zip(x.shape[2:], spec.padding, strict=True))
+    elements = math.prod(spec.kernel)
+    # Adding costs about eight times what a multiplication inside a matmul does: it is bound by memory.
+    return padded**2 * spec.weight_shape[1] + 8 * elements * time**2, time**2 * spec.weight_shape[1] * elements
+
+
+def ranges(size: int, bytes_each: int, budget: int, multiple: int = 1) -> list[slice]:
+    """range(size) in equal parts of at most `budget` bytes, of a multiple of `multiple` where that fits."""
+    most = max(1, budget // max(1, bytes_each))
+    step = -(-size // -(-size // most)) if size else 1
+    if step < size and most >= multiple:
+        step = min(-(-step // multiple) * multiple, most // multiple * multiple)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
