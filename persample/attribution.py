@@ -60,7 +60,7 @@ class Owner:
 
         Samples with fewer positions are filled up with zeros.
         """
-        tensor = tensor.movedim(self.axis if axis is None else axis, 0)
+        tensor = tensor.movedim(axis if axis is not None else self.axis or 0, 0)
         rest = tensor.shape[1:]
         if self.layout == "identity":
             return tensor.unsqueeze(1)
@@ -86,7 +86,8 @@ class Owner:
 
     def sum_by_sample(self, tensor: Tensor) -> Tensor:
         """The tensor, of z's shape, summed over its axis sample by sample: [B, *others]."""
-        return self.by_sample(tensor).sum(1) if self.layout != "identity" else tensor.movedim(self.axis, 0)
+        rows = self.by_sample(tensor)
+        return rows[:, 0] if self.layout == "identity" else rows.sum(1)
 
     def mask(self, samples: slice) -> Tensor:
         """Boolean [n, *z.shape or broadcastable]: the entries of each sample of the slice."""
@@ -108,9 +109,7 @@ def probes(batch: int, dtype: torch.dtype, device: torch.device) -> list[Float[T
     weights = []
     while True:
         digit = number % levels
-        weights.append(
-            torch.ldexp(torch.ones(batch, device=device, dtype=torch.float64), digit - levels // 2)
-        )
+        weights.append(torch.ldexp(torch.ones(batch, device=device, dtype=torch.float64), digit - levels // 2))
         number = number // levels
         if batch <= levels ** len(weights):
             return [w.to(dtype) for w in weights]
@@ -126,11 +125,12 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
         levels: powers of two in each probe.
     """
     tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
-    if batch == 1 or z.ndim == 0:
-        if batch <= 1:
-            return Owner(None, torch.zeros(z.shape, dtype=torch.long, device=z.device), batch)
-        ids = _identify(z.reshape(1, 1), [p.reshape(1, 1) for p in probed], batch, levels, tolerance)
-        return None if ids is None else Owner(None, ids.view(()), batch)
+    if batch == 1 and z.ndim:
+        return Owner(0, torch.zeros(z.shape[0], dtype=torch.long, device=z.device), batch)
+    if z.ndim == 0:
+        flat = [t.reshape(1, 1) for t in (z, *probed)]
+        ids = _identify(flat[0], flat[1:], batch, levels, tolerance) if batch > 1 else torch.zeros(1, dtype=torch.long)
+        return None if ids is None else Owner(None, ids.view(()).to(z.device), batch)
     sizes = z.shape
     axes = sorted(range(z.ndim), key=lambda a: (sizes[a] != batch, batch == 0 or sizes[a] % batch != 0, a))
     for axis in axes:
@@ -188,11 +188,11 @@ def _fill(ids: Tensor, batch: int) -> Tensor:
 
 
 def backward_pairs(
-    backward: Callable[[Tensor], Sequence[Tensor | None]], losses: Tensor
-) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor | None]], int]:
+    backward: Callable[[Tensor], Sequence[Tensor]], losses: Tensor
+) -> tuple[Sequence[Tensor], list[Sequence[Tensor]], int]:
     """The gradients of Σ_b ℓ_b and of each probe, and the number of levels.
 
-    `backward(v)` returns the gradients of Σ_b v_b ℓ_b.
+    `backward(v)` returns the gradients of Σ_b v_b ℓ_b; None among them where there is none.
     """
     z = backward(torch.ones_like(losses))
     lowest = min((t.dtype for t in z if t is not None), key=_exponents, default=losses.dtype)

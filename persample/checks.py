@@ -24,9 +24,7 @@ def check_losses(losses: object) -> Tensor:
         ValueError: another shape or dtype; the message says what to change in the loss function.
     """
     if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"loss_fn must return a tensor with one loss per sample, [B]; got {type(losses).__name__}"
-        )
+        raise TypeError(f"loss_fn must return a tensor with one loss per sample, [B]; got {type(losses).__name__}")
     if losses.ndim != 1:
         remedy = (
             "it is already reduced over the batch: pass reduction='none' to the criterion and reduce every "
@@ -34,9 +32,7 @@ def check_losses(losses: object) -> Tensor:
             if losses.ndim == 0
             else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1)"
         )
-        raise ValueError(
-            f"loss_fn must return one loss per sample, shape [B]; got {tuple(losses.shape)}: {remedy}"
-        )
+        raise ValueError(f"loss_fn must return one loss per sample, shape [B]; got {tuple(losses.shape)}: {remedy}")
     if not losses.is_floating_point():
         raise ValueError(f"losses must be real floating-point numbers; got dtype {losses.dtype}")
     return losses
@@ -69,7 +65,7 @@ def check_sum(
             total = part if total is None else total + part
             largest = torch.maximum(largest, upper_bound(block).to(largest.device))
         if expected is None:
-            expected = torch.zeros_like(total)
+            expected = torch.zeros(uses[0].shape, dtype=uses[0].dtype, device=uses[0].device)
         expected = full_precision(expected.to_dense())
         if not bool(expected.isfinite().all()):
             continue  # NaN in a sample's loss: its row is NaN, the others are right

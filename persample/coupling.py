@@ -48,9 +48,7 @@ def coupled_error(
         where = "in the loss"
     else:
         path = module(culprit)
-        layer = (
-            "in the loss" if path is None else f"in layer {path!r}" if path else "in the model's own forward"
-        )
+        layer = "in the loss" if path is None else f"in layer {path!r}" if path else "in the model's own forward"
         where = f"{layer} (operation {culprit.name().removesuffix('Backward0')})"
     if coupled == "rows":
         return CoupledSamplesError(

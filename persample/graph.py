@@ -77,15 +77,13 @@ def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor |
     return grads if isinstance(grads, tuple) else (grads,)
 
 
-def call_node_rows(
-    node: Node, cotangents: Sequence[Tensor | None], slots: Sequence[int]
-) -> list[Tensor | None]:
+def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Sequence[int]) -> list[Tensor | None]:
     """The node called on n rows of cotangents at once, [n, *output]: gradients [n, *input] of the given slots.
 
     Broadcasting is undone: each gradient has the shape of the tensor that enters its slot.
     """
     present = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
-    rows = [cotangents[k] for k in present]
+    rows: list[Tensor] = [cotangent for cotangent in cotangents if cotangent is not None]
     count = rows[0].shape[0]
     found: list[int] = []
 
@@ -115,9 +113,7 @@ def _batched(function: Any, rows: Sequence[Tensor], count: int) -> Sequence[Tens
     if count > 1:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "There is a performance drop"
-                )  # the fallback is what we want
+                warnings.filterwarnings("ignore", "There is a performance drop")  # the fallback is what we want
                 return torch.vmap(function)(*rows)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             pass  # no batching rule, or a custom Function that vmap refuses: the loop below is exact, only slower

@@ -128,7 +128,7 @@ def _storage(tensor: Tensor) -> StorageWeakRef | None:
 
 
 def _next_number() -> int:
-    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return torch._C._autograd._get_sequence_nr()
 
 
 def _number(node: Node) -> int:

@@ -271,9 +271,7 @@ def _(a: Conv, b: Conv) -> Tensor:
 def _(a: Rows, b: Rows) -> Tensor:
     az, bz = full_precision(a.z), full_precision(b.z)
     parts = [
-        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum(
-            (1, 2)
-        )
+        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum((1, 2))
         for s in chunks(a.batch, 2 * az.shape[1] * bz.shape[1] * az.element_size())
     ]
     return torch.cat(parts) if parts else az.new_zeros(0)
@@ -304,13 +302,10 @@ def _(a: Rows, b: Outer) -> Tensor:
 @register_pair(_GRAM, Rows, Outer)
 def _(a: Rows, b: Outer) -> Tensor:
     r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
-    (batch, time, dim), (other, time_b, out) = r.shape, z.shape
+    (batch, time, _), (other, time_b, _) = r.shape, z.shape
     x, z = x.flatten(0, 1), z.flatten(0, 1)
     parts = [
-        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)])
-        .view(other, time_b, -1, time)
-        .sum((1, 3))
-        .T
+        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)]).view(other, time_b, -1, time).sum((1, 3)).T
         for s in chunks(batch, 2 * time * other * time_b * r.element_size())
     ]
     return torch.cat(parts) if parts else r.new_zeros(0, other)

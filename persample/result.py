@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -78,11 +78,7 @@ class PerSampleGrads:
 
     def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
         """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter."""
-        squares = {name: self._squared_norms(name) for name in self._parameters}
-        grouped = self._group(squares, per, lambda: self.losses.new_zeros(self.batch))
-        if isinstance(grouped, dict):
-            return {key: value.clamp(min=0).sqrt() for key, value in grouped.items()}
-        return grouped.clamp(min=0).sqrt()
+        return _total(self._norms(per), per)
 
     def gram(
         self, per: Per = "total", other: PerSampleGrads | None = None
@@ -97,16 +93,14 @@ class PerSampleGrads:
             ValueError: `other` holds other parameters.
         """
         right = self if other is None else other
-        if {n: p.shape for n, p in right._parameters.items()} != {
-            n: p.shape for n, p in self._parameters.items()
-        }:
+        if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
             raise ValueError(
                 f"other= must hold the same parameters with the same shapes; got {len(right._parameters)} parameters "
                 f"against {len(self._parameters)}: differing names "
                 f"{sorted(set(right._parameters) ^ set(self._parameters))[:5]}"
             )
         matrices = {name: self._gram(name, right) for name in self._parameters}
-        return self._group(matrices, per, lambda: self.losses.new_zeros(self.batch, right.batch))
+        return _total(self._group(matrices, per, (self.batch, right.batch)), per)
 
     def weighted_sum(
         self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
@@ -125,9 +119,7 @@ class PerSampleGrads:
         for layer, values in by_layer.items():
             if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}"
-                )
+                raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
         result = {}
         for layer, names in self.layers.items():
             for name in names:
@@ -146,9 +138,7 @@ class PerSampleGrads:
         """
         unknown = set(vectors) - set(self._parameters)
         if unknown:
-            raise ValueError(
-                f"vectors has {sorted(unknown)}, which are no trainable parameters of this model"
-            )
+            raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
         result = self.losses.new_zeros(self.batch, dtype=self._dtype)
         for name, vector in vectors.items():
             if vector.shape != self._parameters[name].shape:
@@ -168,13 +158,13 @@ class PerSampleGrads:
                 clips each layer by its own norm.
         """
         if isinstance(max_norm, Mapping):
-            norms = self.norms(per="layer")
+            norms = self._norms("layer")
             if set(max_norm) != set(norms):
                 raise ValueError(
                     f"max_norm must name every layer once; layers are {sorted(norms)}, got {sorted(max_norm)}"
                 )
             return self.weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
-        return self.weighted_sum(_clip(self.norms(), max_norm))
+        return self.weighted_sum(_clip(self._norms("total")[""], max_norm))
 
     def explain(self) -> list[Explanation]:
         """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held."""
@@ -226,17 +216,25 @@ class PerSampleGrads:
         rows = real_rows(self._materialise(name))
         return rows @ (rows if right is self else real_rows(right._materialise(name))).T
 
-    def _group(
-        self, values: Mapping[str, Tensor], per: Per, zero: Callable[[], Tensor]
-    ) -> Tensor | dict[str, Tensor]:
-        """Values of parameters, added up as `per` says."""
+    def _norms(self, per: Per) -> dict[str, Tensor]:
+        squares = {name: self._squared_norms(name) for name in self._parameters}
+        # cross terms of several uses may leave a rounding error below zero
+        return {key: value.clamp(min=0).sqrt() for key, value in self._group(squares, per, (self.batch,)).items()}
+
+    def _group(self, values: Mapping[str, Tensor], per: Per, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Values of parameters, added up as `per` says; the total under the name ""."""
         if per == "param":
             return dict(values)
         if per == "layer":
             return {layer: _add([values[name] for name in names]) for layer, names in self.layers.items()}
         if per == "total":
-            return _add([value.to(self.losses.device) for value in values.values()]) if values else zero()
+            parts = [value.to(self.losses.device) for value in values.values()]
+            return {"": _add(parts) if parts else self.losses.new_zeros(shape, dtype=self._dtype)}
         raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+
+
+def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
+    return values[""] if per == "total" else values
 
 
 def _add(parts: Sequence[Tensor]) -> Tensor:

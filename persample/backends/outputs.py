@@ -3,162 +3,32 @@
 The per-sample gradient is had from gradients with respect to the *outputs* of the operations that use a
 parameter (section IV-C of the FNGD paper); no parameter gradient is computed on the way. Data flow:
 
-    losses ─▶ graph ─▶ candidates: first node behind each parameter ─▶ z and probed z at all of them at once
-                            ▲                                                  │
-                            └──── samples mix there: go on to its consumers ◀──┤
-                                                                               └─▶ sites ─▶ rules ─▶ blocks
+    model ─▶ losses ─▶ graph ─▶ plan of an earlier batch, or `persample.uses` ─▶ sites (z, owner) ─▶ rules ─▶ blocks
 
-A node at whose output samples mix is one that has not met the data yet (a position table, a weight norm), or
-one below an operation that couples samples (batch normalisation in training mode). `persample.provenance` tells
-which: from the first kind the search goes on to the consumers, the second kind is refused by name.
+The first batch with a graph is attributed by probing and checked in full. Where the layout is proven to follow
+from the graph (`persample.layout`), later batches cost one backward pass to the outputs, and every
+`CHECK_EVERY`-th of them verifies one use in turn. Otherwise each batch is probed and checked in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.attribution import Owner, backward_pairs, locate
 from persample.backends import Capture, Captured, Problem, register
 from persample.blocks import Block, Dense, Outer, Pulled
 from persample.checks import check_losses, check_sum
-from persample.coupling import coupled_error, row_owner
-from persample.graph import SKIPPED, Graph, Node, Route, route, trace
+from persample.graph import Graph, Route, call_node, sum_to, trace
+from persample.plans import Plan, Plans, edges, make, plans_of, signature
 from persample.provenance import Provenance
 from persample.rules import Site, build
+from persample.uses import Separation, Use, find_uses
 
-SINGLE_STEPS = 3
-"""Levels that the search climbs one by one before it looks at everything behind an unseparated node."""
-
-
-@dataclass
-class Separation:
-    """What is known of nodes so far: z and owner of each output; an owner of None marks mixed samples."""
-
-    zs: dict[Node, tuple[Tensor | None, ...]] = field(default_factory=dict)
-    owners: dict[Node, tuple[Owner | None, ...]] = field(default_factory=dict)
-
-    def separated(self, node: Node) -> bool:
-        """True where one sample stands behind every entry of every output."""
-        return all(
-            z is None or owner is not None
-            for z, owner in zip(self.zs[node], self.owners[node], strict=True)
-        )  # fmt: skip
-
-    def read_rows(self, node: Node, batch: int) -> bool:
-        """Gives the node's outputs the row reading; returns whether they have one."""
-        pairs = zip(self.zs[node], self.owners[node], strict=True)
-        self.owners[node] = tuple(o if z is None or o is not None else row_owner(z, batch) for z, o in pairs)
-        return self.separated(node)
-
-
-Meeting = tuple[Node, int, Node, int]
-"""A node, the slot through which a parameter enters, and the edge (source, output) that feeds it."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """Where one parameter meets the data, and the route it takes to there."""
-
-    node: Node
-    slot: int
-    route: Route
-
-
-def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation) -> None:
-    """Finds z and owners at the outputs of `nodes` and adds them to `known`."""
-    new = [node for node in nodes if node not in known.zs]
-    edges = [GradientEdge(node, output) for node in new for output in graph.outputs(node)]
-    if not edges:
-        return
-
-    def backward(weights: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(losses, edges, weights, retain_graph=True, allow_unused=True)
-
-    z, probed, levels = backward_pairs(backward, losses)
-    position = 0
-    for node in new:
-        count = len(node._input_metadata) if not hasattr(node, "variable") else 1
-        zs: list[Tensor | None] = [None] * count
-        owners: list[Owner | None] = [None] * count
-        for output in graph.outputs(node):
-            found = z[position]
-            if found is not None:
-                zs[output] = found
-                owners[output] = locate(found, [p[position] for p in probed], losses.shape[0], levels)
-            position += 1
-        known.zs[node], known.owners[node] = tuple(zs), tuple(owners)
-
-
-def first_nodes(graph: Graph, node: Node, region: set[Node]) -> list[Meeting]:
-    """Where the output of `node` is used next; operations that merely rearrange are passed, into `region`."""
-    found = []
-    for consumer, slot, output in graph.consumers.get(node, ()):
-        if consumer.name() in SKIPPED and consumer is not graph.root:
-            if consumer not in region:
-                region.add(consumer)
-                found += first_nodes(graph, consumer, region)
-        else:
-            found.append((consumer, slot, node, output))
-    return found
-
-
-def find_uses(
-    graph: Graph,
-    losses: Tensor,
-    parameters: Mapping[str, Tensor],
-    coupled: str,
-    provenance: Provenance | None,
-) -> tuple[dict[str, list[Use]], Separation]:
-    """Returns every place where each parameter meets the data, and z with owners there."""
-    batch = losses.shape[0]
-    known = Separation()
-    regions: dict[str, set[Node]] = {name: set() for name in parameters}
-    leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
-    waiting = {name: first_nodes(graph, leaf, regions[name]) for name, leaf in leaves.items()}
-    reached: dict[str, list[Meeting]] = {name: [] for name in parameters}
-    step = 0
-    while any(waiting.values()):
-        nodes = {meeting[0] for meetings in waiting.values() for meeting in meetings}
-        separate(graph, losses, nodes if step <= SINGLE_STEPS else behind(graph, nodes), known)
-        for name, meetings in waiting.items():
-            waiting[name] = []
-            for meeting in meetings:
-                node = meeting[0]
-                if known.separated(node):
-                    reached[name].append(meeting)
-                elif provenance is not None and provenance.saw_data(node, batch):
-                    if coupled == "error" or not known.read_rows(node, batch):
-                        separate(graph, losses, behind(graph, [node]), known)
-                        raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
-                    reached[name].append(meeting)
-                elif node not in regions[name]:
-                    regions[name].add(node)
-                    waiting[name] += first_nodes(graph, node, regions[name])
-        step += 1
-    uses: dict[str, list[Use]] = {name: [] for name in parameters}
-    for name, meetings in reached.items():
-        for node, slot, source, output in dict.fromkeys(meetings):
-            if any(z is not None for z in known.zs[node]):
-                uses[name].append(
-                    Use(node, slot, route(graph, leaves[name], (source, output), regions[name]))
-                )
-    return uses, known
-
-
-def behind(graph: Graph, nodes: Iterable[Node]) -> set[Node]:
-    """The nodes and everything that depends on them."""
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
-    return found
+CHECK_EVERY = 4
+"""Of the batches with a proven plan, one in this many verifies one use against autograd."""
 
 
 def pulled(block: Block, path: Route) -> Block:
@@ -191,6 +61,7 @@ def capture_losses(
     parameters: Mapping[str, Tensor],
     *,
     provenance: Provenance | None = None,
+    plans: Plans | None = None,
     coupled: str = "error",
     check: bool = True,
 ) -> Capture:
@@ -200,35 +71,104 @@ def capture_losses(
     """
     losses = check_losses(losses)
     graph = trace(losses)
-    uses, known = find_uses(graph, losses, parameters, coupled, provenance)
-    built: dict[tuple[Node, int], tuple[Block, str]] = {}
-    captured: dict[str, tuple[Captured, ...]] = {}
+    key = (signature(graph), coupled, tuple(parameters)) if plans is not None else None
+    plan = plans.find(key) if plans is not None else None
+    if plan is not None and plan.owners is not None and plan.current():
+        uses, known = plan.restore(graph), outputs_by_plan(plan, graph, losses)
+        full = False
+    else:
+        uses, known = find_uses(graph, losses, parameters, coupled, provenance)
+        full = True
+        if plans is not None:
+            plans.keep(key, make(graph, uses, known, losses.shape[0]))
     with torch.no_grad():
-        for name, places in uses.items():
-            found = []
-            for use in places:
-                key = (use.node, use.slot)
-                if key not in built:
-                    site = Site(
-                        use.node, use.slot, known.zs[use.node], known.owners[use.node], losses.shape[0]
-                    )
-                    built[key] = build(site)
-                block, rule = built[key]
-                found.append(
-                    Captured(pulled(block, use.route), use.node.name().replace("Backward0", ""), rule)
-                )
-            captured[name] = merged(found)
+        captured = build_uses(uses, known, losses.shape[0])
     result = Capture(losses.detach(), captured)
-    if check and parameters and losses.requires_grad:
-        total = torch.autograd.grad(
-            losses, list(parameters.values()), torch.ones_like(losses), retain_graph=True, allow_unused=True
-        )
-        precision = min((p.dtype for p in parameters.values()), key=lambda d: -torch.finfo(d).eps)
-        precision = min((precision, losses.dtype), key=lambda d: -torch.finfo(d).eps)
-        check_sum(
-            result.blocks, dict(zip(parameters, total, strict=True)), precision=precision, backend="outputs"
-        )  # fmt: skip
+    if check and full:
+        check_batch(result, losses, parameters)
+    elif check and plan is not None and plan.calls % CHECK_EVERY == 0:
+        check_use(uses, known, losses.shape[0], plan.calls // CHECK_EVERY)
     return result
+
+
+def outputs_by_plan(plan: Plan, graph: Graph, losses: Tensor) -> Separation:
+    """z at the plan's edges, with the plan's owners: one backward pass."""
+    wanted = edges(plan, graph)
+    known = Separation()
+    if not wanted:
+        return known
+    found = torch.autograd.grad(
+        losses, [GradientEdge(*edge) for edge in wanted], torch.ones_like(losses), retain_graph=True, allow_unused=True
+    )
+    zs: dict = {}
+    for (node, output), z in zip(wanted, found, strict=True):
+        zs.setdefault(node, {})[output] = z
+    for node, of_output in zs.items():
+        owners = (plan.owners or {})[graph.order[node]]
+        known.zs[node] = tuple(of_output.get(output) for output in range(len(owners)))
+        known.owners[node] = owners
+    return known
+
+
+def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> dict[str, tuple[Captured, ...]]:
+    """The blocks of every use of every parameter."""
+    built: dict[tuple, tuple[Block, str]] = {}
+    captured = {}
+    for name, places in uses.items():
+        found = []
+        for use in places:
+            key = (use.node, use.slot)
+            if key not in built:
+                built[key] = build(site_of(use, known, batch))
+            block, rule = built[key]
+            found.append(Captured(pulled(block, use.route), use.node.name().replace("Backward0", ""), rule))
+        captured[name] = merged(found)
+    return captured
+
+
+def site_of(use: Use, known: Separation, batch: int) -> Site:
+    """The site of a use."""
+    return Site(use.node, use.slot, known.zs[use.node], known.owners[use.node], batch)
+
+
+def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Every parameter against autograd's gradient of the summed loss: one ordinary backward pass."""
+    if not parameters or not losses.requires_grad:
+        return
+    total = torch.autograd.grad(
+        losses, list(parameters.values()), torch.ones_like(losses), retain_graph=True, allow_unused=True
+    )
+    check_sum(
+        result.blocks,
+        dict(zip(parameters, total, strict=True)),
+        precision=coarsest(losses, *parameters.values()),
+        backend="outputs",
+    )
+
+
+def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn: int) -> None:
+    """One use, in turn, against the node's own gradient."""
+    places = [(name, use) for name, found in uses.items() for use in found]
+    if not places:
+        return
+    name, use = places[turn % len(places)]
+    with torch.no_grad():
+        site = site_of(use, known, batch)
+        whole = call_node(use.node, list(site.zs))[use.slot]
+        expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
+        check_sum(
+            {name: [build(site)[0]]}, {name: expected}, precision=coarsest(*filter_none(site.zs)), backend="outputs"
+        )
+
+
+def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The tensors that are there."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def coarsest(*tensors: Tensor) -> torch.dtype:
+    """The dtype with the largest rounding error among the tensors'."""
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @register("outputs", covers="every operation: rules for the common ones, the generic node rule for the rest")
@@ -240,5 +180,10 @@ def capture(problem: Problem) -> Capture:
         with provenance.named(problem.model), provenance:
             losses = problem.loss_fn(problem.outputs(), problem.targets)
         return capture_losses(
-            losses, problem.parameters, provenance=provenance, coupled=problem.coupled, check=problem.check
-        )  # fmt: skip
+            losses,
+            problem.parameters,
+            provenance=provenance,
+            plans=plans_of(problem.model),
+            coupled=problem.coupled,
+            check=problem.check,
+        )

@@ -44,9 +44,7 @@ def embedding_bag(site: Site) -> Block | None:
     counted = indices != (padding if padding < 2**63 else -1)
     z = full_precision(site.z)[bag] * counted[:, None]
     if node._saved_mode == averaging:
-        size = torch.zeros(site.z.shape[0], dtype=z.dtype, device=z.device).index_add_(
-            0, bag, counted.to(z.dtype)
-        )
+        size = torch.zeros(site.z.shape[0], dtype=z.dtype, device=z.device).index_add_(0, bag, counted.to(z.dtype))
         z = z / size.clamp(min=1)[bag][:, None]
     if node._saved_per_sample_weights is not None:
         z = z * node._saved_per_sample_weights[:, None]

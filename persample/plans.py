@@ -1,0 +1,160 @@
+"""Plans: what one batch has taught about a model's graph, kept for the next batch with the same graph.
+
+A plan names nodes by their position in the graph, never by reference, so it holds no graph alive. It is keyed by
+the graph's signature (kinds, edges, shapes, dimensions, leaves); where `persample.layout` proves that the samples'
+layout follows from the graph alone, its owners are valid for every batch with that signature.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from persample.attribution import Owner
+from persample.graph import Edge, Graph, Node, Route
+from persample.layout import Lying, proven
+from persample.rules import RULES, Rule
+from persample.uses import Separation, Use
+
+PLANS_PER_MODEL = 16
+_STATIC = (
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_pad", "_saved_normalized_shape",
+    "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
+)  # fmt: skip
+_static_of_kind: dict[str, tuple[str, ...]] = {}
+
+
+UsePositions = tuple[int, int, tuple[int, int], tuple[int, ...]]
+"""Node, slot, (source, output) that feeds it, and the route: the parameter's leaf, then its nodes."""
+
+
+@dataclass
+class Plan:
+    """Where each parameter meets the data, by position in the graph, and whose rows are whose there."""
+
+    uses: Mapping[str, tuple[UsePositions, ...]]
+    """By parameter."""
+    outputs: tuple[tuple[int, int], ...]
+    """(node, output) of every z that is needed."""
+    owners: Mapping[int, tuple[Owner | None, ...]] | None
+    """Owners by node, where proven; None: to be asked of each batch."""
+    rules: Mapping[str, Rule | None]
+    """The rules the first, fully checked batch was built by."""
+    calls: int = 0
+
+    def current(self) -> bool:
+        """Whether the rules are still those that were checked."""
+        return all(RULES.get(kind) is rule for kind, rule in self.rules.items())
+
+    def restore(self, graph: Graph) -> dict[str, list[Use]]:
+        """The uses in a graph of the same signature."""
+        nodes = list(graph.order)
+
+        def route(source: tuple[int, int], through: tuple[int, ...]) -> Route:
+            return Route(nodes[through[0]], (nodes[source[0]], source[1]), tuple(nodes[i] for i in through[1:]))
+
+        return {
+            name: [Use(nodes[node], slot, route(source, through)) for node, slot, source, through in uses]
+            for name, uses in self.uses.items()
+        }
+
+
+def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: int) -> Plan:
+    """Returns the plan of a graph whose uses have been found."""
+    order = graph.order
+    cuts = list(dict.fromkeys(use.node for found in uses.values() for use in found))
+    places = proven(graph, cuts, batch) if batch > 1 else {}
+    regular = places is not None and all(
+        owner is None or _agrees(owner, places.get((node, output)), batch)
+        for node in cuts
+        for output, owner in enumerate(known.owners[node])
+    )
+    return Plan(
+        uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
+        outputs=tuple((order[node], k) for node in cuts for k, z in enumerate(known.zs[node]) if z is not None),
+        owners={order[node]: known.owners[node] for node in cuts} if regular else None,
+        rules={node.name(): RULES.get(node.name()) for node in cuts},
+    )
+
+
+def _positions(order: Mapping[Node, int], use: Use) -> UsePositions:
+    source, output = use.route.source
+    return order[use.node], use.slot, (order[source], output), tuple(order[n] for n in (use.route.leaf, *use.route.nodes))
+
+
+def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:
+    """Whether an owner found by probing lies where the proof says, along one axis in a regular pattern."""
+    if batch == 1:
+        return True
+    return place is not None and owner.axis == place.axis and owner.layout in ("identity", "grouped", "tiled")
+
+
+def signature(graph: Graph) -> Hashable:
+    """Everything about the graph that a plan relies on."""
+    parts: list[Hashable] = []
+    for node in graph.order:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            parts.append((id(variable), tuple(variable.shape)))
+            continue
+        kind = node.name()
+        if kind not in _static_of_kind:
+            _static_of_kind[kind] = tuple(name for name in _STATIC if hasattr(node, name))
+        parts.append(
+            (
+                kind,
+                tuple((graph.order.get(source), output) for source, output in node.next_functions),
+                tuple(tuple(meta.shape) for meta in node._input_metadata),
+                tuple(_hashable(getattr(node, name)) for name in _static_of_kind[kind]),
+            )
+        )
+    return tuple(parts)
+
+
+def _hashable(value: object) -> Hashable:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+class Plans:
+    """Plans of one model, the latest `PLANS_PER_MODEL` signatures; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Hashable) -> Plan | None:
+        """The plan for a signature."""
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is not None:
+                self._plans.move_to_end(key)
+                plan.calls += 1
+            return plan
+
+    def keep(self, key: Hashable, plan: Plan) -> None:
+        """Adds a plan and forgets the one unused longest."""
+        with self._lock:
+            self._plans[key] = plan
+            while len(self._plans) > PLANS_PER_MODEL:
+                self._plans.popitem(last=False)
+
+
+_OF_MODEL: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
+
+
+def plans_of(model: nn.Module) -> Plans:
+    """The plans of a model; they go when the model goes."""
+    if model not in _OF_MODEL:
+        _OF_MODEL[model] = Plans()
+    return _OF_MODEL[model]
+
+
+def edges(plan: Plan, graph: Graph) -> list[Edge]:
+    """The edges at which z is needed."""
+    nodes = list(graph.order)
+    return [(nodes[node], output) for node, output in plan.outputs]

@@ -1,0 +1,153 @@
+"""Uses: where each parameter meets the data, and whose rows are whose there.
+
+Data flow, from the graph of the losses:
+
+    candidates: first node behind each parameter ─▶ z and probed z at all of them at once ─▶ uses
+                     ▲                                            │
+                     └─────── samples mix: go on to consumers ◀───┘
+
+A node at whose output samples mix is one that has not met the data yet (a position table, a weight norm), or
+one below an operation that couples samples (batch normalisation in training mode). `persample.provenance` tells
+which: from the first kind the search goes on to the consumers, the second kind is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from persample.attribution import Owner, backward_pairs, locate
+from persample.coupling import coupled_error, row_owner
+from persample.graph import SKIPPED, Graph, Node, Route, route
+from persample.provenance import Provenance
+
+SINGLE_STEPS = 3
+"""Levels that the search climbs one by one before it looks at everything behind an unseparated node."""
+
+
+@dataclass
+class Separation:
+    """What is known of nodes so far: z and owner of each output; an owner of None marks mixed samples."""
+
+    zs: dict[Node, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    owners: dict[Node, tuple[Owner | None, ...]] = field(default_factory=dict)
+
+    def separated(self, node: Node) -> bool:
+        """True where one sample stands behind every entry of every output."""
+        return all(
+            z is None or owner is not None
+            for z, owner in zip(self.zs[node], self.owners[node], strict=True)
+        )  # fmt: skip
+
+    def read_rows(self, node: Node, batch: int) -> bool:
+        """Gives the node's outputs the row reading; returns whether they have one."""
+        pairs = zip(self.zs[node], self.owners[node], strict=True)
+        self.owners[node] = tuple(o if z is None or o is not None else row_owner(z, batch) for z, o in pairs)
+        return self.separated(node)
+
+
+Meeting = tuple[Node, int, Node, int]
+"""A node, the slot through which a parameter enters, and the edge (source, output) that feeds it."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where one parameter meets the data, and the route it takes to there."""
+
+    node: Node
+    slot: int
+    route: Route
+
+
+def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation) -> None:
+    """Finds z and owners at the outputs of `nodes` and adds them to `known`."""
+    new = [node for node in nodes if node not in known.zs]
+    edges = [GradientEdge(node, output) for node in new for output in graph.outputs(node)]
+    if not edges:
+        return
+
+    def backward(weights: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses, edges, weights, retain_graph=True, allow_unused=True)
+
+    z, probed, levels = backward_pairs(backward, losses)
+    position = 0
+    for node in new:
+        count = len(node._input_metadata) if not hasattr(node, "variable") else 1
+        zs: list[Tensor | None] = [None] * count
+        owners: list[Owner | None] = [None] * count
+        for output in graph.outputs(node):
+            found = z[position]
+            if found is not None:
+                zs[output] = found
+                owners[output] = locate(found, [p[position] for p in probed], losses.shape[0], levels)
+            position += 1
+        known.zs[node], known.owners[node] = tuple(zs), tuple(owners)
+
+
+def first_nodes(graph: Graph, node: Node, region: set[Node]) -> list[Meeting]:
+    """Where the output of `node` is used next; operations that merely rearrange are passed, into `region`."""
+    found = []
+    for consumer, slot, output in graph.consumers.get(node, ()):
+        if consumer.name() in SKIPPED and consumer is not graph.root:
+            if consumer not in region:
+                region.add(consumer)
+                found += first_nodes(graph, consumer, region)
+        else:
+            found.append((consumer, slot, node, output))
+    return found
+
+
+def find_uses(
+    graph: Graph,
+    losses: Tensor,
+    parameters: Mapping[str, Tensor],
+    coupled: str,
+    provenance: Provenance | None,
+) -> tuple[dict[str, list[Use]], Separation]:
+    """Returns every place where each parameter meets the data, and z with owners there."""
+    batch = losses.shape[0]
+    known = Separation()
+    regions: dict[str, set[Node]] = {name: set() for name in parameters}
+    leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
+    waiting = {name: first_nodes(graph, leaf, regions[name]) for name, leaf in leaves.items()}
+    reached: dict[str, list[Meeting]] = {name: [] for name in parameters}
+    step = 0
+    while any(waiting.values()):
+        nodes = {meeting[0] for meetings in waiting.values() for meeting in meetings}
+        separate(graph, losses, nodes if step <= SINGLE_STEPS else behind(graph, nodes), known)
+        for name, meetings in waiting.items():
+            waiting[name] = []
+            for meeting in meetings:
+                node = meeting[0]
+                if known.separated(node):
+                    reached[name].append(meeting)
+                elif provenance is not None and provenance.saw_data(node, batch):
+                    if coupled == "error" or not known.read_rows(node, batch):
+                        separate(graph, losses, behind(graph, [node]), known)
+                        raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
+                    reached[name].append(meeting)
+                elif node not in regions[name]:
+                    regions[name].add(node)
+                    waiting[name] += first_nodes(graph, node, regions[name])
+        step += 1
+    uses: dict[str, list[Use]] = {name: [] for name in parameters}
+    for name, meetings in reached.items():
+        for node, slot, source, output in dict.fromkeys(meetings):
+            if any(z is not None for z in known.zs[node]):
+                uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
+    return uses, known
+
+
+def behind(graph: Graph, nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and everything that depends on them."""
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
+    return found
