@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
+import module_db
 import pytest
+import strategies
 import torch
+from hypothesis import given
 from oracle import (
     clipped_sum,
     dot,
@@ -38,6 +42,17 @@ TAGS = {
     ),
     *("complex", "float32", "routing", "time-major"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors of a few numbers: on a busy machine a second thread is waited for longer than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
@@ -168,3 +183,49 @@ def test_relative_error_notices_what_is_missing() -> None:
     assert rel_err({"a": torch.ones(3), "b": torch.zeros(2)}, want) == float("inf")
     assert rel_err({"a": torch.full((2,), torch.nan), "b": torch.zeros(2)}, want) == float("inf")
     assert rel_err({"a": torch.ones(2), "b": torch.full((2,), 1e-8)}, want) == pytest.approx(1e-5)
+
+
+def _flawless(example: strategies.Example) -> None:
+    """Losses of shape [B] in float64, gradients that are numbers, the same for each sample alone."""
+    model, loss_fn, inputs, targets = example.build()
+    grads = loop_grads(model, loss_fn, inputs, targets)
+    losses = loss_fn(call(model, inputs), targets)
+    assert losses.shape == targets[0].shape[:1]
+    assert losses.dtype == torch.float64
+    assert all(g.isfinite().all() for g in grads.values())
+    again = loop_grads(*example.build())
+    assert rel_err(again, grads) == 0
+
+
+@given(strategies.layers())
+def test_random_layers_build(example: strategies.Example) -> None:
+    _flawless(example)
+
+
+@given(strategies.models(empty=True))
+def test_random_models_build(example: strategies.Example) -> None:
+    _flawless(example)
+
+
+@given(strategies.models())
+def test_random_models_do_not_couple(example: strategies.Example) -> None:
+    """Otherwise a refusal would be right, and that the library is exact on them would say nothing."""
+    model, loss_fn, x, targets = example.build()
+    alone = Case("", example.build, axes=example.axis)
+    assert (
+        rel_err(isolated_grads(alone, model, loss_fn, x, targets), loop_grads(model, loss_fn, x, targets))
+        < 1e-9
+    )
+
+
+@pytest.mark.skipif(not module_db.available(), reason="torch's table of modules takes the package expecttest")
+def test_torchs_own_inputs_make_cases() -> None:
+    cases, counts = module_db.module_db_cases(), module_db.report()
+    assert len(cases) == counts["batched"] + counts["given a batch"] + counts["one sample"] > 1000
+    assert len({c.name for c in cases}) == len(cases)
+    for case in cases[:: len(cases) // 200]:
+        built = case.build()
+        grads = loop_grads(*built)
+        assert all(g.isfinite().all() for g in grads.values()), case
+        if case.sliceable and not case.coupled and len(next(iter(grads.values()))) < 20:
+            assert rel_err(grads, isolated_grads(case, *built)) < 1e-9, case
