@@ -97,7 +97,7 @@ def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Seque
 
     stacked: Sequence[Tensor]
     if count == 0:
-        stacked = [r.new_zeros(0, *edge_shape(node.next_functions[s])) for s in slots for r in rows[:1]]
+        stacked = [rows[0].new_zeros(0, *edge_shape(node.next_functions[slot])) for slot in slots]
         found[:] = list(slots)
     else:
         stacked = _batched(one, rows, count)

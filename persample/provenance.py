@@ -112,6 +112,8 @@ class Provenance(TorchDispatchMode):
         handles = []
         try:
             for path, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # scripted modules take no hooks; their operations go by the name of their owner
                 handles.append(module.register_forward_pre_hook(enter(path)))
                 handles.append(module.register_forward_hook(leave, always_call=True))
             yield

@@ -55,8 +55,8 @@ def real_rows(values: Tensor) -> Tensor:
 
 
 @singledispatch
-def materialise(block: Block) -> Tensor:
-    """Returns the rows g_b themselves, [B, *shape]."""
+def materialise(block: Block, out: Tensor | None = None) -> Tensor:
+    """Returns the rows g_b themselves, [B, *shape]; written into `out` where it is given."""
     raise TypeError(
         f"no rule to materialise a block of type {type(block).__name__}; register one with "
         "persample.reductions.materialise.register"
@@ -64,36 +64,39 @@ def materialise(block: Block) -> Tensor:
 
 
 @materialise.register
-def _(block: Outer) -> Tensor:
+def _(block: Outer, out: Tensor | None = None) -> Tensor:
     x, z = full_precision(block.x), full_precision(block.z)
     if x.shape[1] == 1:
-        return z.transpose(1, 2) * x  # an outer product: no sum, so no matmul
-    return torch.bmm(z.transpose(1, 2), x)
+        return torch.mul(z.transpose(1, 2), x, out=out)  # an outer product: no sum, so no matmul
+    return torch.bmm(z.transpose(1, 2), x, out=out)
 
 
 @materialise.register
-def _(block: Conv) -> Tensor:
-    return convolution.per_sample_grads(block.x, block.z, block.spec)
+def _(block: Conv, out: Tensor | None = None) -> Tensor:
+    return convolution.per_sample_grads(block.x, block.z, block.spec, out=out)
 
 
 @materialise.register
-def _(block: Rows) -> Tensor:
+def _(block: Rows, out: Tensor | None = None) -> Tensor:
     batch, time, dim = block.z.shape
     z = full_precision(block.z)
     offsets = torch.arange(batch, device=block.device)[:, None] * block.rows
-    flat = z.new_zeros(batch * block.rows, dim)
+    result = z.new_empty(batch, block.rows, dim) if out is None else out
+    flat = result.zero_().view(batch * block.rows, dim)
     flat.index_add_(0, (block.indices + offsets).reshape(-1), z.reshape(batch * time, dim))
-    return flat.view(batch, block.rows, dim)
+    return result
 
 
 @materialise.register
-def _(block: Dense) -> Tensor:
-    return full_precision(block.values)
+def _(block: Dense, out: Tensor | None = None) -> Tensor:
+    rows = full_precision(block.values)
+    return rows if out is None else out.copy_(rows)
 
 
 @materialise.register
-def _(block: Pulled) -> Tensor:
-    return block.pull(materialise(block.inner))
+def _(block: Pulled, out: Tensor | None = None) -> Tensor:
+    rows = block.pull(materialise(block.inner))
+    return rows if out is None else out.copy_(rows)
 
 
 # --- weighted sum -----------------------------------------------------------------------------------------
@@ -280,7 +283,7 @@ def _(a: Rows, b: Rows) -> Tensor:
 @register_pair(_GRAM, Rows, Rows)
 def _(a: Rows, b: Rows) -> Tensor:
     az, bz = full_precision(a.z), full_precision(b.z)
-    (batch, time, dim), (other, time_b) = az.shape, bz.shape[:2]
+    (batch, time, _), (other, time_b) = az.shape, bz.shape[:2]
     right, index = bz.flatten(0, 1).T, b.indices.reshape(-1)
     parts = [
         ((az[s].flatten(0, 1) @ right) * (a.indices[s].reshape(-1, 1) == index))

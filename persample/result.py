@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from persample.convolution import choose
 from persample.reductions import full_precision, real_rows
 
 Per = Literal["total", "layer", "param"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,22 @@ class Explanation:
     block: str
     algorithm: str
     nbytes: int
+
+
+def reduction(method: Method) -> Method:
+    """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
+
+    @wraps(method)
+    def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
+        if any(factor._version != version for factor, version in self._versions):
+            raise RuntimeError(
+                "a tensor that these per-sample gradients are formed from was modified in place after they were "
+                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
+            )
+        with torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
 
 
 class PerSampleGrads:
@@ -46,6 +64,13 @@ class PerSampleGrads:
         self._uses = capture.uses
         self._blocks = capture.blocks
         self._parameters = dict(parameters)
+        self._versions = [
+            (factor, factor._version)
+            for blocks in self._blocks.values()
+            for block in blocks
+            for factor in block.factors
+            if not factor.is_inference()
+        ]
 
     def __repr__(self) -> str:
         held = sum(block.nbytes for blocks in self._blocks.values() for block in blocks)
@@ -72,14 +97,26 @@ class PerSampleGrads:
             found.setdefault(name.rpartition(".")[0], []).append(name)
         return {layer: tuple(names) for layer, names in found.items()}
 
-    def grads(self) -> dict[str, Float[Tensor, "batch *shape"]]:
-        """Returns g_b for every parameter: name -> [B, *shape]."""
-        return {name: self._materialise(name) for name in self._parameters}
+    @reduction
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """Returns g_b for every parameter: name -> [B, *shape].
 
+        Args:
+            out: buffers to write into, name -> contiguous [B, *shape] in the result's dtype, for some or all
+                parameters: the result of an earlier call, for example. Fresh memory costs several times the write.
+
+        Raises:
+            ValueError: a buffer of another shape, dtype or device.
+        """
+        buffers = self._checked(out or {})
+        return {name: self._materialise(name, buffers.get(name)) for name in self._parameters}
+
+    @reduction
     def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
         """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter."""
         return _total(self._norms(per), per)
 
+    @reduction
     def gram(
         self, per: Per = "total", other: PerSampleGrads | None = None
     ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
@@ -102,6 +139,7 @@ class PerSampleGrads:
         matrices = {name: self._gram(name, right) for name in self._parameters}
         return _total(self._group(matrices, per, (self.batch, right.batch)), per)
 
+    @reduction
     def weighted_sum(
         self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
     ) -> dict[str, Float[Tensor, " *shape"]]:
@@ -128,6 +166,7 @@ class PerSampleGrads:
                 result[name] = _add(parts) if parts else self._zeros(name)
         return result
 
+    @reduction
     def dot(self, vectors: Mapping[str, Float[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
         """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
 
@@ -150,6 +189,7 @@ class PerSampleGrads:
                 result = result + reductions.dot(block, vector.to(block.device)).to(result)
         return result
 
+    @reduction
     def clipped_sum(self, max_norm: float | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
         """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
 
@@ -190,9 +230,30 @@ class PerSampleGrads:
         parameter = self._parameters[name]
         return full_precision(parameter.new_zeros(*leading, *parameter.shape))
 
-    def _materialise(self, name: str) -> Tensor:
-        rows = [reductions.materialise(block) for block in self._blocks.get(name, ())]
-        return _add(rows) if rows else self._zeros(name, self.batch)
+    def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        for name, buffer in out.items():
+            if name not in self._parameters:
+                raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
+            expected = self._zeros(name, 0)
+            wanted = (self.batch, *self._parameters[name].shape)
+            if buffer.shape != wanted or buffer.dtype != expected.dtype or buffer.device != expected.device:
+                raise ValueError(
+                    f"out[{name!r}] must be {wanted}, {expected.dtype} on {expected.device}; got "
+                    f"{tuple(buffer.shape)}, {buffer.dtype} on {buffer.device}"
+                )
+            if not buffer.is_contiguous():
+                raise ValueError(f"out[{name!r}] must be contiguous; got strides {buffer.stride()}")
+        return out
+
+    def _materialise(self, name: str, out: Tensor | None = None) -> Tensor:
+        blocks = self._blocks.get(name, ())
+        if not blocks:
+            return self._zeros(name, self.batch) if out is None else out.zero_()
+        total = reductions.materialise(blocks[0], out)
+        for block in blocks[1:]:
+            rows = reductions.materialise(block)
+            total = total + rows if out is None else total.add_(rows)
+        return total
 
     def _squared_norms(self, name: str) -> Tensor:
         blocks: Sequence[Block] = self._blocks.get(name, ())

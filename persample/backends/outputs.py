@@ -85,7 +85,7 @@ def capture_losses(
         captured = build_uses(uses, known, losses.shape[0])
     result = Capture(losses.detach(), captured)
     if check and full:
-        check_batch(result, losses, parameters)
+        check_batch(result, losses, parameters, known)
     elif check and plan is not None and plan.calls % CHECK_EVERY == 0:
         check_use(uses, known, losses.shape[0], plan.calls // CHECK_EVERY)
     return result
@@ -131,7 +131,7 @@ def site_of(use: Use, known: Separation, batch: int) -> Site:
     return Site(use.node, use.slot, known.zs[use.node], known.owners[use.node], batch)
 
 
-def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor]) -> None:
+def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor], known: Separation) -> None:
     """Every parameter against autograd's gradient of the summed loss: one ordinary backward pass."""
     if not parameters or not losses.requires_grad:
         return
@@ -141,7 +141,7 @@ def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor
     check_sum(
         result.blocks,
         dict(zip(parameters, total, strict=True)),
-        precision=coarsest(losses, *parameters.values()),
+        precision=coarsest(losses, *parameters.values(), *(z for zs in known.zs.values() for z in filter_none(zs))),
         backend="outputs",
     )
 
@@ -176,7 +176,8 @@ def capture(problem: Problem) -> Capture:
     """Runs the model and captures its losses."""
     provenance = Provenance()
     provenance.follow(problem.inputs)
-    with torch.enable_grad():
+    # inference mode is left as well: its tensors can be inputs, but no operation on them would be recorded
+    with torch.inference_mode(False), torch.enable_grad():
         with provenance.named(problem.model), provenance:
             losses = problem.loss_fn(problem.outputs(), problem.targets)
         return capture_losses(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +43,11 @@ class Site:
         if owner is None:
             raise LookupError(f"{self.node.name()}: nothing depends on output 0")
         return owner
+
+    def saved(self, name: str, default: Any = None) -> Any:
+        """An attribute that autograd saved for the node; tensors come without the graph behind them."""
+        value = getattr(self.node, f"_saved_{name}", default)
+        return value.detach() if isinstance(value, Tensor) else value
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from persample.rules.elementwise import summed
 def product(site: Site, other: Tensor, slot: int, alpha: float = 1.0) -> Block | None:
     """The block of one factor of left [R, I] @ right [I, O] = output [R, O], the `other` factor given.
 
-    Slot 0 is left, 1 right. A factor sums over one axis of the output; samples must lie along that axis, else the factor's own rows
-    belong to samples and the generic rule is right.
+    Slot 0 is left, 1 right. A factor sums over one axis of the output; samples must lie along that axis, else the
+    factor's own rows belong to samples and the generic rule is right.
     """
     summed_axis = 0 if slot == 1 else 1
     if site.owner.axis != summed_axis or site.z.is_complex():
@@ -28,17 +28,16 @@ def product(site: Site, other: Tensor, slot: int, alpha: float = 1.0) -> Block |
 @rule("AddmmBackward0")
 def addmm(site: Site) -> Block | None:
     """beta · bias + alpha · mat1 @ mat2."""
-    node = site.node
     if site.slot == 0:
-        return summed(site, site.z if node._saved_beta == 1 else site.z * node._saved_beta)
-    other = node._saved_mat1 if site.slot == 2 else node._saved_mat2
-    return product(site, other, site.slot - 1, node._saved_alpha)
+        return summed(site, site.z if site.saved("beta") == 1 else site.z * site.saved("beta"))
+    other = site.saved("mat1") if site.slot == 2 else site.saved("mat2")
+    return product(site, other, site.slot - 1, site.saved("alpha"))
 
 
 @rule("MmBackward0")
 def mm(site: Site) -> Block | None:
     """self @ mat2."""
-    other = site.node._saved_self if site.slot == 1 else site.node._saved_mat2
+    other = site.saved("self") if site.slot == 1 else site.saved("mat2")
     return product(site, other, site.slot)
 
 
@@ -47,6 +46,6 @@ def bmm(site: Site) -> Block | None:
     """self [N, R, I] @ mat2 [N, I, O], samples along the rows: one weight for each of the N (grouped experts)."""
     if site.slot != 1 or site.owner.axis != 1 or site.z.is_complex():
         return None
-    x = site.owner.by_sample(site.node._saved_self)  # [B, T, N, I]
+    x = site.owner.by_sample(site.saved("self"))  # [B, T, N, I]
     z = site.owner.by_sample(site.z)
     return Dense(x.permute(0, 2, 3, 1) @ z.permute(0, 2, 1, 3))

@@ -26,8 +26,8 @@ def layer_norm(site: Site) -> Block | None:
         return summed(site, z)
     if site.slot != 1:
         return None
-    mean, rstd = site.node._saved_result1, site.node._saved_result2
-    return summed(site, z * ((full_precision(site.node._saved_input) - mean) * rstd))
+    mean, rstd = site.saved("result1"), site.saved("result2")
+    return summed(site, z * ((full_precision(site.saved("input")) - mean) * rstd))
 
 
 @rule("FusedRmsNormBackward0")
@@ -35,7 +35,7 @@ def rms_norm(site: Site) -> Block | None:
     """input, weight."""
     if site.slot != 1:
         return None
-    normalised = full_precision(site.node._saved_input) * site.node._saved_result1
+    normalised = full_precision(site.saved("input")) * site.saved("result1")
     return summed(site, full_precision(site.z) * normalised)
 
 
@@ -47,9 +47,9 @@ def group_norm(site: Site) -> Block | None:
         return per_channel(site, z)
     if site.slot != 1:
         return None
-    mean, rstd = site.node._saved_result1, site.node._saved_result2  # [N, groups]
-    x = full_precision(site.node._saved_input)
-    grouped = x.reshape(x.shape[0], site.node._saved_group, -1)
+    mean, rstd = site.saved("result1"), site.saved("result2")  # [N, groups]
+    x = full_precision(site.saved("input"))
+    grouped = x.reshape(x.shape[0], site.saved("group"), -1)
     normalised = (grouped - mean[..., None]) * rstd[..., None]
     return per_channel(site, z * normalised.reshape(x.shape))
 
@@ -57,15 +57,15 @@ def group_norm(site: Site) -> Block | None:
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 def batch_norm(site: Site) -> Block | None:
     """input [N, C, *space], weight, bias; by running statistics, or by the batch's in the row reading."""
-    z, node = full_precision(site.z), site.node
+    z, _node = full_precision(site.z), site.node
     if site.slot == 2:
         return per_channel(site, z)
     if site.slot != 1:
         return None
-    x = full_precision(node._saved_input)
-    if getattr(node, "_saved_training", True):
-        mean, rstd = node._saved_result1, node._saved_result2
+    x = full_precision(site.saved("input"))
+    if site.saved("training", True):
+        mean, rstd = site.saved("result1"), site.saved("result2")
     else:
-        mean, rstd = node._saved_running_mean, torch.rsqrt(node._saved_running_var + node._saved_eps)
+        mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     return per_channel(site, z * ((x - mean.view(shape)) * rstd.view(shape)))
