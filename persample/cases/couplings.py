@@ -97,9 +97,19 @@ def minibatch_standard_deviation() -> Built:
 @case(coupled=True)
 def neighbours_in_the_batch() -> Built:
     """Mixup inside the model, after the first layer: two samples in every row."""
-    return regress(
-        Net(lambda m, x: m.b(0.7 * m.a(x) + 0.3 * m.a(x).roll(1, 0)), a=lin(), b=lin(2)), randn(B, D)
-    )
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.b(0.7 * h + 0.3 * h.roll(1, 0))
+
+    return regress(Net(run, a=lin(), b=lin(2)), randn(B, D))
+
+
+@case("separable", coupled=True)
+def neighbours_by_two_calls() -> Built:
+    """The same values by two calls of the layer: each row of each call has a part in one loss only."""
+    model = Net(lambda m, x: m.b(0.7 * m.a(x) + 0.3 * m.a(x).roll(1, 0)), a=lin(), b=lin(2))
+    return regress(model, randn(B, D))
 
 
 @case("separable", coupled=True)
