@@ -84,3 +84,14 @@ def register(name: str, *, covers: str, requires: str | None = None) -> Callable
         return function
 
     return add
+
+
+def _load() -> None:
+    """Imports the modules that register backends, in order of preference."""
+    from importlib import import_module
+
+    for name in ("outputs", "hooks", "vmap", "opacus"):
+        import_module(f"{__name__}.{name}")
+
+
+_load()

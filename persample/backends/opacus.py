@@ -1,0 +1,132 @@
+"""Backend `opacus`: per-sample gradients from the Opacus library, in the common form.
+
+Opacus takes dimension 0 of every module's input for the batch, whatever it is, and knows nothing of some options
+of the modules it covers. Its rows are therefore compared, as a sum with different weights, with autograd's: rows
+given to the wrong samples or missing shares become a `CheckError`. With check=False nothing stands between the caller
+and a wrong result. What no check can see: nothing that changes a gradient by more than rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample.backends import Capture, Captured, Problem, register
+from persample.backends.module_rules import place
+from persample.backends.shared import ADVICE, buffers_kept, check_rows
+from persample.blocks import Block, Dense
+from persample.checks import check_losses
+from persample.errors import UnsupportedError
+
+
+@register("opacus", covers="what Opacus covers, in training mode, with the batch first", requires="opacus")
+def capture(problem: Problem) -> Capture:
+    """Runs the model with Opacus' hooks on it, forward and backward."""
+    wrapper = _grad_sample_module()
+    _refuse_eval_mode(problem)
+    with attributes_kept(problem.model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+        hooks = _attach(wrapper, problem.model)
+        try:
+            losses = _forward(problem, hooks)
+            uses = _backward(losses, problem)
+            hooks.disable_hooks()
+            if problem.check:
+                blocks: dict[str, list[Block]] = {name: [found[0].block] for name, found in uses.items()}
+                check_rows(blocks, losses, problem.parameters, "opacus")
+        finally:
+            hooks.remove_hooks()
+    return Capture(losses.detach(), uses)
+
+
+def _grad_sample_module() -> Any:
+    try:
+        from opacus.grad_sample import GradSampleModule
+    except ImportError as error:
+        raise UnsupportedError(
+            "backend 'opacus' needs the Opacus library: pip install 'persample[opacus]'. Every other backend does "
+            "without."
+        ) from error
+    return GradSampleModule
+
+
+def _refuse_eval_mode(problem: Problem) -> None:
+    trained = {id(p) for p in problem.parameters.values()}
+    for path, module in problem.model.named_modules():
+        if not module.training and any(id(p) in trained for p in module._parameters.values()):
+            raise UnsupportedError(
+                f"Opacus records in training mode alone, and {place(path)} ({type(module).__name__}) is in eval mode: "
+                f"call model.train() where that computes the same. {ADVICE}"
+            )
+
+
+def _attach(wrapper: Any, model: nn.Module) -> Any:
+    try:
+        return wrapper(model, loss_reduction="sum", strict=True)
+    except Exception as error:
+        raise UnsupportedError(f"Opacus refuses this model: {_text(error)}. {ADVICE}") from error
+
+
+def _forward(problem: Problem, hooks: Any) -> Tensor:
+    """The losses. An error is Opacus' own if the model runs without its hooks, and the caller's otherwise."""
+    try:
+        with torch.enable_grad():
+            losses = problem.loss_fn(problem.outputs(), problem.targets)
+    except Exception as error:
+        hooks.remove_hooks()
+        with torch.no_grad(), buffers_kept(problem.model), torch.random.fork_rng(devices=[]):
+            problem.loss_fn(problem.outputs(), problem.targets)
+        raise UnsupportedError(f"Opacus' hooks fail in the forward pass: {_text(error)}. {ADVICE}") from error
+    return check_losses(losses)
+
+
+def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...]]:
+    """The rows that Opacus' hooks leave on the parameters."""
+    names = list(problem.parameters)
+    if not losses.requires_grad or not names:
+        return {}
+    try:
+        summed = torch.autograd.grad(
+            losses, list(problem.parameters.values()), torch.ones_like(losses), retain_graph=True, allow_unused=True
+        )
+    except Exception as error:
+        raise UnsupportedError(f"Opacus fails in the backward pass: {_text(error)}. {ADVICE}") from error
+    uses: dict[str, tuple[Captured, ...]] = {}
+    gradients: Any = summed  # None where a parameter is not used, which the annotation leaves out
+    for name, gradient in zip(names, gradients, strict=True):
+        rows: Any = getattr(problem.parameters[name], "grad_sample", None)
+        if rows is None and gradient is None:
+            continue
+        expected = (losses.shape[0], *problem.parameters[name].shape)
+        if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
+            got = f"rows of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else "no rows"
+            raise UnsupportedError(
+                f"Opacus gave {got} for {name!r} where {expected} was expected: the parameter is used outside of its "
+                f"module, or the batch is not dimension 0 of the module's input. {ADVICE}"
+            )
+        uses[name] = (Captured(Dense(rows.detach()), "opacus", "opacus"),)
+    return uses
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Takes away what was added to modules and parameters as attributes."""
+    holders = [*model.modules(), *model.parameters()]
+    before = [(holder, dict(vars(holder))) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, known in before:
+            for name in vars(holder).keys() - known.keys():
+                delattr(holder, name)
+            for name in known.keys() & {"grad_sample", "_forward_counter"}:
+                setattr(holder, name, known[name])
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

@@ -1,0 +1,171 @@
+"""Backend `vmap`: `torch.func` differentiates each sample by itself, vectorised over the batch.
+
+    g_b = ∂/∂θ ℓ(model(x_b), y_b), with x_b one sample in a batch of one
+
+The model must be a function that functorch can trace: no data-dependent control flow, no in-place change of
+buffers. Tensors whose dimension 0 has B entries are taken to hold the samples, all others to be shared; losses
+computed alone must equal those of the whole batch, which finds wrong guesses and samples that influence each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from persample.backends import Capture, Captured, Problem, register
+from persample.backends.shared import ADVICE, buffers_kept, check_rows, coarsest
+from persample.blocks import Dense
+from persample.checks import check_losses
+from persample.errors import PerSampleError, UnsupportedError
+from persample.graph import trace
+
+RANDOMNESS = ("error", "same", "different")
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative deviation of a loss computed alone from the loss in the batch; half precision: `HALF_TOLERANCE`."""
+HALF_TOLERANCE = 5e-2
+
+
+@register("vmap", covers="models that functorch can batch: no recurrent layers, no changes of buffers")
+def capture(problem: Problem) -> Capture:
+    """Runs the model once on the whole batch, and once under `vmap`."""
+    if problem.randomness not in RANDOMNESS:
+        raise ValueError(f"randomness must be one of {', '.join(map(repr, RANDOMNESS))}; got {problem.randomness!r}")
+    if problem.chunk_size is not None and problem.chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for the whole batch; got {problem.chunk_size}")
+    drawn = _random_state()
+    with buffers_kept(problem.model):
+        versions = _versions(problem.model)
+        with torch.set_grad_enabled(problem.check):
+            losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+        random = not all(map(torch.equal, drawn, _random_state()))
+        changed = [name for name, version in _versions(problem.model).items() if versions.get(name) != version]
+        if changed:
+            raise UnsupportedError(
+                f"the forward pass changes buffers ({', '.join(map(repr, changed[:3]))}), as batch normalisation does "
+                f"in training mode, and a model under vmap must not. Call model.eval(), or the layer's. {ADVICE}"
+            )
+        gradients, alone = differentiate(problem, losses.shape[0])
+    notes = []
+    if not random:
+        refuse_other_losses(alone, losses.detach())
+        alone = losses.detach()
+    elif problem.check:
+        notes.append(
+            f"check skipped: the model draws random numbers, and with randomness={problem.randomness!r} "
+            "the samples alone draw others than the batch"
+        )
+    uses = {name: (Captured(Dense(values), "vmap", "vmap"),) for name, values in gradients.items()}
+    if problem.check:
+        connected = _connected(losses, problem.parameters)
+        # functorch gives zeros for what is not used
+        uses = {name: found for name, found in uses.items() if name in connected}
+        if not random:
+            blocks = {name: [use.block for use in found] for name, found in uses.items()}
+            check_rows(blocks, losses, problem.parameters, "vmap")
+    return Capture(alone, uses, tuple(notes))
+
+
+def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns per-sample gradients by parameter, and the losses [B] of the samples alone."""
+    model, parameters = problem.model, {name: p.detach() for name, p in problem.parameters.items()}
+    leaves, structure = tree_flatten((problem.inputs, problem.targets))
+    mapped = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch]
+    if batch == 0 or not parameters:
+        empty = {name: p.new_zeros(batch, *p.shape) for name, p in parameters.items()}
+        with torch.no_grad():
+            return empty, check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+    if not mapped:
+        raise UnsupportedError(
+            f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
+            f"though there are {batch} losses. {ADVICE}"
+        )
+    one = _single(model, problem.loss_fn, leaves, structure, mapped)
+    run = torch.vmap(
+        grad_and_value(one), in_dims=(None, *(0 for _ in mapped)),
+        chunk_size=problem.chunk_size, randomness=problem.randomness,
+    )  # fmt: skip
+    try:
+        gradients, losses = run(parameters, *(leaves[k].detach() for k in mapped))
+    except PerSampleError:
+        raise
+    except Exception as error:
+        remedy = (
+            "Pass randomness='different' for an independent draw for each sample, or 'same' for one draw for all"
+            if "randomness" in str(error)
+            else ADVICE
+        )
+        raise UnsupportedError(
+            f"functorch cannot batch this model: {_first_line(error)}. {remedy.rstrip('.')}."
+        ) from error
+    return {name: values.detach() for name, values in gradients.items()}, losses.detach()
+
+
+def _single(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], leaves: list, structure: TreeSpec, mapped: list[int]
+) -> Callable[..., Tensor]:
+    """The loss of one sample as a function of parameters and the sample's tensors."""
+
+    def one(parameters: Mapping[str, Tensor], *sample: Tensor) -> Tensor:
+        filled = list(leaves)
+        for k, tensor in zip(mapped, sample, strict=True):
+            filled[k] = tensor.unsqueeze(0)
+        inputs, targets = tree_unflatten(filled, structure)
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
+        kwargs = inputs if isinstance(inputs, dict) else {}
+        loss = loss_fn(functional_call(model, dict(parameters), args, kwargs), targets)
+        if not isinstance(loss, Tensor) or tuple(loss.shape) != (1,):
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UnsupportedError(
+                f"a sample alone, as a batch of one along dimension 0 of each input, has losses {got} where (1,) "
+                f"was expected: the inputs are not laid out with the batch first, or the model fixes its batch size. "
+                f"{ADVICE}"
+            )
+        return loss[0]
+
+    return one
+
+
+def refuse_other_losses(alone: Tensor, together: Tensor) -> None:
+    """Raises unless each sample's loss computed alone is its loss in the batch."""
+    tolerance = LOSS_TOLERANCE.get(coarsest(alone, together), HALF_TOLERANCE)
+    finite = together.isfinite() & alone.isfinite()
+    scale = together[finite].abs().max() if bool(finite.any()) else together.new_zeros(())
+    allowed = tolerance * together.abs() + 1e-3 * tolerance * scale
+    wrong = finite & ((alone - together).abs() > allowed)
+    if bool(wrong.any()):
+        sample = int(wrong.nonzero()[0, 0])
+        raise UnsupportedError(
+            f"sample {sample} alone has the loss {float(alone[sample]):.6g}, in the batch "
+            f"{float(together[sample]):.6g}: the samples influence each other "
+            "(batch normalisation, a loss normalised over the batch), or an input "
+            "that all of them share has as many entries along dimension 0 as there are samples. "
+            "backend='outputs' says which, and where."
+        )
+
+
+def _connected(losses: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that the losses depend on."""
+    if not losses.requires_grad:
+        return set()
+    leaves = trace(losses).leaves
+    return {name for name, parameter in parameters.items() if id(parameter) in leaves}
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Identity and version of every buffer: both change when the forward pass writes it."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _random_state() -> list[Tensor]:
+    """States of the generators that a model draws from."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.random.get_rng_state(), *devices]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
