@@ -23,7 +23,7 @@ CHECKPOINT, RESULTS, FIGURE = "checkpoint.pt", "results.json", "figure.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake in the options or data, 130 interrupted."""
+    """Runs the command line; returns 0, or 130 when interrupted. Exits with 2 on a mistake in the options."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     options.pop("command")

@@ -32,7 +32,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """Images, normalised per channel to mean 0 and standard deviation 1 of the training set, and their labels."""
+    """Images, normalised per channel by the training set's mean and standard deviation, and labels."""
 
     images: Float[Tensor, "samples channels height width"]
     labels: Int[Tensor, " samples"]
@@ -95,7 +95,7 @@ def load(name: str, data_dir: str | Path | None = None, *, train_size: int | Non
 def augment(
     images: Float[Tensor, "batch channels size size"], generator: torch.Generator
 ) -> Float[Tensor, "batch channels size size"]:
-    """Returns each image shifted by up to 4 pixels (the border filled with zeros) and flipped with probability ½."""
+    """Returns each image shifted by up to 4 pixels (zeros enter) and flipped with probability ½."""
     batch, _, size, _ = images.shape
     padded = F.pad(images, (4, 4, 4, 4))
     shifts = torch.randint(9, (2, batch, 1), generator=generator)
@@ -157,7 +157,7 @@ class _NumpyUnpickler(pickle.Unpickler):
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if core == "core.multiarray" and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
+            return np.ndarray.__reduce__(np.empty(0))[0]  # the function itself, wherever this numpy keeps it
         if (module, name) == ("_codecs", "encode"):
             return _latin1
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a data file")
@@ -179,7 +179,7 @@ def _fashion_mnist(data_dir: str | Path | None) -> Arrays:
 
 
 def _idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
-    """An array of the IDX format: two zero bytes, type 8 (uint8), the rank, the sizes, all big-endian; the data."""
+    """An IDX array: two zero bytes, type 8 (uint8), the rank, the sizes (big-endian), the data."""
     with _open(path) as file:
         try:
             content = file.read()

@@ -1,4 +1,4 @@
-"""What `python -m fngd compare` trains with: settings, optimisers and learning-rate schedules, each a registry."""
+"""What `python -m fngd compare` trains with: settings, and registries of optimisers and schedules."""
 
 from __future__ import annotations
 

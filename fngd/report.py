@@ -85,14 +85,16 @@ def print_table(comparison: Comparison) -> None:
         table.add_row(
             row["optimizer"] + partly,
             str(row["seeds"]),
-            f"{row['train_loss']:.4f} ± {row['train_loss_std']:.4f}",
-            f"{row['test_accuracy']:.2f} ± {row['test_accuracy_std']:.2f}",
+            _spread(row["train_loss"], row["train_loss_std"], 4),
+            _spread(row["test_accuracy"], row["test_accuracy_std"], 2),
             _times(row["time_ratio"]),
             _times(row["time_ratio_first_epoch"]),
             _times(row["time_ratio_later_epochs"]),
             "–" if memory is None else f"{memory:.0f}",
         )
-    Console().print(table)
+    console = Console()
+    # Without a terminal rich assumes 80 columns, in which the headings do not fit.
+    console.print(table, width=console.width if console.is_terminal else 120)
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
@@ -113,7 +115,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draws training loss and test accuracy against epoch and time: mean over seeds, band from least to most."""
+    """Draws training loss and test accuracy against epoch and time: mean over seeds, band of their range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -157,7 +159,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def _zoom(axis: Any, accuracies: Sequence[float]) -> None:
-    """The first epochs may not squeeze the differences that matter: at most the upper two thirds of the values."""
+    """Cuts off poor first epochs, which would squeeze the differences that matter."""
     finite = sorted(value for value in accuracies if math.isfinite(value))
     if len(finite) > 1 and finite[-1] > finite[0]:
         low = max(finite[0], finite[-1] - 3 * (finite[-1] - finite[len(finite) // 4]))
@@ -171,6 +173,12 @@ def _mean(values: Sequence[float]) -> float:
 
 def _std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+def _spread(mean: float, std: float, digits: int) -> str:
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
 
 
 def _ratio(pairs: Sequence[tuple[float, float, int]]) -> float:

@@ -115,7 +115,7 @@ def layer_grads(
         weight: Block = Outer(x, z)
         bias = Dense(reductions.full_precision(z).sum(1)) if needed[1] else None
     else:
-        convs = [_conv_block(module, x, z) for x, z in uses]
+        convs = [conv_block(module, x, z) for x, z in uses]
         weight = convs[0]
         if len(convs) > 1:
             first, *rest = map(reductions.materialise, convs)
@@ -130,7 +130,7 @@ def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
     return factor.unsqueeze(1) if factor.dim() == 2 else factor.flatten(1, -2)
 
 
-def _conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
+def conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
     kernel, padding = module.kernel_size, module.padding
     output_padding = (0,) * len(kernel)
     if module.transposed:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class _Layer:
         """The reweighted (weight, bias) gradients of all uses together."""
         found, uses.found = uses.found, []
         if self.axis is None:
-            self.axis = _find_axis(self, found[0][1], uses.batch)
+            self.axis = _find_axis(self, found[-1][1], uses.batch)
         sizes = {z.shape[self.axis] for _, z in found}
         if len(sizes) > 1:
             raise ValueError(
@@ -177,50 +178,17 @@ class _Inert:
 
 
 class _Hook:
-    """Base of the hooks; copies are inert, so that copying or saving a model takes no optimiser along."""
+    """A hook whose copies are inert, so that copying or saving a model takes no optimiser along."""
 
-    def __init__(self, handle: Reweighting, layer: _Layer | None = None) -> None:
-        self.handle, self.layer = handle, layer
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # Dynamo would take the parameters for constants that need no gradient, and lose it: hooks run as they are.
+        self.function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Inert, ()
-
-
-class _RootBefore(_Hook):
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
-        first = next(tensors, None)
-        self.handle._batch = None if first is None else first.shape[0]
-        self.handle._gates = {}
-
-
-class _RootAfter(_Hook):
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
-        self.handle._gates = None
-
-
-class _Before(_Hook):
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        assert self.layer is not None
-        # torch.func differentiates what it is given, and tensors inside it cannot be switched.
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            self.layer.switch_off()
-
-
-class _After(_Hook):
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-        layer = self.layer
-        assert layer is not None
-        if not layer.off:
-            return None
-        layer.switch_on()
-        if not isinstance(output, Tensor):  # the forward raised
-            return None
-        layer.called = True
-        x = args[0] if args else kwargs["input"]
-        token, uses = self.handle._gate(layer)
-        return _Tap.apply(output, x, token, uses)
 
 
 class Reweighting:
@@ -232,15 +200,14 @@ class Reweighting:
         self._gates: dict[str, tuple[Tensor, _Uses]] | None = None
         # The root's hook first: the model may be a layer itself.
         self._hooks = [
-            model.register_forward_pre_hook(_RootBefore(self), with_kwargs=True),
-            model.register_forward_hook(_RootAfter(self), always_call=True),
+            model.register_forward_pre_hook(_Hook(self._enter_model), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._leave_model), always_call=True),
         ]
         for layer in layers.values():
+            before, after = _Hook(partial(self._before, layer)), _Hook(partial(self._after, layer))
             self._hooks += [
-                layer.module.register_forward_pre_hook(_Before(self, layer), with_kwargs=True),
-                layer.module.register_forward_hook(
-                    _After(self, layer), prepend=True, with_kwargs=True, always_call=True
-                ),
+                layer.module.register_forward_pre_hook(before, with_kwargs=True),
+                layer.module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
             ]
 
     @property
@@ -274,6 +241,31 @@ class Reweighting:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
+        first = next(tensors, None)
+        self._batch = None if first is None else first.shape[0]
+        self._gates = {}
+
+    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        self._gates = None
+
+    def _before(self, layer: _Layer, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # torch.func differentiates what it is given, and tensors inside it cannot be switched.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            layer.switch_off()
+
+    def _after(self, layer: _Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+        if not layer.off:
+            return None
+        layer.switch_on()
+        if not isinstance(output, Tensor):  # the forward raised
+            return None
+        layer.called = True
+        token, uses = self._gate(layer)
+        return _Tap.apply(output, args[0] if args else kwargs["input"], token, uses)
 
     def _gate(self, layer: _Layer) -> tuple[Tensor, _Uses]:
         if self._gates is not None and layer.path in self._gates:
