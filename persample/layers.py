@@ -131,6 +131,7 @@ def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
 
 
 def conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
+    """Returns the block of a convolution module's weight from its input and output gradient, every padding included."""
     kernel, padding = module.kernel_size, module.padding
     output_padding = (0,) * len(kernel)
     if module.transposed:
