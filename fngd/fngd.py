@@ -75,7 +75,7 @@ class FNGD(NaturalSGD):
         table = None
         if share is not None:
             table = CoefficientTable(
-                steps_per_epoch,  # type: ignore[arg-type]  # None is refused there, with a sentence
+                steps_per_epoch,
                 share=share,
                 samples=samples,
                 refresh_epochs=refresh_epochs,

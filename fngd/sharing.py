@@ -38,7 +38,7 @@ class CoefficientTable:
 
     def __init__(
         self,
-        steps_per_epoch: int,
+        steps_per_epoch: int | None,
         *,
         share: str = "position",
         samples: int | None = None,
@@ -47,6 +47,7 @@ class CoefficientTable:
         seed: int = 0,
     ) -> None:
         _check(steps_per_epoch, share, samples, refresh_epochs, control)
+        assert steps_per_epoch is not None, "checked"
         self.steps_per_epoch, self.share, self.samples = steps_per_epoch, share, samples
         self.refresh_epochs, self.control = refresh_epochs, control
         self.epoch, self.index = 0, 0

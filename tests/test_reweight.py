@@ -411,11 +411,11 @@ def test_an_uncertain_batch_axis_is_an_error(build: Callable, shape: tuple, mess
 def test_misuse_is_met_with_a_sentence() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 1, 1))
     with reweight(model, fixed):
-        with pytest.raises(ValueError, match="reweighted already.*remove"):
+        with pytest.raises(ValueError, match=r"reweighted already.*remove"):
             reweight(model, fixed)
         with pytest.raises(ValueError, match="its module '0' carries hooks"):
             reweight(nn.Sequential(model[0]), fixed)
-        with pytest.raises(ValueError, match="layer '0'.*forward was not called with a tensor.*Call the model itself"):
+        with pytest.raises(ValueError, match=r"layer '0'.*forward was not called with a tensor.*Call the model itself"):
             model[0](torch.randn(B, 3)).sum().backward()
     with pytest.raises(ValueError, match=r"names \['1'\].*\['0', '2'\]"):
         reweight(model, fixed, batch_axis={"1": 0})
