@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persample.backends import BACKENDS, Problem
+from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses
+from persample.chunked import ChunkedPerSampleGrads, batch_of
+from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
 from persample.result import PerSampleGrads
 
 
@@ -24,7 +27,7 @@ def per_sample(
     check: bool = True,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> PerSampleGrads:
+) -> PerSampleGrads | ChunkedPerSampleGrads:
     """Returns the per-sample gradients g_b = ∂ℓ_b/∂θ of every trainable parameter, as factors.
 
     Args:
@@ -32,12 +35,14 @@ def per_sample(
         loss_fn: `loss_fn(outputs, targets)`, one loss for each sample, [B].
         inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
         targets: whatever the loss function takes.
-        backend: one of `backends()`.
+        backend: one of `backends()`; or "auto", the first of them that covers the model, `notes` of the result
+            saying why others did not.
         coupled: "error" refuses models whose samples influence each other; "rows" reads the rows of each
             layer's gradient instead, sample b being row b of dimension 0, as the FNGD paper does with batch
             normalisation in training mode.
         check: verify that the rows add up to the batch gradient.
-        chunk_size: backend "vmap" alone: samples differentiated at once.
+        chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
+            targets that has B entries there, and captured anew for each reduction (`persample.chunked`).
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
 
     Raises:
@@ -53,8 +58,10 @@ def per_sample(
         >>> psg.grads()["weight"].shape, psg.norms().shape
         (torch.Size([5, 2, 3]), torch.Size([5]))
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive number of samples, or None; got {chunk_size!r}")
     if coupled not in ("error", "rows"):
         raise ValueError(f"coupled must be 'error' or 'rows'; got {coupled!r}")
     if not isinstance(model, nn.Module):
@@ -63,11 +70,37 @@ def per_sample(
             "For losses computed without a module use persample.grad(losses, params)"
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    problem = Problem(
-        model, loss_fn, inputs, targets, parameters,
-        coupled=coupled, check=check, randomness=randomness, chunk_size=chunk_size,
-    )  # fmt: skip
-    return PerSampleGrads(BACKENDS[backend].capture(problem), parameters, backend)
+
+    def capture(some_inputs: Any, some_targets: Any) -> PerSampleGrads:
+        problem = Problem(
+            model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
+        )
+        name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
+        return PerSampleGrads(captured, parameters, name)
+
+    batch = batch_of(inputs)
+    if chunk_size is None or batch is None or batch <= chunk_size:
+        return capture(inputs, targets)
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch)
+
+
+def capture_first(problem: Problem) -> tuple[str, Capture]:
+    """The first backend that covers the problem, and its capture, with what the others said among the notes.
+
+    Raises:
+        UnsupportedError: none does; the message holds what each said.
+    """
+    refusals = []
+    for name, backend in BACKENDS.items():
+        try:
+            captured = backend.capture(problem)
+        except CoupledSamplesError:
+            raise  # a property of the model, not of the backend
+        except (UnsupportedError, CheckError, NotImplementedError) as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        return name, replace(captured, notes=(*refusals, *captured.notes))
+    raise UnsupportedError("no backend covers this model. " + " ".join(refusals))
 
 
 def grad(

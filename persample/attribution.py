@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 LEVELS = {torch.float16: 8}
@@ -145,8 +145,8 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
 
 
 def _identify(
-    z: Float[Tensor, "row entry"],
-    probed: Sequence[Float[Tensor, "row entry"]],
+    z: Float[Tensor, "row entry"] | Complex[Tensor, "row entry"],
+    probed: Sequence[Tensor],
     batch: int,
     levels: int,
     tolerance: float,

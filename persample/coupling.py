@@ -38,10 +38,10 @@ def coupled_error(
         if current not in behind:
             behind.add(current)
             stack.extend(consumer for consumer, _, _ in graph.consumers.get(current, ()))
-    culprit = None
+    culprit = node if separated(node) else None
     for current in sorted(behind, key=graph.order.__getitem__, reverse=True):
         # from the loss back: the first node whose samples mix feeds the operation that mixes them
-        if not separated(current):
+        if culprit is None and not separated(current):
             culprit = next((c for c, _, _ in graph.consumers.get(current, ()) if separated(c)), current)
             break
     if culprit is None:

@@ -93,7 +93,7 @@ def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Seque
             full[k] = cotangent
         grads = call_node(node, full)
         found[:] = [slot for slot in slots if grads[slot] is not None]
-        return tuple(grads[slot] for slot in found)
+        return tuple(grad for grad in (grads[slot] for slot in found) if grad is not None)
 
     stacked: Sequence[Tensor]
     if count == 0:

@@ -84,7 +84,12 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
 
 def _positions(order: Mapping[Node, int], use: Use) -> UsePositions:
     source, output = use.route.source
-    return order[use.node], use.slot, (order[source], output), tuple(order[n] for n in (use.route.leaf, *use.route.nodes))
+    return (
+        order[use.node],
+        use.slot,
+        (order[source], output),
+        tuple(order[n] for n in (use.route.leaf, *use.route.nodes)),
+    )
 
 
 def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:

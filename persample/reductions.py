@@ -243,7 +243,7 @@ def _(a: Outer, b: Outer) -> Tensor:
         right_x, right_z = bx.flatten(0, 1).T, bz.flatten(0, 1).T
         parts = [
             ((az[s].flatten(0, 1) @ right_z) * (ax[s].flatten(0, 1) @ right_x))
-            .view(-1, time, other, time_b)
+            .view(s.stop - s.start, time, other, time_b)
             .sum((1, 3))
             for s in chunks(batch, 2 * time * other * time_b * size)
         ]
@@ -287,7 +287,7 @@ def _(a: Rows, b: Rows) -> Tensor:
     right, index = bz.flatten(0, 1).T, b.indices.reshape(-1)
     parts = [
         ((az[s].flatten(0, 1) @ right) * (a.indices[s].reshape(-1, 1) == index))
-        .view(-1, time, other, time_b)
+        .view(s.stop - s.start, time, other, time_b)
         .sum((1, 3))
         for s in chunks(batch, 2 * time * other * time_b * az.element_size())
     ]
@@ -308,7 +308,10 @@ def _(a: Rows, b: Outer) -> Tensor:
     (batch, time, _), (other, time_b, _) = r.shape, z.shape
     x, z = x.flatten(0, 1), z.flatten(0, 1)
     parts = [
-        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)]).view(other, time_b, -1, time).sum((1, 3)).T
+        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)])
+        .view(other, time_b, s.stop - s.start, time)
+        .sum((1, 3))
+        .T
         for s in chunks(batch, 2 * time * other * time_b * r.element_size())
     ]
     return torch.cat(parts) if parts else r.new_zeros(0, other)

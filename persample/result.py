@@ -190,7 +190,7 @@ class PerSampleGrads:
         return result
 
     @reduction
-    def clipped_sum(self, max_norm: float | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
         """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
 
         Args:
@@ -310,7 +310,7 @@ def _all_fast(blocks: Sequence[Block]) -> bool:
     return all(reductions.has_pair_form(a, b) for a, b in combinations(blocks, 2))
 
 
-def _clip(norms: Tensor, max_norm: float) -> Tensor:
+def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive; got {max_norm}")

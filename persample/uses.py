@@ -123,6 +123,8 @@ def find_uses(
             waiting[name] = []
             for meeting in meetings:
                 node = meeting[0]
+                if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
+                    raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
                 if known.separated(node):
                     reached[name].append(meeting)
                 elif provenance is not None and provenance.saw_data(node, batch):
@@ -140,6 +142,17 @@ def find_uses(
             if any(z is not None for z in known.zs[node]):
                 uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
     return uses, known
+
+
+def normalises_over_samples(node: Node, known: Separation) -> bool:
+    """Whether the node is batch normalisation in training mode, over more than one sample.
+
+    Its own weight and bias have rows that add up, but each of them depends on the other samples. Instance
+    normalisation is the same operation with samples among the channels, which are apart.
+    """
+    owner = known.owners[node][0]
+    training = "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
+    return training and (owner is None or (owner.axis != 1 and owner.batch > 1))
 
 
 def behind(graph: Graph, nodes: Iterable[Node]) -> set[Node]:

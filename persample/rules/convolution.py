@@ -12,7 +12,7 @@ from persample.rules import Site, rule
 @rule("ConvolutionBackward0")
 def convolution(site: Site) -> Block | None:
     """input, weight, bias."""
-    _node, owner, z = site.node, site.owner, site.z
+    owner, z = site.owner, site.z
     if owner.axis != 0 or z.is_complex() or site.slot == 0:
         return None
     if site.slot == 2:

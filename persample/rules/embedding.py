@@ -12,7 +12,7 @@ from persample.rules import Site, rule
 @rule("EmbeddingBackward0")
 def embedding(site: Site) -> Block | None:
     """weight; the padding row gets no gradient. Scaling by frequency counts over the batch: the node knows how."""
-    _node, owner, z = site.node, site.owner, site.z
+    owner, z = site.owner, site.z
     if site.saved("scale_grad_by_freq") or owner.axis is None or owner.axis == z.ndim - 1:
         return None
     indices = site.saved("indices")
@@ -20,16 +20,13 @@ def embedding(site: Site) -> Block | None:
     # autograd keeps C++ integers: -1, no padding, arrives as the largest unsigned one
     z = torch.where((indices == (padding if padding < 2**63 else -1))[..., None], 0, z)
     rows_z, rows_i = owner.by_sample(z), owner.by_sample(indices)
-    return Rows(
-        rows_i.reshape(site.batch, -1), rows_z.reshape(site.batch, rows_i[0].numel() if site.batch else 0, -1),
-        site.input_shape[0],
-    )  # fmt: skip
+    return Rows(rows_i.flatten(1), rows_z.flatten(1, -2), site.input_shape[0])
 
 
 @rule("EmbeddingBagBackward0")
 def embedding_bag(site: Site) -> Block | None:
     """weight; modes sum and mean. An index adds its bag's z, weighted, or divided by the bag's size."""
-    _node, owner = site.node, site.owner
+    owner = site.owner
     summing, averaging = 0, 1
     if (
         site.slot != 0 or owner.axis != 0 or site.saved("scale_grad_by_freq")

@@ -9,7 +9,7 @@ from persample.rules import Site, rule
 from persample.rules.elementwise import summed
 
 
-def product(site: Site, other: Tensor, slot: int, alpha: float = 1.0) -> Block | None:
+def product(site: Site, other: Tensor, slot: int, alpha: float | int = 1) -> Block | None:
     """The block of one factor of left [R, I] @ right [I, O] = output [R, O], the `other` factor given.
 
     Slot 0 is left, 1 right. A factor sums over one axis of the output; samples must lie along that axis, else the
@@ -20,7 +20,7 @@ def product(site: Site, other: Tensor, slot: int, alpha: float = 1.0) -> Block |
         return None
     x = site.owner.by_sample(other if slot == 1 else other.T, axis=0)  # [B, T, I]
     z = site.owner.by_sample(site.z if slot == 1 else site.z.T, axis=0)
-    if alpha != 1.0:
+    if alpha != 1:
         z = z * alpha
     return Outer(x=z, z=x) if slot == 1 else Outer(x=x, z=z)
 

@@ -57,7 +57,7 @@ def group_norm(site: Site) -> Block | None:
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 def batch_norm(site: Site) -> Block | None:
     """input [N, C, *space], weight, bias; by running statistics, or by the batch's in the row reading."""
-    z, _node = full_precision(site.z), site.node
+    z = full_precision(site.z)
     if site.slot == 2:
         return per_channel(site, z)
     if site.slot != 1:

@@ -1,0 +1,150 @@
+"""Reductions over a batch too large for memory: captured chunk by chunk, each chunk anew for each reduction.
+
+Exact, because the rows of a chunk do not depend on other chunks. Memory is that of one chunk (two for a Gram
+matrix) and of the result; time is one forward and backward pass over the batch for each reduction, and for a
+Gram matrix of n chunks about n / 2 of them. Random numbers are replayed, so that every reduction sees the same
+dropout masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from persample.result import Explanation, Per, PerSampleGrads
+
+Captured = Callable[[Any, Any], PerSampleGrads]
+PerName = dict[str, Tensor]
+
+
+class ChunkedPerSampleGrads:
+    """Per-sample gradients of one batch in chunks; the methods are those of `PerSampleGrads`."""
+
+    def __init__(self, capture: Captured, inputs: Any, targets: Any, chunk_size: int, batch: int) -> None:
+        self.batch = batch
+        self._capture = capture
+        self._data = (inputs, targets)
+        self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
+        self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._losses: dict[int, Tensor] = {}
+        first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
+        self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
+        self._explanation = first.explain()
+
+    def __repr__(self) -> str:
+        return (
+            f"ChunkedPerSampleGrads(batch={self.batch}, chunks={len(self._slices)} of {self._slices[0].stop}, "
+            f"backend={self.backend!r})"
+        )
+
+    @property
+    def losses(self) -> Float[Tensor, " batch"]:
+        """The losses, [B]."""
+        for i in range(len(self._slices)):
+            if i not in self._losses:
+                self._chunk(i)
+        return torch.cat([self._losses[i] for i in range(len(self._slices))])
+
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """See `PerSampleGrads.grads`."""
+        result = dict(out or {})
+        for i, part in enumerate(self._slices):
+            psg = self._chunk(i)
+            filled = {name: buffer[part] for name, buffer in result.items()}
+            for name, rows in psg.grads(out=filled).items():
+                if name not in result:
+                    result[name] = rows.new_empty(self.batch, *rows.shape[1:])
+                if name not in filled:
+                    result[name][part] = rows
+        return result
+
+    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+        """See `PerSampleGrads.norms`."""
+        return _cat([self._chunk(i).norms(per) for i in range(len(self._slices))])
+
+    def gram(
+        self, per: Per = "total", other: PerSampleGrads | ChunkedPerSampleGrads | None = None
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        """See `PerSampleGrads.gram`; `other` may be chunked too."""
+        rows = []
+        for i in range(len(self._slices)):
+            left = self._chunk(i)
+            if isinstance(other, PerSampleGrads):
+                blocks = [left.gram(per, other)]
+            else:
+                right = self if other is None else other
+                blocks = [left.gram(per, right._chunk(j)) for j in range(len(right._slices))]
+            rows.append(_cat(blocks, dim=1))
+        return _cat(rows)
+
+    def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Float[Tensor, " *shape"]]:
+        """See `PerSampleGrads.weighted_sum`."""
+        for layer, values in c.items() if isinstance(c, Mapping) else [("all", c)]:
+            if tuple(values.shape) != (self.batch,):
+                raise ValueError(
+                    f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {tuple(values.shape)}"
+                )
+        parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
+        return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
+
+    def dot(self, vectors: Mapping[str, Float[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+        """See `PerSampleGrads.dot`."""
+        return torch.cat([self._chunk(i).dot(vectors) for i in range(len(self._slices))])
+
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
+        """See `PerSampleGrads.clipped_sum`."""
+        return _sum(self._chunk(i).clipped_sum(max_norm) for i in range(len(self._slices)))
+
+    def explain(self) -> list[Explanation]:
+        """See `PerSampleGrads.explain`; of the first chunk."""
+        return self._explanation
+
+    def _chunk(self, i: int) -> PerSampleGrads:
+        """The capture of chunk i, with the random numbers of its first capture."""
+        part = self._slices[i]
+        inputs, targets = tree_map(lambda leaf: leaf[part] if _holds_samples(leaf, self.batch) else leaf, self._data)
+        if i not in self._random:
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            self._random[i] = torch.get_rng_state(), cuda
+            psg = self._capture(inputs, targets)
+        else:
+            with torch.random.fork_rng():
+                torch.set_rng_state(self._random[i][0])
+                if self._random[i][1]:
+                    torch.cuda.set_rng_state_all(self._random[i][1])
+                psg = self._capture(inputs, targets)
+        if psg.batch != part.stop - part.start:
+            raise ValueError(
+                f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
+                f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there"
+            )
+        self._losses[i] = psg.losses
+        return psg
+
+
+def batch_of(inputs: Any) -> int | None:
+    """The number of samples in the inputs: entries along dimension 0 of the first tensor."""
+    sizes = [leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return sizes[0] if sizes else None
+
+
+def _holds_samples(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+
+def _cat(parts: list[Any], dim: int = 0) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+    return torch.cat(parts, dim)
+
+
+def _sum(parts: Any) -> PerName:
+    total: PerName = {}
+    for part in parts:
+        total = {name: total[name] + value if total else value for name, value in part.items()}
+    return total

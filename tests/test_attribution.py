@@ -1,0 +1,161 @@
+"""Whose row is whose: probing with powers of two, the regular layouts, and the proof that lets a plan be kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import loop_grads, rel_err
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import persample
+from persample.attribution import NOBODY, Owner, backward_pairs, locate
+from persample.cases import CASES, Case, call
+from persample.graph import edge_shape, trace
+from persample.layout import lying, proven, stride_of
+from persample.plans import plans_of
+from persample.uses import find_uses
+
+seeds = st.integers(0, 2**16)
+
+
+def located(owner: Tensor, axis: int, batch: int, others: int, dtype: torch.dtype, seed: int) -> Owner | None:
+    """What `locate` finds for rows of these owners along an axis, the losses scaled over twenty orders."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(owner), others, generator=generator).to(dtype)
+    rows *= torch.logspace(-8, 2, len(owner)).to(dtype)[:, None] if dtype == torch.float64 else 1
+
+    def backward(weights: Tensor) -> list[Tensor]:
+        return [(rows * weights[owner][:, None]).movedim(0, axis)]
+
+    z, probed, levels = backward_pairs(backward, torch.ones(batch, dtype=dtype))
+    return locate(z[0], [p[0] for p in probed], batch, levels)
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 1), seeds, st.sampled_from(["f64", "f32", "bf16", "f16"]))
+def test_any_assignment_is_found(batch: int, per: int, axis: int, seed: int, precision: str) -> None:
+    dtype = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[precision]
+    ids = torch.randint(batch, (batch * per + 1,), generator=torch.Generator().manual_seed(seed))
+    owner = located(ids, axis, batch, 64, dtype, seed)
+    assert owner is not None
+    if batch > 1:
+        assert owner.axis == axis
+        assert torch.equal(owner.ids, ids)
+
+
+@given(st.integers(2, 40), seeds, st.sampled_from([1.0, 1e-3, 1e-6]))
+def test_the_faintest_mixing_is_seen(batch: int, seed: int, share: float) -> None:
+    """Another sample's part in a row shows, down to 1e-6 in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(batch, 8, generator=generator, dtype=torch.float64)
+    mixing = torch.eye(batch, dtype=torch.float64)
+    mixing[0, 1] = share
+
+    def backward(weights: Tensor) -> list[Tensor]:
+        return [mixing @ (weights[:, None] * rows)]
+
+    z, probed, levels = backward_pairs(backward, torch.ones(batch, dtype=torch.float64))
+    assert locate(z[0], [p[0] for p in probed], batch, levels) is None
+
+
+def test_rows_of_zeros_follow_the_pattern_of_the_others() -> None:
+    rows = torch.randn(12, 3).double()
+    rows[[2, 7]] = 0
+
+    def backward(weights: Tensor) -> list[Tensor]:
+        return [rows * weights.repeat(3)[:, None]]
+
+    z, probed, levels = backward_pairs(backward, torch.ones(4, dtype=torch.float64))
+    owner = locate(z[0], [p[0] for p in probed], 4, levels)
+    assert owner is not None
+    assert owner.layout == "tiled"
+    assert NOBODY not in owner.ids
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from(["identity", "grouped", "tiled", "ragged"]), seeds)
+def test_by_sample_and_masked_agree(batch: int, per: int, layout: str, seed: int) -> None:
+    """Rows brought together by sample sum to what masking gives, whatever the layout."""
+    generator = torch.Generator().manual_seed(seed)
+    arange = torch.arange(batch)
+    ids = {
+        "identity": arange,
+        "grouped": arange.repeat_interleave(per),
+        "tiled": arange.repeat(per),
+        "ragged": torch.randint(-1, batch, (batch * per,), generator=generator),
+    }[layout]
+    owner = Owner(1, ids, batch)
+    values = torch.randn(2, len(ids), 3, dtype=torch.float64, generator=generator)
+    masked = owner.masked(values, slice(0, batch))
+    torch.testing.assert_close(owner.by_sample(values).sum(1), masked.sum(2))
+    torch.testing.assert_close(owner.sum_by_sample(values), masked.sum(2))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4), st.data())
+def test_lying_and_stride_are_inverse(shape: list[int], batch: int, data: st.DataObject) -> None:
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    inner = data.draw(st.integers(1, 3))
+    shape[axis] = batch * inner * data.draw(st.integers(1, 2))
+    entries = torch.arange(torch.Size(shape).numel()).view(shape)
+    below = torch.Size(shape[axis + 1 :]).numel()
+    found = lying(inner * below, shape, batch)
+    assert found is not None
+    assert stride_of(found, shape) == inner * below
+    along = entries // (inner * below) % batch
+    index = torch.arange(shape[found.axis]) // found.inner % batch
+    expected = index.view(-1, *(1 for _ in shape[found.axis + 1 :])).expand_as(along)
+    assert torch.equal(along, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_proven_is_what_probing_finds(case: Case) -> None:
+    """On every case that separates, the proof names the axis and the order that probing found."""
+    model, loss_fn, inputs, targets = case.build()
+    losses = loss_fn(call(model, inputs), targets)
+    if losses.shape[0] < 2 or not losses.requires_grad:
+        pytest.skip("nothing to attribute with fewer than two samples")
+    graph = trace(losses)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    uses, known = find_uses(graph, losses, parameters, "error", None)
+    places = proven(graph, [use.node for found in uses.values() for use in found], len(losses))
+    for (node, output), place in (places or {}).items():
+        owner = known.owners[node][output]
+        if owner is None:
+            continue
+        index = torch.arange(edge_shape((node, output))[place.axis]) // place.inner % len(losses)
+        assert owner.axis == place.axis
+        assert torch.equal(torch.where(owner.ids == NOBODY, index, owner.ids), index)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.axes == 0 and not c.coupled and not c.tags & {"random", "stateful", "empty"}],
+    ids=lambda case: case.name,
+)
+def test_a_kept_plan_is_right_for_other_samples(case: Case) -> None:
+    """The samples in another order, on the same model: what was learnt from the first batch may not stick."""
+    model, loss_fn, inputs, targets = case.build()
+    batch = len(persample.per_sample(model, loss_fn, inputs, targets).losses)
+
+    def rolled(leaf: object) -> object:
+        return leaf.roll(1, 0) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch else leaf
+
+    inputs, targets = tree_map(rolled, (inputs, targets))
+    expected = loop_grads(model, loss_fn, inputs, targets)
+    for _ in range(5):  # the fifth of them verifies a use in turn
+        found = persample.per_sample(model, loss_fn, inputs, targets).grads()
+    largest = max((float(rows.abs().max()) for rows in expected.values() if rows.numel()), default=1.0)
+    tolerance = 1e-5 if "float32" in case.tags else 1e-9
+    for name, rows in expected.items():
+        assert rel_err(found[name], rows) < tolerance or float((found[name] - rows).abs().max()) < 1e-13 * largest
+
+
+def test_plans_are_made_once_and_go_with_the_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for _ in range(3):
+        persample.per_sample(model, lambda out, _: out.square().sum(1), torch.randn(5, 3).double())
+    plans = list(plans_of(model)._plans.values())
+    assert len(plans) == 1
+    assert plans[0].calls == 2
+    assert plans[0].owners is not None
