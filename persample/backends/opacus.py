@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from persample.backends import Capture, Captured, Problem, register
 from persample.backends.module_rules import place
@@ -90,10 +91,13 @@ def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...
     names = list(problem.parameters)
     if not losses.requires_grad or not names:
         return {}
+    # a module's hook fires when the gradients of its inputs are complete, so they have to be asked for too
+    inputs = [t for t in tree_leaves(problem.inputs) if isinstance(t, Tensor) and t.requires_grad]
+    wanted = [*problem.parameters.values(), *inputs]
     try:
-        summed = torch.autograd.grad(
-            losses, list(problem.parameters.values()), torch.ones_like(losses), retain_graph=True, allow_unused=True
-        )
+        summed = torch.autograd.grad(losses, wanted, torch.ones_like(losses), retain_graph=True, allow_unused=True)[
+            : len(names)
+        ]
     except Exception as error:
         raise UnsupportedError(f"Opacus fails in the backward pass: {_text(error)}. {ADVICE}") from error
     uses: dict[str, tuple[Captured, ...]] = {}
@@ -115,17 +119,25 @@ def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Takes away what was added to modules and parameters as attributes."""
+    """Takes away what was added to modules and parameters: attributes, and hooks that an error left behind."""
     holders = [*model.modules(), *model.parameters()]
     before = [(holder, dict(vars(holder))) for holder in holders]
+    tables = [getattr(module, name) for module in model.modules() for name in _HOOK_TABLES]
+    hooks = [set(table) for table in tables]
     try:
         yield
     finally:
+        for table, known_hooks in zip(tables, hooks, strict=True):
+            for key in set(table) - known_hooks:
+                del table[key]
         for holder, known in before:
             for name in vars(holder).keys() - known.keys():
                 delattr(holder, name)
             for name in known.keys() & {"grad_sample", "_forward_counter"}:
                 setattr(holder, name, known[name])
+
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _text(error: Exception) -> str:

@@ -9,6 +9,7 @@ computed alone must equal those of the whole batch, which finds wrong guesses an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,10 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
         chunk_size=problem.chunk_size, randomness=problem.randomness,
     )  # fmt: skip
     try:
-        gradients, losses = run(parameters, *(leaves[k].detach() for k in mapped))
+        with warnings.catch_warnings():
+            # operations without a batching rule run one sample after the other, which is slow but right
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            gradients, losses = run(parameters, *(leaves[k].detach() for k in mapped))
     except PerSampleError:
         raise
     except Exception as error:
