@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from persample.backends import BACKENDS, Capture, Problem
@@ -108,7 +108,7 @@ def grad(
     params: Tensor | Iterable[Tensor],
     *,
     check: bool = True,
-) -> tuple[Float[Tensor, "batch *shape"], ...]:
+) -> tuple[Inexact[Tensor, "batch *shape"], ...]:
     """Returns the gradient of each loss for each parameter: like `torch.autograd.grad`, one row per loss.
 
     Losses alone do not tell data from parameters, so samples that influence each other cannot be refused: row b is

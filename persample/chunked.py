@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -50,7 +50,7 @@ class ChunkedPerSampleGrads:
                 self._chunk(i)
         return torch.cat([self._losses[i] for i in range(len(self._slices))])
 
-    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Float[Tensor, "batch *shape"]]:
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """See `PerSampleGrads.grads`."""
         result = dict(out or {})
         for i, part in enumerate(self._slices):
@@ -82,7 +82,7 @@ class ChunkedPerSampleGrads:
             rows.append(_cat(blocks, dim=1))
         return _cat(rows)
 
-    def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Float[Tensor, " *shape"]]:
+    def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.weighted_sum`."""
         for layer, values in c.items() if isinstance(c, Mapping) else [("all", c)]:
             if tuple(values.shape) != (self.batch,):
@@ -92,11 +92,11 @@ class ChunkedPerSampleGrads:
         parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
         return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
 
-    def dot(self, vectors: Mapping[str, Float[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
         """See `PerSampleGrads.dot`."""
         return torch.cat([self._chunk(i).dot(vectors) for i in range(len(self._slices))])
 
-    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.clipped_sum`."""
         return _sum(self._chunk(i).clipped_sum(max_norm) for i in range(len(self._slices)))
 

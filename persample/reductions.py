@@ -73,7 +73,7 @@ def _(block: Outer, out: Tensor | None = None) -> Tensor:
 
 @materialise.register
 def _(block: Conv, out: Tensor | None = None) -> Tensor:
-    return convolution.per_sample_grads(block.x, block.z, block.spec, out=out)
+    return convolution.per_sample_grads(block.x, block.z, block.spec, out=out).contiguous()
 
 
 @materialise.register
@@ -90,7 +90,9 @@ def _(block: Rows, out: Tensor | None = None) -> Tensor:
 @materialise.register
 def _(block: Dense, out: Tensor | None = None) -> Tensor:
     rows = full_precision(block.values)
-    return rows if out is None else out.copy_(rows)
+    if out is not None:
+        return out.copy_(rows)
+    return rows.clone() if rows is block.values else rows  # the caller may write into the result
 
 
 @materialise.register

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from persample import reductions
@@ -98,7 +98,7 @@ class PerSampleGrads:
         return {layer: tuple(names) for layer, names in found.items()}
 
     @reduction
-    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Float[Tensor, "batch *shape"]]:
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """Returns g_b for every parameter: name -> [B, *shape].
 
         Args:
@@ -142,7 +142,7 @@ class PerSampleGrads:
     @reduction
     def weighted_sum(
         self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
-    ) -> dict[str, Float[Tensor, " *shape"]]:
+    ) -> dict[str, Inexact[Tensor, " *shape"]]:
         """Returns Σ_b c_b g_b for every parameter: name -> shape. No per-sample gradient is formed.
 
         Args:
@@ -167,7 +167,7 @@ class PerSampleGrads:
         return result
 
     @reduction
-    def dot(self, vectors: Mapping[str, Float[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
         """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
 
         Parameters that are left out count as v = 0.
@@ -190,7 +190,7 @@ class PerSampleGrads:
         return result
 
     @reduction
-    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Float[Tensor, " *shape"]]:
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
 
         Args:

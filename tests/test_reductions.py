@@ -96,5 +96,5 @@ def test_complex_rows_have_real_inner_products() -> None:
 
 
 def test_unknown_block_says_how_to_register() -> None:
-    with pytest.raises(TypeError, match="materialise.register"):
+    with pytest.raises(TypeError, match=r"materialise\.register"):
         materialise(Block())
