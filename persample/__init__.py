@@ -2,16 +2,21 @@
 
 from persample.api import backends, grad, per_sample
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.layers import LayerGrads
 from persample.result import Explanation, PerSampleGrads
+from persample.reweight import Reweighting, reweight
 
 __all__ = [
     "CheckError",
     "CoupledSamplesError",
     "Explanation",
+    "LayerGrads",
     "PerSampleError",
     "PerSampleGrads",
+    "Reweighting",
     "UnsupportedError",
     "backends",
     "grad",
     "per_sample",
+    "reweight",
 ]
