@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,12 +219,12 @@ def _folder(data_dir: str | Path | None, name: str, inside: str) -> Path:
     return folder
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     zipped = path.with_name(path.name + ".gz")
     if path.is_file():
         return path.open("rb")
     if zipped.is_file():
-        return gzip.open(zipped, "rb")  # type: ignore[return-value]
+        return gzip.open(zipped, "rb")
     raise DataError(f"looked for the file {path} (or {zipped.name}), which does not exist")
 
 

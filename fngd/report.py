@@ -69,32 +69,33 @@ def print_table(comparison: Comparison) -> None:
     from rich.table import Table
 
     config, base = comparison.config, reference(comparison)
+    rows = summarise(comparison)
+    seeds, last = max(row["seeds"] for row in rows), min(row["epochs"] for row in rows)
     table = Table(
-        title=f"{config.data}, {config.model}, batch {config.batch_size}, {config.epochs} epochs",
-        caption=f"± standard deviation over seeds; time: training alone, interleaved batch by batch with {base}; "
-        "memory: peak above the start, in a process of its own",
+        title=f"{config.data}, {config.model}, batch {config.batch_size}, {config.epochs} epochs, "
+        f"{seeds} seed{'s' if seeds != 1 else ''}",
+        caption=("" if comparison.finished else f"UNFINISHED: the last seed has {last} epochs. ")
+        + f"± standard deviation over seeds. Time: training alone, interleaved with {base} batch by batch. "
+        "Memory: peak above the start, in a process of its own.",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("optimizer")
-    headings = ("seeds", "train loss", "test accuracy %", f"time / {base}", "1st epoch", "later", "memory MiB")
+    table.add_column("\noptimizer", no_wrap=True)
+    # Two lines a heading and no × or ± more than needed, so that the table fits into 80 columns.
+    headings = ("train\nloss", "test\naccuracy, %", f"time /\n{base}", "first\nepoch", "later\nepochs", "memory\nMiB")
     for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in summarise(comparison):
-        partly = "" if row["epochs"] == config.epochs else f" ({row['epochs']} epochs)"
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
         memory = row["peak_memory_mib"]
         table.add_row(
-            row["optimizer"] + partly,
-            str(row["seeds"]),
-            _spread(row["train_loss"], row["train_loss_std"], 4),
+            row["optimizer"],
+            _spread(row["train_loss"], math.nan, 4),
             _spread(row["test_accuracy"], row["test_accuracy_std"], 2),
             _times(row["time_ratio"]),
             _times(row["time_ratio_first_epoch"]),
             _times(row["time_ratio_later_epochs"]),
             "–" if memory is None else f"{memory:.0f}",
         )
-    console = Console()
-    # Without a terminal rich assumes 80 columns, in which the headings do not fit.
-    console.print(table, width=console.width if console.is_terminal else 120)
+    Console().print(table)
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
@@ -186,7 +187,7 @@ def _ratio(pairs: Sequence[tuple[float, float, int]]) -> float:
 
 
 def _times(ratio: float) -> str:
-    return "–" if math.isnan(ratio) else f"{ratio:.2f} ×"
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 def _json(value: Any) -> Any:
