@@ -143,9 +143,12 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.uses.found:
             return None, None, None
-        device_type = ctx.uses.found[0][1].device.type
-        with torch.autocast(device_type, enabled=False):  # on where backward() is called inside autocast
-            gradients = ctx.uses.layer.gradients(ctx.uses, ctx.needs_input_grad[1:])
+        device_type, needed = ctx.uses.found[0][1].device.type, ctx.needs_input_grad[1:]
+        if torch.is_autocast_enabled(device_type):  # backward() was called inside autocast
+            with torch.autocast(device_type, enabled=False):
+                gradients = ctx.uses.layer.gradients(ctx.uses, needed)
+        else:
+            gradients = ctx.uses.layer.gradients(ctx.uses, needed)
         return None, *(
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -181,11 +184,11 @@ class _Hook:
     """A hook whose copies are inert, so that copying or saving a model takes no optimiser along."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        # Dynamo would take the parameters for constants that need no gradient, and lose it: hooks run as they are.
-        self.function = torch.compiler.disable(function)
+        # Dynamo would take the parameters for constants that need no gradient, and lose it: it may not look inside.
+        self.function, self.opaque = function, torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        return self.opaque(*args) if torch.compiler.is_dynamo_compiling() else self.function(*args)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Inert, ()

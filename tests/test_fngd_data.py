@@ -103,7 +103,7 @@ def test_a_missing_folder_says_what_was_looked_for_where(tmp_path: Path, name: s
     with pytest.raises(DataError, match=f"looked for the folder {inside} in .*nowhere, which does not exist"):
         load(name, tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match=rf"which contains \['other'\]\. Give the folder above it"):
+    with pytest.raises(DataError, match=r"which contains \['other'\]\. Give the folder above it"):
         load(name, tmp_path)
 
 
