@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -188,8 +189,8 @@ def _fill(ids: Tensor, batch: int) -> Tensor:
 
 
 def backward_pairs(
-    backward: Callable[[Tensor], Sequence[Tensor]], losses: Tensor
-) -> tuple[Sequence[Tensor], list[Sequence[Tensor]], int]:
+    backward: Callable[[Tensor], Sequence[Any]], losses: Tensor
+) -> tuple[Sequence[Any], list[Sequence[Any]], int]:
     """The gradients of Σ_b ℓ_b and of each probe, and the number of levels.
 
     `backward(v)` returns the gradients of Σ_b v_b ℓ_b; None among them where there is none.

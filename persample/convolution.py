@@ -20,13 +20,11 @@ from torch import Tensor
 
 from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, pad, patches, weight_gradient
 from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, force, product_costs, ranges
+from persample.products import LONGEST, row_products
 
 __all__ = ["ConvSpec", "choose", "force", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
 
 Pair = tuple[Tensor, Tensor]
-
-# oneDNN's matrix product, which torch.mm does not use in float32: 2.3 times as fast as the BLAS in gram.
-_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def weighted_grad(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor | None = None) -> Tensor:
@@ -162,24 +160,13 @@ def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: Co
     out = spec.weight_shape[0] // spec.groups
     both = result.shape[0] + (0 if second is None else result.shape[1])
     per_channel = both * math.prod(spec.weight_shape[1:]) * result.element_size()
-    # No product over more than 2^17 elements at once: oneDNN adds them one after the other, and 2^21 squares in
-    # float32 came out 1e-5 off (and five times as slow).
-    budget = min(BUDGET // 4, both * 2**17 * result.element_size())
+    budget = min(BUDGET // 4, both * LONGEST * result.element_size())
     # Whole groups together while they fit, otherwise some of the output channels of one group.
     for group in ranges(spec.groups, per_channel * out, budget):
         for part in ranges(out, per_channel * (group.stop - group.start), budget, 16):
             rows = _partial_grads(*first, spec, group, part)
             columns = rows if second is None else _partial_grads(*second, spec, group, part)
-            result += _inner(rows, columns)
-
-
-def _inner(rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ columns.T."""
-    if _LINEAR is not None and rows.dtype == torch.float32 and rows.device.type == "cpu":
-        # Contiguous, or it falls back to a reference kernel that is a thousand times slower.
-        inner: Tensor = _LINEAR(rows.contiguous(), columns.contiguous(), None, "none", [], "")
-        return inner
-    return rows @ columns.mT
+            result += row_products(rows, columns)
 
 
 def _partial_grads(x: Tensor, z: Tensor, spec: ConvSpec, group: slice, part: slice) -> Tensor:

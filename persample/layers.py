@@ -24,7 +24,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 KEEP_BYTES = 256 * 2**20
-"""Per-sample gradients formed for a Gram matrix are kept for the weighted sum up to this size."""
+"""Per-sample gradients of a convolution, formed for its Gram matrix, are kept for the weighted sum up to this size."""
 
 
 class LayerGrads:
@@ -77,23 +77,24 @@ class LayerGrads:
         )
 
     def _form(self) -> None:
-        """Replaces the weight's block by its rows where its Gram matrix would form them anyway."""
+        """Replaces a convolution's block by its rows where its Gram matrix would form them anyway.
+
+        A linear layer's rows are formed and consumed a few at a time, in the cache; its weighted sum from x and z
+        costs no more than reading them back would.
+        """
         weight = self._weight
-        if isinstance(weight, Outer | Conv) and not _hadamard_is_cheaper(weight):
+        if isinstance(weight, Conv) and not _hadamard_is_cheaper(weight):
             bytes_each = torch.finfo(weight.dtype).bits // 8
             if weight.batch * weight.numel * bytes_each <= KEEP_BYTES:
                 self._weight = Dense(reductions.materialise(weight))
 
 
-def _hadamard_is_cheaper(block: Outer | Conv) -> bool:
+def _hadamard_is_cheaper(block: Conv) -> bool:
     """Whether K straight from x and z needs fewer operations than through the rows; see `reductions`."""
-    if isinstance(block, Outer):
-        time, inp, out = block.x.shape[1], block.x.shape[2], block.z.shape[2]
-    else:
-        steps = block.x if block.spec.transposed else block.z  # the end that has one position per patch
-        time = steps.shape[2:].numel()
-        out = steps.shape[1] // block.spec.groups
-        inp = block.numel // steps.shape[1]
+    steps = block.x if block.spec.transposed else block.z  # the end that has one position per patch
+    time = steps.shape[2:].numel()
+    out = steps.shape[1] // block.spec.groups
+    inp = block.numel // steps.shape[1]
     return block.batch * time**2 * (inp + out) < (time + block.batch) * inp * out
 
 

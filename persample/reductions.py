@@ -29,9 +29,12 @@ from torch import Tensor
 
 from persample import convolution
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
+from persample.products import LONGEST, gram_of_rows, row_products, weight_product
 
 CHUNK_BYTES = 64 * 2**20
 """Temporary memory a reduction may take, in bytes; results are not counted."""
+CACHE_BYTES = 4 * 2**20
+"""Rows formed only to be consumed are formed this many bytes at a time on a CPU, to be read from its cache."""
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -39,10 +42,15 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def chunks(length: int, bytes_each: int) -> Iterator[slice]:
-    """Slices that cover range(length), each of at most `CHUNK_BYTES` / `bytes_each` entries and at least one."""
-    step = max(1, CHUNK_BYTES // max(1, bytes_each))
+def chunks(length: int, bytes_each: int, budget: int | None = None) -> Iterator[slice]:
+    """Slices that cover range(length), each of at most `budget` (default: `CHUNK_BYTES`) bytes but one entry at least."""
+    step = max(1, (CHUNK_BYTES if budget is None else budget) // max(1, bytes_each))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def consumed_budget(device: torch.device) -> int:
+    """Bytes of rows to form at a time when they are consumed at once."""
+    return min(CACHE_BYTES, CHUNK_BYTES) if device.type == "cpu" else CHUNK_BYTES
 
 
 def real_rows(values: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ def _(block: Pulled, out: Tensor | None = None) -> Tensor:
 def weighted_sum(block: Block, c: Float[Tensor, " batch"]) -> Tensor:
     """Returns Σ_b c_b g_b, [*shape]."""
     rows = materialise(block)
-    return torch.tensordot(c.to(rows.dtype), rows, dims=1)
+    return (c.to(rows.dtype) @ rows.reshape(block.batch, block.numel)).view(block.shape)
 
 
 @weighted_sum.register
@@ -116,7 +124,7 @@ def _(block: Outer, c: Tensor) -> Tensor:
     x, z = full_precision(block.x), full_precision(block.z)
     scale = c.to(z.dtype)[:, None, None]
     x, z = (x, z * scale) if z.shape[2] <= x.shape[2] else (x * scale, z)
-    return z.flatten(0, 1).T @ x.flatten(0, 1)
+    return weight_product(z.flatten(0, 1), x.flatten(0, 1))
 
 
 @weighted_sum.register
@@ -142,8 +150,8 @@ def _(block: Pulled, c: Tensor) -> Tensor:
 @singledispatch
 def dot(block: Block, vector: Tensor) -> Float[Tensor, " batch"]:
     """Returns ⟨g_b, v⟩ for a vector of the parameter's shape, [B]."""
-    rows = real_rows(materialise(block))
-    return rows @ real_rows(vector.to(block.dtype)[None])[0]
+    rows = materialise(block)
+    return real_rows(rows) @ real_rows(vector.to(rows.dtype)[None])[0]
 
 
 @dot.register
@@ -207,7 +215,7 @@ def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
     if (type(b), type(a)) in _GRAM:
         return _GRAM[type(b), type(a)](b, a).T
     rows = real_rows(materialise(a))
-    return rows @ (rows if b is a else real_rows(materialise(b))).T
+    return gram_of_rows(rows, None if b is a else real_rows(materialise(b)))
 
 
 @register_pair(_INNER, Outer, Outer)
@@ -224,7 +232,7 @@ def _(a: Outer, b: Outer) -> Tensor:
         ]
     else:
         parts = []
-        for s in chunks(batch, 2 * inp * out * size):
+        for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
             rows = torch.bmm(az[s].transpose(1, 2), ax[s]).flatten(1)
             other = rows if a is b else torch.bmm(bz[s].transpose(1, 2), bx[s]).flatten(1)
             parts.append(torch.linalg.vecdot(rows, other))
@@ -241,20 +249,30 @@ def _(a: Outer, b: Outer) -> Tensor:
     formed = (batch * time + (0 if a is b else other * time_b)) * inp * out + batch * other * inp * out
     if hadamard <= formed:
         if time == time_b == 1:
-            return (az[:, 0] @ bz[:, 0].T) * (ax[:, 0] @ bx[:, 0].T)
-        right_x, right_z = bx.flatten(0, 1).T, bz.flatten(0, 1).T
+            return row_products(az[:, 0], bz[:, 0]) * row_products(ax[:, 0], bx[:, 0])
+        right_x, right_z = bx.flatten(0, 1), bz.flatten(0, 1)
         parts = [
-            ((az[s].flatten(0, 1) @ right_z) * (ax[s].flatten(0, 1) @ right_x))
+            (row_products(az[s].flatten(0, 1), right_z) * row_products(ax[s].flatten(0, 1), right_x))
             .view(s.stop - s.start, time, other, time_b)
             .sum((1, 3))
             for s in chunks(batch, 2 * time * other * time_b * size)
         ]
         return torch.cat(parts) if parts else ax.new_zeros(0, other)
+    if out < inp:
+        ax, az, bx, bz, out = (
+            az,
+            ax,
+            bz,
+            bx,
+            inp,
+        )  # inner products are those of the transposed rows: cut the longer side
+    inp = ax.shape[2]
     result = ax.new_zeros(batch, other)
-    for s in chunks(out, 2 * max(batch, other) * inp * size):
+    budget = min(consumed_budget(ax.device), max(batch, other) * LONGEST * size)
+    for s in chunks(out, max(batch, other) * inp * size, budget):
         rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
         rows_b = rows if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
-        result.addmm_(rows, rows_b.T)
+        result += row_products(rows, rows_b)
     return result
 
 
@@ -269,7 +287,7 @@ def _(a: Conv, b: Conv) -> Tensor:
 def _(a: Conv, b: Conv) -> Tensor:
     if a.spec == b.spec and a.x.shape[1:] == b.x.shape[1:]:
         return convolution.gram(a.x, a.z, a.spec, None if a is b else (b.x, b.z))
-    return materialise(a).flatten(1) @ materialise(b).flatten(1).T
+    return gram_of_rows(materialise(a).flatten(1), materialise(b).flatten(1))
 
 
 @register_pair(_INNER, Rows, Rows)
@@ -330,4 +348,4 @@ def _(a: Pulled, b: Pulled) -> Tensor:
 def _(a: Pulled, b: Pulled) -> Tensor:
     if a is b and a.isometric:
         return gram(a.inner)
-    return real_rows(materialise(a)) @ real_rows(materialise(b)).T
+    return gram_of_rows(real_rows(materialise(a)), real_rows(materialise(b)))
