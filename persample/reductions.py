@@ -43,7 +43,7 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 def chunks(length: int, bytes_each: int, budget: int | None = None) -> Iterator[slice]:
-    """Slices that cover range(length), each of at most `budget` (default: `CHUNK_BYTES`) bytes but one entry at least."""
+    """Slices that cover range(length), of at most `budget` (default: `CHUNK_BYTES`) bytes but one entry at least."""
     step = max(1, (CHUNK_BYTES if budget is None else budget) // max(1, bytes_each))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 

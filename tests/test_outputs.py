@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -200,16 +201,34 @@ def test_half_precision_gives_float32(dtype: torch.dtype, tolerance: float, cast
 # --- odd models -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated, and still used
 @pytest.mark.parametrize("wrap", [torch.jit.script, torch.fx.symbolic_trace])
-def test_scripted_and_traced_models(wrap: object) -> None:
+def test_scripted_and_traced_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
-    try:
-        wrapped = wrap(model)  # type: ignore[operator]
-    except DeprecationWarning as warning:
-        pytest.skip(f"deprecated in this torch: {warning}")
     expected = loop_grads(model, lambda out, _: out.square().sum(1), x, None)
-    for name, rows in persample.per_sample(wrapped, lambda out, _: out.square().sum(1), x).grads().items():
+    for name, rows in persample.per_sample(wrap(model), lambda out, _: out.square().sum(1), x).grads().items():
         torch.testing.assert_close(rows, expected[name])
+
+
+def test_more_samples_than_one_probe_tells_apart() -> None:
+    """70 samples, routed to experts by the data: two digits to spell, asked again for each batch."""
+    model, generator = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)]).double(), torch.Generator().manual_seed(0)
+
+    def routed(x: Tensor) -> Tensor:
+        chosen = x.sum(1).mul(7).long() % 3
+        out = x.new_zeros(len(x), 3)
+        for number, expert in enumerate(model):
+            where = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, where, expert(x[where]))
+        return out
+
+    model.forward = routed
+    for _ in range(3):
+        x = torch.randn(70, 4, generator=generator, dtype=torch.float64)
+        expected = loop_grads(model, lambda out, _: out.square().sum(1), x, None)
+        found = persample.per_sample(model, lambda out, _: out.square().sum(1), x).grads()
+        for name, rows in expected.items():
+            torch.testing.assert_close(found[name], rows)
 
 
 def test_inside_no_grad_and_inference_mode() -> None:
