@@ -65,9 +65,7 @@ def isolated_grads(case: Case, model: nn.Module, loss_fn: Callable, inputs: Any,
     }
 
 
-def rel_err(
-    got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor], floor: float = 1e-12
-) -> float:
+def rel_err(got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor], floor: float = 1e-12) -> float:
     """Largest absolute deviation over the largest absolute value of the reference; for dicts the worst entry.
 
     Entries of a dict share the scale of the largest one times 1e-3, so that a parameter whose gradient is
@@ -106,7 +104,7 @@ def regroup(grads: Grads, per: str) -> dict[str, list[str]]:
 def _rows(grads: Grads, names: list[str]) -> Tensor:
     """The gradients of these parameters flattened side by side, complex ones as pairs of reals: [B, P]."""
     flat = [
-        torch.view_as_real(grads[n]).flatten(1) if grads[n].is_complex() else grads[n].flatten(1)
+        torch.view_as_real(grads[n]).flatten(1) if grads[n].is_complex() else grads[n][..., None].flatten(1)
         for n in names
     ]
     return torch.cat(flat, 1)
@@ -145,9 +143,7 @@ def clipped_sum(grads: Grads, max_norm: float) -> Grads:
     return weighted_sum(grads, torch.where(total > max_norm, max_norm / total, torch.ones_like(total)))
 
 
-def expected(
-    grads: Grads, other: Grads | None = None, max_norm: float = 1.0, seed: int = 0
-) -> dict[str, Any]:
+def expected(grads: Grads, other: Grads | None = None, max_norm: float = 1.0, seed: int = 0) -> dict[str, Any]:
     """Every reduction of the dense gradients, by the names of the public API, with the random arguments used.
 
     Keys ``("norms", per)``, ``("gram", per)``, ``("cross_gram", per)`` if ``other`` is given, and ``"dot"``,
@@ -158,9 +154,7 @@ def expected(
     random = torch.Generator().manual_seed(seed)
     vectors = {n: torch.randn(g.shape[1:], generator=random, dtype=g.dtype) for n, g in grads.items()}
     c = torch.randn(batch, generator=random, dtype=torch.float64)
-    layer_c = {
-        layer: torch.randn(batch, generator=random, dtype=torch.float64) for layer in regroup(grads, "layer")
-    }
+    layer_c = {layer: torch.randn(batch, generator=random, dtype=torch.float64) for layer in regroup(grads, "layer")}
     out: dict[Any, Any] = {"vectors": vectors, "c": c, "layer_c": layer_c}
     for per in ("total", "layer", "param"):
         out["norms", per] = norms(grads, per)
