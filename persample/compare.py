@@ -172,9 +172,12 @@ def table(rows: list[Row], title: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    caption = "time and memory as ratios to plain forward + backward: median (quartiles); deviation in float64"
+    caption = (
+        "time and memory as ratios to plain forward + backward, after a first call: median (quartiles); "
+        "deviation from one sample at a time in float64"
+    )
     result = Table(title=title, caption=caption, box=box.SIMPLE)
-    result.add_column("backend")
+    result.add_column("backend", no_wrap=True, min_width=7)
     for heading in ("deviation", "time\ngradients", "time\nnorms", "memory\ngradients", "memory\nnorms"):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -98,8 +98,12 @@ def recording(modules: Sequence[Hooked]) -> Iterator[list[Record]]:
     def hook_of(hooked: Hooked) -> Any:
         signature = inspect.signature(hooked.module.forward)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if threading.get_ident() != thread or not isinstance(output, Tensor) or not output.requires_grad:
+        def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+            # another thread may run the module before torch knows that this hook takes keyword arguments
+            if threading.get_ident() != thread:
+                return
+            kwargs, output = rest
+            if not isinstance(output, Tensor) or not output.requires_grad:
                 return
             bound = {name: _detached(value) for name, value in signature.bind(*args, **kwargs).arguments.items()}
             versions = tuple(
@@ -153,9 +157,14 @@ def refuse_modified(records: Sequence[Record]) -> None:
 )
 def capture(problem: Problem) -> Capture:
     """Runs the model with hooks on its modules."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _capture(problem)
+
+
+def _capture(problem: Problem) -> Capture:
     modules = hooked_modules(problem)
     provenance = Provenance() if problem.coupled == "rows" else None
-    with torch.enable_grad(), recording(modules) as records:
+    with recording(modules) as records:
         if provenance is not None:
             provenance.follow(problem.inputs)
         with provenance or nullcontext():
@@ -192,7 +201,7 @@ def attribute(
     parameters = problem.parameters if problem.check else {}
     gradient: dict[str, Tensor | None] = {}
 
-    def backward(weights: Tensor) -> Sequence[Tensor]:
+    def backward(weights: Tensor) -> Sequence[Any]:
         more = list(parameters.values()) if not gradient else []
         wanted: Any = [*edges, *more]  # torch takes edges and tensors together; its annotation does not
         if not wanted:
@@ -202,8 +211,7 @@ def attribute(
             gradient.update(zip(parameters, found[len(edges) :], strict=True))
         return found[: len(edges)]
 
-    pairs: Any = backward_pairs(backward, losses)  # some of z are None, which its annotation leaves out
-    z, probed, levels = pairs
+    z, probed, levels = backward_pairs(backward, losses)
     batch = losses.shape[0]
     owners: list[Owner | None] = []
     for k, (record, found) in enumerate(zip(records, z, strict=True)):

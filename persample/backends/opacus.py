@@ -30,7 +30,7 @@ def capture(problem: Problem) -> Capture:
     """Runs the model with Opacus' hooks on it, forward and backward."""
     wrapper = _grad_sample_module()
     _refuse_eval_mode(problem)
-    with attributes_kept(problem.model), warnings.catch_warnings():
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(problem.model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
         hooks = _attach(wrapper, problem.model)
         try:
@@ -76,8 +76,7 @@ def _attach(wrapper: Any, model: nn.Module) -> Any:
 def _forward(problem: Problem, hooks: Any) -> Tensor:
     """The losses. An error is Opacus' own if the model runs without its hooks, and the caller's otherwise."""
     try:
-        with torch.enable_grad():
-            losses = problem.loss_fn(problem.outputs(), problem.targets)
+        losses = problem.loss_fn(problem.outputs(), problem.targets)
     except Exception as error:
         hooks.remove_hooks()
         with torch.no_grad(), buffers_kept(problem.model), torch.random.fork_rng(devices=[]):

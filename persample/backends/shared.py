@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,19 +73,31 @@ def check_rows(
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Puts buffers that were written or replaced back to the values they had; the others are not touched."""
+def buffers_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Puts buffers that were written or replaced back to the values they had; the others are not touched.
+
+    The context is a function that names those that changed. Values are compared, because batch normalisation
+    writes its statistics without raising their version.
+    """
     before = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
+        (module, own, f"{path}.{own}".lstrip("."), buffer, buffer.clone())
+        for path, module in model.named_modules()
+        for own, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+    def changed() -> list[str]:
+        return [
+            name
+            for module, own, name, buffer, value in before
+            if module._buffers.get(own) is not buffer or not torch.equal(buffer, value)
+        ]
+
     try:
-        yield
+        yield changed
     finally:
-        for module, name, buffer, value, version in before:
-            if buffer._version != version:
+        for module, own, _, buffer, value in before:
+            if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
-            module._buffers[name] = buffer
+            module._buffers[own] = buffer

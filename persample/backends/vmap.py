@@ -36,15 +36,17 @@ def capture(problem: Problem) -> Capture:
     """Runs the model once on the whole batch, and once under `vmap`."""
     if problem.randomness not in RANDOMNESS:
         raise ValueError(f"randomness must be one of {', '.join(map(repr, RANDOMNESS))}; got {problem.randomness!r}")
-    if problem.chunk_size is not None and problem.chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None for the whole batch; got {problem.chunk_size}")
+    with torch.inference_mode(False):
+        return _capture(problem)
+
+
+def _capture(problem: Problem) -> Capture:
     drawn = _random_state()
-    with buffers_kept(problem.model):
-        versions = _versions(problem.model)
+    with buffers_kept(problem.model) as changed_buffers:
         with torch.set_grad_enabled(problem.check):
             losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
         random = not all(map(torch.equal, drawn, _random_state()))
-        changed = [name for name, version in _versions(problem.model).items() if versions.get(name) != version]
+        changed = changed_buffers()
         if changed:
             raise UnsupportedError(
                 f"the forward pass changes buffers ({', '.join(map(repr, changed[:3]))}), as batch normalisation does "
@@ -86,10 +88,7 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
             f"though there are {batch} losses. {ADVICE}"
         )
     one = _single(model, problem.loss_fn, leaves, structure, mapped)
-    run = torch.vmap(
-        grad_and_value(one), in_dims=(None, *(0 for _ in mapped)),
-        chunk_size=problem.chunk_size, randomness=problem.randomness,
-    )  # fmt: skip
+    run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in mapped)), randomness=problem.randomness)
     try:
         with warnings.catch_warnings():
             # operations without a batching rule run one sample after the other, which is slow but right
@@ -158,11 +157,6 @@ def _connected(losses: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
         return set()
     leaves = trace(losses).leaves
     return {name for name, parameter in parameters.items() if id(parameter) in leaves}
-
-
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Identity and version of every buffer: both change when the forward pass writes it."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
 
 
 def _random_state() -> list[Tensor]:
