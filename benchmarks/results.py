@@ -1,0 +1,134 @@
+"""Results as they are kept in JSON: what was measured on what machine, and the figures that reports are made of.
+
+{"format": 1, "settings": {…}, "environment": {…}, "models": {name: model}}
+
+model     date, load before and after, batch, bytes, fill speed, "variants": {key: entry}
+entry     status, difference from ours, calls, rounds, wall and process seconds, peak memory in bytes
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "numpy")
+CLOCKS = ("wall", "process")
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of paired ratios."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures depend on besides the code; names no machine and no user."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    found = {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }
+    if device.startswith("cuda"):
+        found["gpu"], found["cuda"] = torch.cuda.get_device_name(device), torch.version.cuda
+    return found
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def new(settings: Mapping[str, Any], device: str) -> Results:
+    """Results without a model."""
+    return {"format": FORMAT, "settings": dict(settings), "environment": environment(device), "models": {}}
+
+
+def load(path: Path) -> Results:
+    """Reads results.
+
+    Raises:
+        ValueError: the file is not there or was not written by this version.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; `python -m benchmarks --out {path}` writes one")
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} does not hold results of format {FORMAT}; measure again with another --out")
+    return content
+
+
+def save(results: Results, path: Path) -> None:
+    """Writes results whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(_rounded(results), indent=1, allow_nan=False) + "\n")
+    draft.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than any time has; infinity, which JSON lacks, becomes null."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    return value
+
+
+def ratio(
+    model: Mapping[str, Any], key: str, reference: str = "plain", *, plus: str | None = None, clock: str = "wall"
+) -> Ratio | None:
+    """Returns the time of `key` over that of `reference` (and `plus`), round by round; None without both."""
+    entries = [model["variants"].get(name) for name in (key, reference, plus) if name is not None]
+    if any(entry is None or not entry["wall"] for entry in entries):
+        return None
+    series = [dict(zip(entry["rounds"], entry[clock], strict=True)) for entry in entries]
+    shared = sorted(set.intersection(*(set(one) for one in series)))
+    if not shared:
+        return None
+    own, *others = series
+    values = [own[number] / sum(one[number] for one in others) for number in shared]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Ratio(statistics.median(values), low, high, len(values))
+
+
+def seconds(model: Mapping[str, Any], key: str, clock: str = "wall") -> float | None:
+    """Median seconds of a call."""
+    entry = model["variants"].get(key)
+    return statistics.median(entry[clock]) if entry and entry[clock] else None
+
+
+def memory_ratio(model: Mapping[str, Any], key: str, reference: str = "plain") -> float | None:
+    """Peak memory of `key` over that of `reference`."""
+    own, other = (model["variants"].get(name, {}).get("memory") for name in (key, reference))
+    return own / other if own is not None and other else None
