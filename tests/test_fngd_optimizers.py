@@ -320,6 +320,16 @@ def test_a_batch_with_nan_is_not_stored() -> None:
         assert_close(run(model, opt, good), directions(rows, explicit(rows, 1e-3)))
 
 
+def test_a_skipped_step_does_not_shift_the_batches_after_it() -> None:
+    model, batches = Small(), data(4, 3)
+    opt = FNGD(model, lr=0.0, alpha=1e-3, steps_per_epoch=2)
+    F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()  # the scaler met inf: no step
+    run(model, opt, batches[1])
+    for batch in batches:  # of sizes 4 and 3 again; the parameters have not moved
+        rows = own_gradients(model, batch)
+        assert_close(run(model, opt, batch), directions(rows, explicit(rows, 1e-3)))
+
+
 def test_closure_and_loss() -> None:
     model, (batch,) = Small(), data(4)
     opt = FNGD(model, lr=0.1, steps_per_epoch=1)

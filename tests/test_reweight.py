@@ -510,6 +510,28 @@ def test_a_stored_step_asks_for_nothing_else(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(calls) == ["Conv", "Dense", "Dense", "Outer"]
 
 
+def test_the_rows_formed_for_a_convolutions_gram_matrix_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from persample import reductions
+
+    formed, original = [], reductions.materialise
+
+    def materialise(block: object) -> Tensor:
+        formed.append(type(block).__name__)
+        return original(block)
+
+    def policy(layer: str, grads: LayerGrads) -> Tensor:
+        grads.gram()
+        assert "weight: Dense" in grads.explain()
+        return FACTORS
+
+    monkeypatch.setattr(reductions, "materialise", materialise)
+    build, shape = LAYERS["conv2d"]
+    model = nn.Sequential(build())
+    with reweight(model, policy):
+        model(torch.randn(B, *shape)).sin().sum().backward()
+    assert [kind for kind in formed if kind != "Dense"] == ["Conv"]
+
+
 @given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4), batch=st.integers(1, 6), data=st.data())
 def test_property_mlp(sizes: list[int], batch: int, data: st.DataObject) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(sizes)))
