@@ -63,7 +63,9 @@ def check_sum(
             ones = torch.ones(block.batch, device=block.device, dtype=block.dtype.to_real())
             part = weighted_sum(block, ones)
             total = part if total is None else total + part
-            largest = torch.maximum(largest, upper_bound(block).to(largest.device))
+            bound = upper_bound(block).to(largest.device)
+            # a factor may hold NaN or infinity where its partner is zero, or belong to a sample whose loss is NaN
+            largest = torch.maximum(largest, torch.where(bound.isfinite(), bound, 0.0))
         if expected is None:
             expected = torch.zeros(uses[0].shape, dtype=uses[0].dtype, device=uses[0].device)
         expected = full_precision(expected.to_dense())
