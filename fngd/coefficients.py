@@ -67,7 +67,7 @@ def smw_coefficients(
     gives 1/B. NaN or inf in K gives NaN. Nothing waits for the device.
 
     >>> smw_coefficients(torch.eye(4), alpha=0.5)  # orthogonal gradients: all samples count the same
-    tensor([0.1250, 0.1250, 0.1250, 0.1250])
+    tensor([0.2000, 0.2000, 0.2000, 0.2000])
     """
     check_damping(alpha, damping, scale)
     batch = gram.shape[-1] if gram.dim() >= 2 else 0

@@ -13,8 +13,7 @@ from torch.optim.sgd import sgd
 
 from fngd.coefficients import check_damping, smw_coefficients
 from fngd.sharing import CoefficientTable
-from persample.layers import LayerGrads
-from persample.reweight import reweight
+from persample import LayerGrads, reweight
 
 REDUCTIONS = ("mean", "sum")
 
