@@ -173,10 +173,6 @@ def test_public_name_is_documented(thing: Any) -> None:
         assert re.search(r"\b[Rr]eturns\b", first), f"the first sentence does not say what is returned: {first!r}"
 
 
-WRONG = {"fngd.coefficients.smw_coefficients": "λ is 0.5·‖I‖_F = 1 in the example, so it prints 0.2000"}
-"""Examples that are known to be wrong, and why; one that is repaired must leave this list."""
-
-
 def documented() -> list[Any]:
     """Returns every docstring in both packages that has examples, with the globals of its module.
 
@@ -188,13 +184,7 @@ def documented() -> list[Any]:
             if not info.name.endswith("__main__"):
                 module = importlib.import_module(info.name)
                 named = {f"{info.name}.{name}".removesuffix("."): text for name, text in docstrings(module)}
-                found += [
-                    pytest.param(
-                        module, text, id=name, marks=[pytest.mark.xfail(reason=WRONG[name])] if name in WRONG else []
-                    )
-                    for name, text in named.items()
-                    if ">>>" in text
-                ]
+                found += [pytest.param(module, text, id=name) for name, text in named.items() if ">>>" in text]
     return found
 
 
