@@ -64,6 +64,11 @@ def per_sample(
         raise ValueError(f"chunk_size must be a positive number of samples, or None; got {chunk_size!r}")
     if coupled not in ("error", "rows"):
         raise ValueError(f"coupled must be 'error' or 'rows'; got {coupled!r}")
+    if chunk_size is not None and coupled == "rows":
+        raise ValueError(
+            "chunk_size and coupled='rows' exclude each other: where samples influence each other, the rows of a chunk "
+            "are not those of the whole batch. Leave one of them out"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "

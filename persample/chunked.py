@@ -2,7 +2,7 @@
 
 Exact, because the rows of a chunk do not depend on other chunks. Memory is that of one chunk (two for a Gram
 matrix) and of the result; time is one forward and backward pass over the batch for each reduction, and for a
-Gram matrix of n chunks about n / 2 of them. Random numbers are replayed, so that every reduction sees the same
+Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
 dropout masks.
 """
 
@@ -71,16 +71,18 @@ class ChunkedPerSampleGrads:
         self, per: Per = "total", other: PerSampleGrads | ChunkedPerSampleGrads | None = None
     ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
         """See `PerSampleGrads.gram`; `other` may be chunked too."""
-        rows = []
+        grid: list[list[Any]] = []
         for i in range(len(self._slices)):
             left = self._chunk(i)
             if isinstance(other, PerSampleGrads):
-                blocks = [left.gram(per, other)]
+                grid.append([left.gram(per, other)])
+            elif other is not None:
+                grid.append([left.gram(per, other._chunk(j)) for j in range(len(other._slices))])
             else:
-                right = self if other is None else other
-                blocks = [left.gram(per, right._chunk(j)) for j in range(len(right._slices))]
-            rows.append(_cat(blocks, dim=1))
-        return _cat(rows)
+                grid.append([tree_map(torch.t, grid[j][i]) for j in range(i)])  # symmetric: only j ≥ i is captured
+                later = (self._chunk(j) for j in range(i + 1, len(self._slices)))
+                grid[i] += [left.gram(per), *(left.gram(per, right) for right in later)]
+        return _cat([_cat(blocks, dim=1) for blocks in grid])
 
     def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.weighted_sum`."""

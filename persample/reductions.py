@@ -218,6 +218,19 @@ def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
     return gram_of_rows(rows, None if b is a else real_rows(materialise(b)))
 
 
+def norms_by_hadamard(a: Outer, b: Outer) -> bool:
+    """Whether ⟨g_b, h_b⟩ costs fewer multiplications in the Hadamard form: T T'(I + O) against (T + T') I O."""
+    (_, time, inp), time_b, out = a.x.shape, b.x.shape[1], a.z.shape[2]
+    return time * time_b * (inp + out) <= (time if a is b else time + time_b) * inp * out
+
+
+def gram_by_hadamard(a: Outer, b: Outer) -> bool:
+    """Whether K costs fewer multiplications in the Hadamard form: B B' T T'(I + O) against (B T + B'T' + B B') I O."""
+    (batch, time, inp), (other, time_b), out = a.x.shape, b.x.shape[:2], a.z.shape[2]
+    formed = batch * time + (0 if a is b else other * time_b) + batch * other
+    return batch * other * time * time_b * (inp + out) <= formed * inp * out
+
+
 @register_pair(_INNER, Outer, Outer)
 def _(a: Outer, b: Outer) -> Tensor:
     (batch, time, inp), out = a.x.shape, a.z.shape[2]
@@ -225,7 +238,7 @@ def _(a: Outer, b: Outer) -> Tensor:
     if time == b.x.shape[1] == 1:
         return (ax * bx).sum((1, 2)) * (az * bz).sum((1, 2))
     size = ax.element_size()
-    if time * b.x.shape[1] * (inp + out) <= (time if a is b else time + b.x.shape[1]) * inp * out:
+    if norms_by_hadamard(a, b):
         parts = [
             (torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))).sum((1, 2))
             for s in chunks(batch, 2 * time * b.x.shape[1] * size)
@@ -245,9 +258,7 @@ def _(a: Outer, b: Outer) -> Tensor:
     other, time_b = b.x.shape[:2]
     ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
     size = ax.element_size()
-    hadamard = batch * other * time * time_b * (inp + out)
-    formed = (batch * time + (0 if a is b else other * time_b)) * inp * out + batch * other * inp * out
-    if hadamard <= formed:
+    if gram_by_hadamard(a, b):
         if time == time_b == 1:
             return row_products(az[:, 0], bz[:, 0]) * row_products(ax[:, 0], bx[:, 0])
         right_x, right_z = bx.flatten(0, 1), bz.flatten(0, 1)
@@ -258,14 +269,8 @@ def _(a: Outer, b: Outer) -> Tensor:
             for s in chunks(batch, 2 * time * other * time_b * size)
         ]
         return torch.cat(parts) if parts else ax.new_zeros(0, other)
-    if out < inp:
-        ax, az, bx, bz, out = (
-            az,
-            ax,
-            bz,
-            bx,
-            inp,
-        )  # inner products are those of the transposed rows: cut the longer side
+    if out < inp:  # transposed rows have the same inner products: cut along the longer side
+        (ax, az), (bx, bz), out = (az, ax), (bz, bx), inp
     inp = ax.shape[2]
     result = ax.new_zeros(batch, other)
     budget = min(consumed_budget(ax.device), max(batch, other) * LONGEST * size)

@@ -13,9 +13,9 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from persample import reductions
+from persample.algorithms import algorithm
 from persample.backends import Capture
-from persample.blocks import Block, Conv
-from persample.convolution import choose
+from persample.blocks import Block
 from persample.reductions import full_precision, real_rows
 
 Per = Literal["total", "layer", "param"]
@@ -83,6 +83,11 @@ class PerSampleGrads:
     def batch(self) -> int:
         """Number of samples B."""
         return self.losses.shape[0]
+
+    @property
+    def blocks(self) -> dict[str, tuple[Block, ...]]:
+        """The factors: name -> one block for each use of the parameter, whose rows add up to g_b."""
+        return {name: tuple(blocks) for name, blocks in self._blocks.items()}
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -211,11 +216,8 @@ class PerSampleGrads:
         rows = []
         for name, uses in self._uses.items():
             for use in uses:
-                kind = type(use.block).__name__
-                algorithm = "materialise or Hadamard by cost" if kind == "Outer" else "direct"
-                if isinstance(use.block, Conv):
-                    algorithm = choose(use.block.x, use.block.z, use.block.spec)
-                rows.append(Explanation(name, use.operation, use.rule, kind, algorithm, use.block.nbytes))
+                form, kind = algorithm(use.block), type(use.block).__name__
+                rows.append(Explanation(name, use.operation, use.rule, kind, form, use.block.nbytes))
             if not uses:
                 rows.append(Explanation(name, "unused", "zero", "none", "none", 0))
         return rows

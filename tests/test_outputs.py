@@ -359,3 +359,25 @@ def test_buffers_are_reused() -> None:
         torch.testing.assert_close(rows, kept[name])
     with pytest.raises(ValueError, match=r"out\['0.weight'\] must be"):
         psg.grads(out={"0.weight": torch.empty(2)})
+
+
+def test_chunks_do_not_mix_with_rows() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        persample.per_sample(
+            nn.BatchNorm1d(3), lambda out, _: out.sum(1), torch.randn(6, 3), coupled="rows", chunk_size=2
+        )
+
+
+def test_uses_over_time_are_one_block() -> None:
+    """A recurrent weight and bias, used at every step, are held and explained as one block each."""
+    model = nn.GRU(3, 4).double()
+    psg = persample.per_sample(model, lambda out, _: out[0].sum((0, 2)), torch.randn(5, 2, 3).double())
+    assert {name: len(blocks) for name, blocks in psg.blocks.items()} == dict.fromkeys(psg.blocks, 1)
+    assert any("× 5" in row.operation for row in psg.explain())
+
+
+def test_notes_say_when_every_batch_is_probed() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    assert not persample.per_sample(model, lambda out, _: out.sum(1), x).notes
+    sorted_rows = persample.per_sample(model, lambda out, _: out[out.sum(1).argsort()].sum(1), x)
+    assert "probed" in sorted_rows.notes[0]

@@ -173,9 +173,9 @@ def _capture(problem: Problem) -> Capture:
         _refuse_batch_statistics(records)
     refuse_modified(records)
     if not losses.requires_grad:
-        return Capture(losses.detach(), {})
+        return Capture(losses.detach(), dict.fromkeys(problem.parameters, ()))
     zs, owners, batch_gradient = attribute(losses, records, problem)
-    captured: dict[str, list[Captured]] = {}
+    captured: dict[str, list[Captured]] = {name: [] for name in problem.parameters}
     with torch.no_grad():
         for record, z, owner in zip(records, zs, owners, strict=True):
             if z is None:
@@ -185,7 +185,7 @@ def _capture(problem: Problem) -> Capture:
             z = z.view(record.shape)
             for name, block in blocks_of(record, z, owner).items():
                 use = Captured(block, type(record.hooked.module).__name__, record.hooked.rule.__name__)
-                captured.setdefault(record.hooked.names[name], []).append(use)
+                captured[record.hooked.names[name]].append(use)
     result = Capture(losses.detach(), {name: outputs.merged(uses) for name, uses in captured.items()})
     if problem.check:
         precision = coarsest(losses, *problem.parameters.values())

@@ -38,7 +38,7 @@ def capture(problem: Problem) -> Capture:
             uses = _backward(losses, problem)
             hooks.disable_hooks()
             if problem.check:
-                blocks: dict[str, list[Block]] = {name: [found[0].block] for name, found in uses.items()}
+                blocks: dict[str, list[Block]] = {name: [use.block for use in found] for name, found in uses.items()}
                 check_rows(blocks, losses, problem.parameters, "opacus")
         finally:
             hooks.remove_hooks()
@@ -89,7 +89,7 @@ def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...
     """The rows that Opacus' hooks leave on the parameters."""
     names = list(problem.parameters)
     if not losses.requires_grad or not names:
-        return {}
+        return dict.fromkeys(names, ())
     # a module's hook fires when the gradients of its inputs are complete, so they have to be asked for too
     inputs = [t for t in tree_leaves(problem.inputs) if isinstance(t, Tensor) and t.requires_grad]
     wanted = [*problem.parameters.values(), *inputs]
@@ -104,6 +104,7 @@ def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...
     for name, gradient in zip(names, gradients, strict=True):
         rows: Any = getattr(problem.parameters[name], "grad_sample", None)
         if rows is None and gradient is None:
+            uses[name] = ()
             continue
         expected = (losses.shape[0], *problem.parameters[name].shape)
         if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:

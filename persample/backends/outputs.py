@@ -12,7 +12,7 @@ from the graph (`persample.layout`), later batches cost one backward pass to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +24,14 @@ from persample.checks import check_losses, check_sum
 from persample.graph import Graph, Route, call_node, sum_to, trace
 from persample.plans import Plan, Plans, edges, make, plans_of, signature
 from persample.provenance import Provenance
+from persample.reductions import full_precision
 from persample.rules import Site, build
 from persample.uses import Separation, Use, find_uses
 
+PROBED = (
+    "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
+    "the kinds of its operations (see persample.layout)"
+)
 CHECK_EVERY = 4
 """Of the batches with a proven plan, one in this many verifies one use against autograd."""
 
@@ -44,16 +49,30 @@ def pulled(block: Block, path: Route) -> Block:
 
 
 def merged(uses: list[Captured]) -> tuple[Captured, ...]:
-    """Uses with outer products of equal shape joined along time: a recurrent weight, a module called twice."""
-    outer = [use for use in uses if isinstance(use.block, Outer)]
-    if len(outer) < 2:
-        return tuple(uses)
-    block = Outer(
-        torch.cat([use.block.x for use in outer], dim=1),  # type: ignore[attr-defined]
-        torch.cat([use.block.z for use in outer], dim=1),  # type: ignore[attr-defined]
-    )
-    joined = Captured(block, f"{outer[0].operation} × {len(outer)}", outer[0].rule)
-    return joined, *(use for use in uses if not isinstance(use.block, Outer))
+    """Uses with the same kind of block made one: a recurrent weight, a module called twice."""
+    joined: list[Captured] = []
+    outer = [use.block for use in uses if isinstance(use.block, Outer)]
+    dense = [use.block for use in uses if isinstance(use.block, Dense)]
+    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense))):
+        same = [use for use in uses if isinstance(use.block, kind)]
+        if block is not None:
+            joined.append(Captured(block, f"{same[0].operation} × {len(same)}", same[0].rule))
+            uses = [use for use in uses if not isinstance(use.block, kind)]
+    return *joined, *uses
+
+
+def join_outer(blocks: Sequence[Outer]) -> Outer | None:
+    """Σ of outer products: the positions of all; None for fewer than two."""
+    if len(blocks) < 2:
+        return None
+    return Outer(torch.cat([block.x for block in blocks], dim=1), torch.cat([block.z for block in blocks], dim=1))
+
+
+def join_dense(blocks: Sequence[Dense]) -> Dense | None:
+    """Σ of rows; None for fewer than two blocks."""
+    if len(blocks) < 2:
+        return None
+    return Dense(torch.stack([full_precision(block.values) for block in blocks]).sum(0))
 
 
 def capture_losses(
@@ -80,10 +99,11 @@ def capture_losses(
         uses, known = find_uses(graph, losses, parameters, coupled, provenance)
         full = True
         if plans is not None:
-            plans.keep(key, make(graph, uses, known, losses.shape[0]))
+            plan = make(graph, uses, known, losses.shape[0])
+            plans.keep(key, plan)
     with torch.no_grad():
         captured = build_uses(uses, known, losses.shape[0])
-    result = Capture(losses.detach(), captured)
+    result = Capture(losses.detach(), captured, notes=() if plan is None or plan.owners is not None else (PROBED,))
     if check and full:
         check_batch(result, losses, parameters, known)
     elif check and plan is not None and plan.calls % CHECK_EVERY == 0:

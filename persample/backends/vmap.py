@@ -62,11 +62,13 @@ def _capture(problem: Problem) -> Capture:
             f"check skipped: the model draws random numbers, and with randomness={problem.randomness!r} "
             "the samples alone draw others than the batch"
         )
-    uses = {name: (Captured(Dense(values), "vmap", "vmap"),) for name, values in gradients.items()}
+    uses: dict[str, tuple[Captured, ...]] = {
+        name: (Captured(Dense(values), "vmap", "vmap"),) for name, values in gradients.items()
+    }
     if problem.check:
         connected = _connected(losses, problem.parameters)
         # functorch gives zeros for what is not used
-        uses = {name: found for name, found in uses.items() if name in connected}
+        uses = {name: found if name in connected else () for name, found in uses.items()}
         if not random:
             blocks = {name: [use.block for use in found] for name, found in uses.items()}
             check_rows(blocks, losses, problem.parameters, "vmap")

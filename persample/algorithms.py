@@ -1,0 +1,44 @@
+"""Which algorithm a block's reductions will use, in words: for `PerSampleGrads.explain`."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+from persample.blocks import Block, Conv, Outer, Pulled, Rows
+from persample.convolution import choose
+from persample.convolution_algorithms import ordinary
+from persample.convolution_choice import choose_form
+from persample.reductions import gram_by_hadamard, norms_by_hadamard
+
+
+@singledispatch
+def algorithm(block: Block) -> str:
+    """Returns in words how gradients, norms and Gram matrix of a block are formed."""
+    return "rows as they are"
+
+
+@algorithm.register
+def _(block: Outer) -> str:
+    norms, gram = norms_by_hadamard(block, block), gram_by_hadamard(block, block)
+    words = {True: "Hadamard", False: "rows"}
+    return f"grads: {'outer product' if block.x.shape[1] == 1 else 'bmm'}; norms: {words[norms]}; gram: {words[gram]}"
+
+
+@algorithm.register
+def _(block: Conv) -> str:
+    if not block.batch:
+        return "nothing: a batch of none"
+    x, z, spec = ordinary(block.x, block.z, block.spec)
+    norms, gram = (choose_form(x, z, spec, other) for other in (None, block.batch))
+    return f"grads: {choose(x, z, spec)}; norms: {norms}; gram: {gram}"
+
+
+@algorithm.register
+def _(block: Rows) -> str:
+    return "grads: index_add; norms, gram: Hadamard over equal indices"
+
+
+@algorithm.register
+def _(block: Pulled) -> str:
+    behind = algorithm(block.inner)
+    return f"behind a rearrangement, {behind}" if block.isometric else f"grads pulled back; before that, {behind}"
