@@ -176,7 +176,7 @@ def table(rows: list[Row], title: str) -> Any:
         "time and memory as ratios to plain forward + backward, after a first call: median (quartiles); "
         "deviation from one sample at a time in float64"
     )
-    result = Table(title=title, caption=caption, box=box.SIMPLE)
+    result = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     result.add_column("backend", no_wrap=True, min_width=7)
     for heading in ("deviation", "time\ngradients", "time\nnorms", "memory\ngradients", "memory\nnorms"):
         result.add_column(heading, justify="right", no_wrap=True)
@@ -184,7 +184,7 @@ def table(rows: list[Row], title: str) -> Any:
         if row.times is None or row.memory is None:
             result.add_row(row.backend, "refused", *[""] * 4)
             continue
-        times = [f"{r.median:.2f} ({r.low:.2f}–{r.high:.2f})" for r in (row.times[q] for q in QUANTITIES)]
+        times = [f"{r.median:.2f} ({r.low:.1f}–{r.high:.1f})" for r in (row.times[q] for q in QUANTITIES)]
         result.add_row(row.backend, f"{row.deviation:.1e}", *times, *(f"{row.memory[q]:.2f}" for q in QUANTITIES))
     return result
 
