@@ -32,7 +32,16 @@ from torch.utils._pytree import tree_leaves
 
 from persample.layers import LAYERS, LayerGrads, layer_grads
 
-Policy = Callable[[str, LayerGrads], "Tensor | None"]
+Policy = Callable[..., Any]
+"""(layer path, LayerGrads) → factors [B], a pair of gradients or None; jointly, one dict by path → another."""
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One forward pass of the model: its batch size and, once known, the gradient at its output."""
+
+    batch: int | None = None
+    output_grad: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -40,7 +49,7 @@ class _Uses:
     """The uses of one layer in one forward pass: filled by Taps, emptied by the Gate."""
 
     layer: _Layer
-    batch: int | None
+    forward: _Pass
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -48,7 +57,6 @@ class _Uses:
 class _Layer:
     path: str
     module: nn.Module
-    policy: Policy
     axis: int | None
     off: list[nn.Parameter] = field(default_factory=list)
     called: bool = False
@@ -79,11 +87,11 @@ class _Layer:
         while self.off:
             self.off.pop().requires_grad_(True)
 
-    def gradients(self, uses: _Uses, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-        """The reweighted (weight, bias) gradients of all uses together."""
+    def check(self, uses: _Uses) -> list[tuple[Tensor, Tensor]]:
+        """Returns the uses, emptied, when it is certain which of their axes counts samples."""
         found, uses.found = uses.found, []
         if self.axis is None:
-            self.axis = _find_axis(self, found[-1][1], uses.batch)
+            self.axis = _find_axis(self, found[-1][1], uses.forward.batch)
         sizes = {z.shape[self.axis] for _, z in found}
         if len(sizes) > 1:
             raise ValueError(
@@ -91,17 +99,22 @@ class _Layer:
                 "its calls make one gradient per sample only if each has the same samples. Call the model "
                 "once per batch."
             )
-        grads = layer_grads(self.module, found, needed, self.axis)
-        c = self.policy(self.path, grads)
-        if c is None:
-            c = torch.ones(grads.batch_size, device=grads.device)
-        elif not isinstance(c, Tensor) or c.shape != (grads.batch_size,):
-            returned = f"shape {list(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
+        return found
+
+    def combine(self, grads: LayerGrads, answer: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the (weight, bias) gradients that the policy's answer stands for."""
+        if answer is None:
+            return grads.weighted_sum(torch.ones(grads.batch_size, device=grads.device))
+        if isinstance(answer, tuple) and len(answer) == 2:
+            return answer
+        if not isinstance(answer, Tensor) or answer.shape != (grads.batch_size,):
+            returned = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(
                 f"the policy returned {returned} for layer '{self.path}'; allowed are None (the plain "
-                f"gradient) and a tensor of shape [{grads.batch_size}], one factor per sample."
+                f"gradient), a tensor of shape [{grads.batch_size}], one factor per sample, and a pair of "
+                "the gradients of weight and bias themselves."
             )
-        return grads.weighted_sum(c)
+        return grads.weighted_sum(answer)
 
 
 def _find_axis(layer: _Layer, z: Tensor, batch: int | None) -> int:
@@ -133,25 +146,31 @@ def _find_axis(layer: _Layer, z: Tensor, batch: int | None) -> int:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, uses: _Uses, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, handle: Reweighting, group: list[_Uses], *parameters: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)  # Taps send no gradient along the token
-        ctx.uses, ctx.dtypes = uses, (weight.dtype, None if bias is None else bias.dtype)
-        return torch.empty(0, device=weight.device)
+        ctx.handle, ctx.group = handle, group
+        ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
+        return torch.empty(0, device=next(p.device for p in parameters if p is not None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.uses.found:
-            return None, None, None
-        device_type, needed = ctx.uses.found[0][1].device.type, ctx.needs_input_grad[1:]
+        met = [uses.found[0][1] for uses in ctx.group if uses.found]
+        if not met:
+            return None, None, *(None for _ in ctx.dtypes)
+        device_type, needed = met[0].device.type, ctx.needs_input_grad[2:]
         if torch.is_autocast_enabled(device_type):  # backward() was called inside autocast
             with torch.autocast(device_type, enabled=False):
-                gradients = ctx.uses.layer.gradients(ctx.uses, needed)
+                gradients = ctx.handle._gradients(ctx.group, needed)
         else:
-            gradients = ctx.uses.layer.gradients(ctx.uses, needed)
-        return None, *(
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            gradients = ctx.handle._gradients(ctx.group, needed)
+        return (
+            None,
+            None,
+            *(
+                None if gradient is None else gradient.to(dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
         )
 
 
@@ -197,9 +216,12 @@ class _Hook:
 class Reweighting:
     """What `reweight` returns: ends the reweighting by `remove()` or at the end of a `with` block."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, _Layer]) -> None:
-        self._layers = layers
-        self._batch: int | None = None
+    def __init__(
+        self, model: nn.Module, policy: Policy, layers: dict[str, _Layer], *, joint: bool, outputs: bool
+    ) -> None:
+        self._layers, self._policy, self._joint, self._outputs = layers, policy, joint, outputs
+        self._forward = _Pass()
+        self._asked: tuple[_Pass, dict[str, tuple]] | None = None  # while the policy runs
         self._gates: dict[str, tuple[Tensor, _Uses]] | None = None
         # The root's hook first: the model may be a layer itself.
         self._hooks = [
@@ -245,15 +267,72 @@ class Reweighting:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @property
+    def output_grad(self) -> Tensor | None:
+        """While a policy runs, with `outputs=True`: the gradient at the output of the model, in that forward pass."""
+        return None if self._asked is None else self._asked[0].output_grad
+
+    def joined(self, gather: Callable[[Tensor, int], Tensor]) -> dict[str, LayerGrads]:
+        """Returns, while a policy runs, the gradients it is asked about on a larger batch, by layer path.
+
+        gather(tensor, axis) is called with the x and the z of every use of every layer, in the same order in
+        every process, and returns them with more samples along `axis`: its own and those of other processes.
+        """
+        if self._asked is None:
+            raise ValueError("joined(gather) is for policies; no backward pass is asking one now")
+        return {
+            path: layer_grads(module, [(gather(x, axis), gather(z, axis)) for x, z in found], needed, axis)
+            for path, (module, found, needed, axis) in self._asked[1].items()
+        }
+
+    def _gradients(self, group: list[_Uses], needed: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of [weight, bias] of each layer of the group, after asking the policy."""
+        met, parts = [], {}
+        for number, uses in enumerate(group):
+            if uses.found:
+                layer, wanted = uses.layer, needed[2 * number : 2 * number + 2]
+                met.append((number, layer))
+                parts[layer.path] = (layer.module, layer.check(uses), wanted, layer.axis)
+        grads = {path: layer_grads(*part) for path, part in parts.items()}
+        self._asked = group[0].forward, parts
+        try:
+            if self._joint:
+                answers = self._policy(grads)
+            else:
+                answers = {path: self._policy(path, each) for path, each in grads.items()}
+        finally:
+            self._asked = None
+        result: list[Tensor | None] = [None] * (2 * len(group))
+        for number, layer in met:
+            result[2 * number : 2 * number + 2] = layer.combine(grads[layer.path], answers.get(layer.path))
+        return result
+
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
         first = next(tensors, None)
-        self._batch = None if first is None else first.shape[0]
-        self._gates = {}
+        self._forward = _Pass(None if first is None else first.shape[0])
+        self._gates = self._joint_gates() if self._joint and torch.is_grad_enabled() else {}
+
+    def _joint_gates(self) -> dict[str, tuple[Tensor, _Uses]]:
+        """One Gate for all layers: it runs when the last of their Taps has run."""
+        layers = [layer for layer in self._layers.values() if layer.parameters()]
+        group = [_Uses(layer, self._forward) for layer in layers]
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        if any(hasattr(parameter, "to_local") for parameter in parameters):
+            raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
+        if not group:
+            return {}
+        token = _Gate.apply(self, group, *parameters)
+        return {uses.layer.path: (token, uses) for uses in group}
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
         self._gates = None
+        if self._outputs:
+            leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim())
+            first = next(leaves, None)
+            if first is not None and first.requires_grad:
+                first.register_hook(partial(_keep_output_grad, self._forward))
 
     def _before(self, layer: _Layer, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # torch.func differentiates what it is given, and tensors inside it cannot be switched.
@@ -273,14 +352,25 @@ class Reweighting:
     def _gate(self, layer: _Layer) -> tuple[Tensor, _Uses]:
         if self._gates is not None and layer.path in self._gates:
             return self._gates[layer.path]
-        uses = _Uses(layer, self._batch)
-        token = _Gate.apply(uses, *layer.parameters())
+        uses = _Uses(layer, self._forward)
+        token = _Gate.apply(self, [uses], *layer.parameters())
         if self._gates is not None:
             self._gates[layer.path] = token, uses
         return token, uses
 
 
-def reweight(model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str, int] | None = None) -> Reweighting:
+def _keep_output_grad(forward: _Pass, grad: Tensor) -> None:
+    forward.output_grad = grad.detach()
+
+
+def reweight(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    batch_axis: int | Mapping[str, int] | None = None,
+    joint: bool = False,
+    outputs: bool = False,
+) -> Reweighting:
     """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of
     `model`.
 
@@ -294,11 +384,17 @@ def reweight(model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str,
 
     Arguments:
         policy: called once for each layer in each backward pass, with the layer's path and its `LayerGrads`.
-            Returns None (the plain gradient) or c of shape [B]; all ones is the plain gradient too.
+            Returns None (the plain gradient), c of shape [B] (all ones is the plain gradient too), or the
+            gradients of (weight, bias) themselves, where it has formed them anyway.
         batch_axis: which axis of a layer's output counts samples; an int for all linear layers, or a dict by
             layer path. By default it is found in the first backward pass: the axis that is as long as axis 0
             of the first tensor given to the model. In a convolution it is axis 0; giving {path: 0} makes
             each row a sample, whatever their number.
+        joint: ask the policy once for all layers, when the backward pass has met the last of them: it gets a
+            dict of `LayerGrads` by path and returns a dict of answers (a path left out: the plain gradient).
+            Until then x and z of every layer are kept: the backward pass frees no activations on the way.
+        outputs: keep the gradient at the model's output for the policy, as `output_grad` of the handle. The
+            output is what the model's own forward returns, or its first tensor with an axis.
 
     Raises:
         ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis.
@@ -324,8 +420,8 @@ def reweight(model: nn.Module, policy: Policy, *, batch_axis: int | Mapping[str,
             )
     modules = dict(_layers(model))
     axes = _axes(modules, batch_axis)
-    layers = {path: _Layer(path, module, policy, axes.get(path)) for path, module in modules.items()}
-    return Reweighting(model, layers)
+    layers = {path: _Layer(path, module, axes.get(path)) for path, module in modules.items()}
+    return Reweighting(model, policy, layers, joint=joint, outputs=outputs)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
