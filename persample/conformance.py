@@ -204,10 +204,13 @@ def shown_matrix(found: Matrix) -> Any:
     from rich.table import Table
 
     signs = {"exact": "[green]✓[/]", "refused": "[dim]·[/]", "wrong": "[bold red]✗[/]", "crash": "[bold magenta]‼[/]"}
-    result = Table(box=box.SIMPLE_HEAD, caption="✓ exact   · refused   ✗ wrong   ‼ crash")
-    result.add_column("case", no_wrap=True, max_width=38)
+    result = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="✓ exact   · refused   ✗ wrong   ‼ crash"
+    )
+    result.add_column("case", no_wrap=True)
+    narrow = len(counts(found)) > len(backends())  # peers too: fold their names
     for name in counts(found):
-        result.add_column(name, justify="center", min_width=min(len(name), 7))
+        result.add_column(name, justify="center", overflow="fold", min_width=5 if narrow else len(name))
     for case, row in found.items():
         result.add_row(case, *(signs[cell.verdict] for cell in row.values()))
     return result

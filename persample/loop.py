@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from persample.cases import call
@@ -14,7 +14,7 @@ from persample.cases import call
 
 def loop_grads(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
-) -> dict[str, Float[Tensor, "batch *shape"]]:
+) -> dict[str, Inexact[Tensor, "batch *shape"]]:
     """Returns ∂ℓ_b/∂θ for every trainable parameter, one backward pass per sample: name -> [B, *shape].
 
     Slow, and what everything else is compared with.
