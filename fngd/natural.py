@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torch.optim.sgd import sgd
 
 from fngd.coefficients import check_damping, smw_coefficients
+from fngd.first_order import sgd_step
 from fngd.sharing import CoefficientTable
 from persample import LayerGrads, reweight
 
@@ -37,39 +37,6 @@ def coefficient_factors(
     factors = batch * smw_coefficients(own, alpha=alpha, damping=damping, scale=scale)
     good = factors.isfinite().all()
     return torch.where(good, factors, 1.0), good
-
-
-def sgd_update(
-    params: list[Tensor],
-    buffers: list[Tensor | None],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-) -> None:
-    """Changes `params` and momentum `buffers` in place by one step of torch's SGD.
-
-    θ ← θ − lr·m,  m ← momentum·m + grad (+ weight_decay·θ); decoupled: θ ← (1 − lr·weight_decay)·θ before
-    that.
-    """
-    if decoupled_weight_decay and weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        weight_decay = 0.0
-    grads = [param.grad for param in params if param.grad is not None]
-    sgd(
-        params,
-        grads,
-        buffers,
-        has_sparse_grad=any(grad.is_sparse for grad in grads),
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr,  # type: ignore[arg-type]  # tensors are fine, says torch.optim.SGD
-        dampening=0.0,
-        nesterov=nesterov,
-        maximize=False,
-    )
 
 
 class NaturalSGD(Optimizer):
@@ -125,14 +92,8 @@ class NaturalSGD(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            buffers = [self.state[param].get("momentum_buffer") for param in params]
-            options = ("lr", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay")
-            sgd_update(params, buffers, **{name: group[name] for name in options})
-            if group["momentum"]:
-                for param, buffer in zip(params, buffers, strict=True):
-                    self.state[param]["momentum_buffer"] = buffer
+            if params:
+                sgd_step(group, params, [param.grad for param in params], self.state)
         self._end_batch()
         return loss
 

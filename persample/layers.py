@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from persample import reductions
 from persample.blocks import Block, Conv, Dense, Outer
 from persample.convolution import ConvSpec
+from persample.convolution_algorithms import patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -34,8 +35,8 @@ class LayerGrads:
     the gradient of the sample's own loss. Weight and bias count as one vector.
     """
 
-    def __init__(self, weight: Block | None, bias: Block | None) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(self, weight: Block | None, bias: Block | None, calls: Sequence[Outer | Conv] = ()) -> None:
+        self._weight, self._bias, self._calls = weight, bias, tuple(calls)
 
     @property
     def batch_size(self) -> int:
@@ -67,6 +68,32 @@ class LayerGrads:
         blocks = (self._weight, self._bias)
         weight, bias = (None if block is None else reductions.weighted_sum(block, c) for block in blocks)
         return weight, bias
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns for each call of the layer (x, z) with g_b = Σ_t z_bt ⊗ x_bt in every group, in float32 or better.
+
+            x    [batch, groups, inp, *kernel, *time]    what the weight meets: inputs, or patches of them
+            z    [batch, groups, out, *time]             gradient of the training loss w.r.t. the output
+
+        Both may be views with overlapping memory, so that patches cost nothing before they are used; never write
+        into them. A linear layer has one group, no kernel axes and one time axis, which holds all of its calls.
+
+        Raises ValueError for a transposed convolution, in which it is z that comes in patches.
+        """
+        result = []
+        for block in self._calls:
+            x, z = reductions.full_precision(block.x), reductions.full_precision(block.z)
+            if isinstance(block, Outer):
+                result.append((x.mT.unsqueeze(1), z.mT.unsqueeze(1)))
+                continue
+            if block.spec.transposed:
+                raise ValueError(
+                    "a transposed convolution has no patches of its input; use gram, norms or weighted_sum"
+                )
+            covered = patches(x, block.spec, tuple(z.shape[2:]))
+            groups = block.spec.groups
+            result.append((covered.unflatten(1, (groups, -1)), z.unflatten(1, (groups, -1))))
+        return result
 
     def explain(self) -> str:
         """Returns a line that says in which form the gradients are held, and their bytes."""
@@ -113,17 +140,18 @@ def layer_grads(
         pairs = [(_rows(x, axis), _rows(z, axis)) for x, z in uses]
         # Several calls are more positions: Σ_t runs over all of them, cross terms included.
         x, z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
-        weight: Block = Outer(x, z)
+        calls: list[Any] = [Outer(x, z)]
+        weight: Block = calls[0]
         bias = Dense(reductions.full_precision(z).sum(1)) if needed[1] else None
     else:
-        convs = [conv_block(module, x, z) for x, z in uses]
-        weight = convs[0]
-        if len(convs) > 1:
-            first, *rest = map(reductions.materialise, convs)
+        calls = [conv_block(module, x, z) for x, z in uses]
+        weight = calls[0]
+        if len(calls) > 1:
+            first, *rest = map(reductions.materialise, calls)
             weight = Dense(sum(rest, first))
         sums = (reductions.full_precision(z).flatten(2).sum(2) for _, z in uses)
         bias = Dense(sum(sums, next(sums))) if needed[1] else None
-    return LayerGrads(weight if needed[0] else None, bias)
+    return LayerGrads(weight if needed[0] else None, bias, calls)
 
 
 def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
