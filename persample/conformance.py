@@ -207,10 +207,9 @@ def shown_matrix(found: Matrix) -> Any:
     result = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="✓ exact   · refused   ✗ wrong   ‼ crash"
     )
-    result.add_column("case", no_wrap=True)
-    narrow = len(counts(found)) > len(backends())  # peers too: fold their names
+    result.add_column("case", no_wrap=True, min_width=min(40, max(map(len, found))))
     for name in counts(found):
-        result.add_column(name, justify="center", overflow="fold", min_width=5 if narrow else len(name))
+        result.add_column(name, justify="center", no_wrap=True, min_width=len(name))
     for case, row in found.items():
         result.add_row(case, *(signs[cell.verdict] for cell in row.values()))
     return result
@@ -247,7 +246,7 @@ def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
             bar.advance(task)
 
         found = matrix(cases, peers, progress)
-    console.print(shown_matrix(found))
+    console.print(shown_matrix(found), crop=False)  # wider than a narrow terminal: let it wrap
     console.print(summary(found))
     missing = [peer.name for peer in PEERS.values() if peers and not peer.installed]
     if missing:
