@@ -69,7 +69,9 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     order = graph.order
     cuts = list(dict.fromkeys(use.node for found in uses.values() for use in found))
     places = proven(graph, cuts, batch) if batch > 1 else {}
-    regular = places is not None and all(
+    # an output without a gradient, in this batch, has no owner that a later batch could use
+    complete = all(zs[output] is not None for node, zs in known.zs.items() for output in graph.outputs(node))
+    regular = complete and places is not None and all(
         owner is None or _agrees(owner, places.get((node, output)), batch)
         for node in cuts
         for output, owner in enumerate(known.owners[node])
