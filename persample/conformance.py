@@ -207,9 +207,9 @@ def shown_matrix(found: Matrix) -> Any:
     result = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="✓ exact   · refused   ✗ wrong   ‼ crash"
     )
-    result.add_column("case", no_wrap=True, min_width=min(40, max(map(len, found))))
+    result.add_column("case", no_wrap=True)
     for name in counts(found):
-        result.add_column(name, justify="center", no_wrap=True, min_width=len(name))
+        result.add_column(name, justify="center", no_wrap=True)
     for case, row in found.items():
         result.add_row(case, *(signs[cell.verdict] for cell in row.values()))
     return result
@@ -246,7 +246,9 @@ def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
             bar.advance(task)
 
         found = matrix(cases, peers, progress)
-    console.print(shown_matrix(found), crop=False)  # wider than a narrow terminal: let it wrap
+    shown = shown_matrix(found)
+    width = console.measure(shown, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(width, console.width)).print(shown)  # in a narrow terminal rich would drop columns
     console.print(summary(found))
     missing = [peer.name for peer in PEERS.values() if peers and not peer.installed]
     if missing:

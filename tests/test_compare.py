@@ -191,7 +191,9 @@ def test_conformance_prints_and_writes(
     monkeypatch.setattr(conformance, "PEERS", {"Swapped": peers.Peer("Swapped", "torch", "torch", "grads", swapped)})
     out = tmp_path / "matrix.md"
     assert conformance.run(peers=True, out=out, containing="usage/module-called") == 0
-    assert "✗" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "✗" in shown
+    assert "case outputs hooks vmap opacus Swapped" in " ".join(shown.split())
     text = out.read_text(encoding="utf-8")
     assert "| case | outputs | hooks | vmap | opacus | Swapped |" in text
     assert "| usage/module-called-twice | exact | exact | exact | exact | **wrong** |" in text
