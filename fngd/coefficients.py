@@ -48,6 +48,7 @@ def smw_coefficients(
     alpha: float | None = None,
     damping: float | None = None,
     scale: str = "absorb",
+    rhs: Float[Tensor, "*layers batch"] | None = None,
 ) -> Float[Tensor, "*layers batch"]:
     """Returns the coefficients c of the damped natural-gradient direction d = U c.
 
@@ -58,13 +59,16 @@ def smw_coefficients(
         alpha: relative damping α > 0, λ = α‖K‖_F for each matrix. math.inf is allowed with "absorb": c = 1/B.
         damping: absolute damping λ > 0, instead of alpha.
         scale: "absorb" or "per_layer".
+        rhs: s in c = (K + λB·I)⁻¹ s, instead of 1; s_b = ‖∂ℓ_b/∂logits‖² is the improved empirical Fisher
+            matrix's (iEF; Wu et al. 2024).
 
     Raises:
-        ValueError: not exactly one of alpha and damping, one out of range, an unknown scale, K not square.
+        ValueError: not exactly one of alpha and damping, one out of range, an unknown scale, K not square, s of
+            another shape than K's rows.
 
     Exact up to rounding. Solved in float64 whatever K's precision and returned in K's (float32 for half). A
     K that rounding made indefinite is lifted by its own rounding error; one that is indefinite beyond that
-    gives 1/B. NaN or inf in K gives NaN. Nothing waits for the device.
+    gives s/B. NaN or inf in K or s gives NaN. Nothing waits for the device.
 
     >>> smw_coefficients(torch.eye(4), alpha=0.5)  # orthogonal gradients: all samples count the same
     tensor([0.2000, 0.2000, 0.2000, 0.2000])
@@ -73,9 +77,12 @@ def smw_coefficients(
     batch = gram.shape[-1] if gram.dim() >= 2 else 0
     if gram.dim() < 2 or gram.shape[-2] != batch or not batch:
         raise ValueError(f"gram has shape {list(gram.shape)}; it must be [..., B, B] with B ≥ 1")
+    if rhs is not None and rhs.shape != gram.shape[:-1]:
+        raise ValueError(f"rhs has shape {list(rhs.shape)}; with this gram it must be {list(gram.shape[:-1])}")
     eps = torch.finfo(gram.dtype).eps
     dtype = torch.float32 if gram.element_size() < 4 else gram.dtype
     gram = gram.double()
+    right = gram.new_ones(gram.shape[:-1]) if rhs is None else rhs.double()
     # Everything relative to ‖K‖_F, which is found in two steps: squares of small entries would vanish.
     largest = gram.abs().amax((-2, -1), keepdim=True)
     vanished = largest == 0
@@ -83,7 +90,7 @@ def smw_coefficients(
     norm = torch.where(vanished, 1, torch.linalg.matrix_norm(unit, keepdim=True))
     relative = damping / (norm * largest) if damping is not None else torch.full_like(norm, alpha or 0.0)
     # c̃ = (K/λ + B·I)⁻¹ 1: no eigenvalue below B, condition number at most 1 + 1/(αB).
-    absorbed = _solve(unit / (norm * relative), eps / relative)
+    absorbed = _solve(unit / (norm * relative), eps / relative, right)
     if scale == "absorb":
         return absorbed.to(dtype)
     lam = torch.where(vanished, 1.0 if damping is None else damping, relative * norm * largest)
@@ -107,18 +114,18 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
             raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")
 
 
-def _solve(matrix: Tensor, rounding: Tensor) -> Tensor:
-    """(matrix + B·I)⁻¹ 1 by Cholesky; `rounding` is the size of the errors that the matrix may carry."""
+def _solve(matrix: Tensor, rounding: Tensor, rhs: Tensor) -> Tensor:
+    """(matrix + B·I)⁻¹ s by Cholesky; `rounding` is the size of the errors that the matrix may carry."""
     batch = matrix.shape[-1]
-    one = matrix.new_ones(*matrix.shape[:-1], 1)
+    right = rhs.unsqueeze(-1)
     diagonal = torch.eye(batch, dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + batch * diagonal)
-    result = torch.cholesky_solve(one, factor)
+    result = torch.cholesky_solve(right, factor)
     # On the CPU a look at `failed` is free; on an accelerator it would wait, so there both are computed.
     if matrix.device.type != "cpu" or failed.any():
         factor, failed_again = torch.linalg.cholesky_ex(matrix + batch * (1 + rounding) * diagonal)
-        lifted = torch.cholesky_solve(one, factor)
-        lifted = torch.where(failed_again[..., None, None] == 0, lifted, 1 / batch)
+        lifted = torch.cholesky_solve(right, factor)
+        lifted = torch.where(failed_again[..., None, None] == 0, lifted, right / batch)
         result = torch.where(failed[..., None, None] == 0, result, lifted)
     # NaN must not be hidden by the fallback.
     return result.squeeze(-1) + 0 * matrix.sum((-2, -1)).unsqueeze(-1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fngd.natural import NaturalSGD
+from fngd.natural import Method, NaturalSGD
 from fngd.sharing import SHARES, CoefficientTable
 
 
@@ -29,6 +29,8 @@ class FNGD(NaturalSGD):
             (nothing: as `NGD`).
         samples: the number of samples in the data set, ids being below it; only with share="sample".
         refresh_epochs: compute c anew in every R-th epoch, R ≥ 1; None: only in the first.
+        refresh_cosine: in (0, 1]; compute anew in the epoch after one whose first batch has fresh factors with a
+            smaller cosine to the stored ones, in one layer: `probe_layer`, or the first that is met.
         control: "constant" or "permuted", to test what the coefficients bring; see `fngd.sharing`.
         seed: of the permutations.
         Others: as for `NGD`.
@@ -66,8 +68,17 @@ class FNGD(NaturalSGD):
         share: str | None = "position",
         samples: int | None = None,
         refresh_epochs: int | None = None,
+        refresh_cosine: float | None = None,
+        probe_layer: str | None = None,
         control: str | None = None,
         seed: int = 0,
+        fisher: str = "empirical",
+        gram: str = "layer",
+        kl_clip: float | None = None,
+        output_axis: int = 0,
+        scaler: Any = None,
+        process_group: Any = None,
+        diagnostics: bool = False,
         batch_axis: int | Mapping[str, int] | None = None,
     ) -> None:
         if share not in SHARES:
@@ -79,11 +90,16 @@ class FNGD(NaturalSGD):
                 share=share,
                 samples=samples,
                 refresh_epochs=refresh_epochs,
+                refresh_cosine=refresh_cosine,
+                probe_layer=probe_layer,
                 control=control,
                 seed=seed,
             )
-        elif control is not None or refresh_epochs is not None or samples is not None:
-            raise ValueError("control, refresh_epochs and samples need share='position' or share='sample'")
+        elif any(option is not None for option in (control, refresh_epochs, refresh_cosine, probe_layer, samples)):
+            raise ValueError(
+                "control, refresh_epochs, refresh_cosine, probe_layer and samples need share='position' or "
+                "share='sample'"
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -96,10 +112,19 @@ class FNGD(NaturalSGD):
             params,
             defaults,
             table=table,
-            alpha=alpha,
-            damping=damping,
-            scale=scale,
-            reduction=reduction,
+            method=Method(
+                alpha=alpha,
+                damping=damping,
+                scale=scale,
+                reduction=reduction,
+                fisher=fisher,
+                gram=gram,
+                kl_clip=kl_clip,
+                output_axis=output_axis,
+            ),
+            scaler=scaler,
+            process_group=process_group,
+            diagnostics=diagnostics,
             batch_axis=batch_axis,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fngd.natural import NaturalSGD
+from fngd.natural import Method, NaturalSGD
 
 
 class NGD(NaturalSGD):
@@ -25,10 +25,28 @@ class NGD(NaturalSGD):
         lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`, ≥ 0.
         decoupled_weight_decay: shrink the parameters by lr·weight_decay instead of adding to the gradient.
         alpha, damping: relative (default 1e-2) or absolute damping, > 0; `alpha=None` with `damping=`.
-        scale: "absorb" (λ·d; the plain gradient for heavy damping) or "per_layer" (d).
+        scale: "absorb" (λ·d; the plain gradient for heavy damping), "per_layer" (d), or "graft" (d rescaled to the
+            length of the layer's plain gradient, at the cost of one more weight gradient a layer).
         reduction: how the training loss is reduced over the batch, "mean" or "sum"; with "absorb" and alpha
             it makes no difference.
+        fisher: "empirical", or "improved" (iEF): c = (K + λB·I)⁻¹ s with s_b = ‖∂ℓ_b/∂output‖², so that samples
+            that are fitted already do not dominate. The output is what the model's own forward returns (its first
+            tensor with an axis): return logits, not probabilities. s has the scale of the loss squared; with
+            "graft" that does not matter.
+        gram: "layer"; "network", one K and one c for all layers, for which x and z of every layer are kept until
+            the backward pass has met the last one (about the memory of all activations and their gradients); or
+            "global", K by layer over the samples of all processes, see `fngd.distributed`.
+        kl_clip: κ > 0; the directions of the preconditioned layers are multiplied by
+            ν = min(1, √(κ/Σ_l lr²⟨d_l, g_l⟩)) in `step`, with the learning rates of that moment. With several
+            backward passes a step, or several processes, an upper bound of the sum is used.
+        output_axis: which axis of the model's output counts samples; for fisher="improved".
+        scaler: the GradScaler of the training loop, so that "per_layer", "improved", damping= and kl_clip see
+            unscaled gradients; the rest does not depend on it.
+        process_group: of gram="global" and kl_clip; default: all processes.
+        diagnostics: keep figures for the property `diagnostics`; costs one more weight gradient a layer.
         batch_axis: see `persample.reweight`.
+
+    A parameter group with precondition=False takes the plain gradient.
 
     Raises:
         ValueError: an argument out of range, or a model that is reweighted already.
@@ -57,6 +75,13 @@ class NGD(NaturalSGD):
         damping: float | None = None,
         scale: str = "absorb",
         reduction: str = "mean",
+        fisher: str = "empirical",
+        gram: str = "layer",
+        kl_clip: float | None = None,
+        output_axis: int = 0,
+        scaler: Any = None,
+        process_group: Any = None,
+        diagnostics: bool = False,
         batch_axis: int | Mapping[str, int] | None = None,
     ) -> None:
         defaults = {
@@ -71,9 +96,18 @@ class NGD(NaturalSGD):
             params,
             defaults,
             table=None,
-            alpha=alpha,
-            damping=damping,
-            scale=scale,
-            reduction=reduction,
+            method=Method(
+                alpha=alpha,
+                damping=damping,
+                scale=scale,
+                reduction=reduction,
+                fisher=fisher,
+                gram=gram,
+                kl_clip=kl_clip,
+                output_axis=output_axis,
+            ),
+            scaler=scaler,
+            process_group=process_group,
+            diagnostics=diagnostics,
             batch_axis=batch_axis,
         )

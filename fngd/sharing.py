@@ -7,6 +7,9 @@ What is stored is the factor B·c_b by which each sample's share of the plain gr
   vector.
 - `share="sample"`, what the paper's argument ("determined by the intrinsic nature of samples") would
   support: the key is (layer, sample id).
+- `refresh_cosine`: in the first batch of each epoch that reuses factors, one layer's are computed all the same,
+  and kept from the step; where their cosine with the stored ones is below the threshold, the next epoch
+  computes. That is decided when the epoch closes, so that no step waits for the device.
 - `control="constant"`: all factors 1 (plain SGD by the same code). `control="permuted"`: every computed
   vector is permuted at random before it is used and stored. Both exist to test whether it matters whose
   factor it is.
@@ -32,6 +35,8 @@ class CoefficientTable:
         share: "position" or "sample".
         samples: the number of different sample ids; only with "sample".
         refresh_epochs: compute anew in every R-th epoch (R ≥ 1); None: only in the first.
+        refresh_cosine: threshold in (0, 1] on the cosine of the probed layer's factors; None: no probes.
+        probe_layer: the layer that is probed; None: the first that is asked for.
         control: None, "constant" or "permuted".
         seed: of the permutations.
     """
@@ -43,14 +48,23 @@ class CoefficientTable:
         share: str = "position",
         samples: int | None = None,
         refresh_epochs: int | None = None,
+        refresh_cosine: float | None = None,
+        probe_layer: str | None = None,
         control: str | None = None,
         seed: int = 0,
     ) -> None:
+        if refresh_cosine is not None and not 0 < refresh_cosine <= 1:
+            raise ValueError(f"refresh_cosine={refresh_cosine}; it is the cosine of two vectors and must be in (0, 1]")
+        if probe_layer is not None and refresh_cosine is None:
+            raise ValueError(f"probe_layer={probe_layer!r} needs refresh_cosine=, the threshold")
         _check(steps_per_epoch, share, samples, refresh_epochs, control)
         assert steps_per_epoch is not None, "checked"
         self.steps_per_epoch, self.share, self.samples = steps_per_epoch, share, samples
         self.refresh_epochs, self.control = refresh_epochs, control
+        self.refresh_cosine, self.probe_layer = refresh_cosine, probe_layer
         self.epoch, self.index = 0, 0
+        self.cosine: Tensor | None = None  # of the last probe
+        self._stale = False  # whether it asks this epoch to compute
         self._explicit = False  # whether the user announces epochs
         self._random = torch.Generator().manual_seed(seed)
         self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
@@ -63,7 +77,11 @@ class CoefficientTable:
     @property
     def computing(self) -> bool:
         """Whether this epoch computes coefficients."""
-        return self.epoch == 0 or (self.refresh_epochs is not None and self.epoch % self.refresh_epochs == 0)
+        return (
+            self.epoch == 0
+            or self._stale
+            or (self.refresh_epochs is not None and self.epoch % self.refresh_epochs == 0)
+        )
 
     def lookup(self, layer: str, batch: int, device: torch.device) -> Float[Tensor, " batch"] | None:
         """Returns the factors to use now, None where they must be computed; for one backward pass."""
@@ -75,6 +93,16 @@ class CoefficientTable:
         if self.control == "constant":
             return torch.ones(batch, device=device)
         return self._by_sample(layer, batch) if self.share == "sample" else self._by_position(layer, batch)
+
+    def probing(self, layer: str) -> bool:
+        """Whether the factors that `lookup` just found are to be compared with fresh ones, by `probe`."""
+        if self.refresh_cosine is None or self.control == "constant" or self.index:
+            return False
+        return self.cosine is None and layer == (self.probe_layer if self.probe_layer is not None else layer)
+
+    def probe(self, stored: Float[Tensor, " batch"], fresh: Float[Tensor, " batch"]) -> None:
+        """Keeps the cosine of stored and fresh factors for the end of the epoch."""
+        self.cosine = torch.nn.functional.cosine_similarity(stored, fresh, dim=0)
 
     def store(self, layer: str, factors: Float[Tensor, " batch"], good: Tensor) -> Float[Tensor, " batch"]:
         """Stores what was computed and returns what to use.
@@ -139,6 +167,8 @@ class CoefficientTable:
             "explicit": self._explicit,
             "steps_per_epoch": self.steps_per_epoch,
             "share": self.share,
+            "stale": self._stale,
+            "cosine": self.cosine,
             "random": self._random.get_state(),
             "rows": dict(self._rows),
             "lengths": {key: list(lengths) for key, lengths in self._lengths.items()},
@@ -157,6 +187,8 @@ class CoefficientTable:
                     "coefficients would meet other samples. Construct the optimiser as the saved one was."
                 )
         self.epoch, self.index, self._explicit = state["epoch"], state["index"], state["explicit"]
+        self._stale, cosine = state.get("stale", False), state.get("cosine")  # absent in states of version 0.1
+        self.cosine = None if cosine is None else cosine.to(device, copy=True)
         self._random.set_state(state["random"].cpu())
         self._rows = {key: rows.to(device, copy=True) for key, rows in state["rows"].items()}
         self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
@@ -194,7 +226,12 @@ class CoefficientTable:
 
     def _close_epoch(self) -> None:
         self.epoch, self.index = self.epoch + 1, 0
-        # The only look at device values, once an epoch: a batch with NaN or inf is computed again next time.
+        # NaN asks for nothing: the batch that was probed was not finite.
+        self._stale = (
+            self.cosine is not None and self.refresh_cosine is not None and bool(self.cosine < self.refresh_cosine)
+        )
+        self.cosine = None
+        # With the probe the only look at device values, once an epoch: a batch with NaN or inf is redone next time.
         for key, bad in self._bad.items():
             for index in bad.nonzero().flatten().tolist():
                 self._lengths[key][index] = 0

@@ -287,7 +287,8 @@ class Reweighting:
 
     def _gradients(self, group: list[_Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of [weight, bias] of each layer of the group, after asking the policy."""
-        met, parts = [], {}
+        met: list[tuple[int, _Layer]] = []
+        parts: dict[str, tuple] = {}
         for number, uses in enumerate(group):
             if uses.found:
                 layer, wanted = uses.layer, needed[2 * number : 2 * number + 2]
