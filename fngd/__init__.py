@@ -2,6 +2,8 @@
 
 from fngd.coefficients import smw_coefficients
 from fngd.fngd import FNGD
+from fngd.kfac import KFAC
 from fngd.ngd import NGD
+from fngd.skfac import SKFAC
 
-__all__ = ["FNGD", "NGD", "smw_coefficients"]
+__all__ = ["FNGD", "KFAC", "NGD", "SKFAC", "smw_coefficients"]

@@ -1,0 +1,78 @@
+"""Parameter groups of the preconditioned optimisers, and the checks of their options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fngd.first_order import ADAMW, RULES
+
+
+def first_order_groups(
+    params: Iterable[Any], chosen: set[Tensor], other: str, options: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Returns the parameter groups; with other="adamw" what is not `chosen` moves to groups of its own.
+
+    So a scheduler sees both learning rates, and each group is stepped by one rule.
+
+    Raises ValueError for an unknown rule or option.
+    """
+    if other not in RULES:
+        raise ValueError(f"other={other!r} is unknown; choose one of {list(RULES)}")
+    given = dict(options or {})
+    if given and other != "adamw":
+        raise ValueError("other_options are those of AdamW; give other='adamw' or parameter groups of your own")
+    unknown = sorted(set(given) - set(ADAMW))
+    if unknown:
+        raise ValueError(f"other_options has {unknown}; AdamW takes {list(ADAMW)}")
+    listed = list(params)
+    groups = [dict(group) for group in listed] if listed and isinstance(listed[0], dict) else [{"params": listed}]
+    if other == "sgd":
+        return groups
+    result = []
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        # (name, parameter) where model.named_parameters() was given
+        there = [(param[1] if isinstance(param, tuple) else param) in chosen for param in members]
+        if not group.get("precondition", True):
+            there = [False] * len(members)
+        inside = [param for param, here in zip(members, there, strict=True) if here]
+        outside = [param for param, here in zip(members, there, strict=True) if not here]
+        if inside:
+            result.append({**group, "params": inside})
+        if outside:
+            result.append({**group, **ADAMW, **given, "params": outside, "rule": "adamw", "precondition": False})
+    return result
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for a parameter group with an option out of range."""
+    for name in ("lr", "momentum", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name}={group[name]}; it must be at least 0")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov=True needs momentum > 0")
+    if group["rule"] not in RULES:
+        raise ValueError(f"rule={group['rule']!r} is unknown; choose one of {list(RULES)}")
+    if "damping" in group:
+        positive("damping", group["damping"])
+
+
+def positive(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a number > 0 (NaN is none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or not value > 0:
+        raise ValueError(f"{name}={value!r}; it must be a number > 0")
+
+
+def whole(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a whole number ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
+
+
+def fraction(name: str, value: Any) -> None:
+    """Raises ValueError unless 0 ≤ value < 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}; it must be at least 0 and less than 1")

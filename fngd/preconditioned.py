@@ -1,0 +1,310 @@
+"""What KFAC, SKFAC, Eva and Shampoo share: directions in place of gradients, then a first-order step.
+
+The ordinary backward pass is not changed: `persample.reweight` only shows each layer's inputs and output
+gradients to the method. `step` takes what is in `.grad` by then (unscaled, clipped, averaged over
+processes), preconditions it layer by layer, scales it by the KL clip, and hands it to SGD or AdamW.
+`.grad` itself stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from fngd.first_order import ADAMW, adamw_step, sgd_step
+from fngd.groups import check_group, first_order_groups, positive, whole
+from fngd.statistics import Factors, Statistics
+from persample import LayerGrads, reweight
+
+REDUCTIONS = ("mean", "sum")
+State = dict[str, Tensor]
+"""Tensors of one layer by name."""
+
+
+def kl_clip_factor(inner: list[Tensor], rates: list[Any], kappa: float) -> Tensor:
+    """Returns ν = min(1, √(κ / Σ_l lr_l²·|⟨v_l, g_l⟩|)), a tensor holding one number.
+
+    (Ba, Grosse, Martens 2017, Section 5; in this form in kfac-pytorch.) `inner`: ⟨v_l, g_l⟩ of each layer's
+    direction and gradient; `rates`: the learning rates lr_l of this very step; `kappa`: κ > 0. Nothing
+    waits for the device; ν is 1 where the sum is 0.
+    """
+    total = torch.stack([rate**2 * value for rate, value in zip(rates, inner, strict=True)]).sum().abs()
+    return (kappa / total).sqrt().clamp(max=1.0)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How a layer-wise method turns statistics into a direction. Pure: it keeps nothing but its options."""
+
+    def collect(self, factors: Factors, *, bias: bool, convolution: bool, random: torch.Generator) -> Statistics:
+        """Returns what to remember of a backward pass."""
+
+    def combine(self, first: Statistics, second: Statistics) -> Statistics:
+        """Returns the statistics of both backward passes together."""
+
+    def update(self, old: State | None, new: Statistics, reduction: str) -> State:
+        """Returns the running factors and "count"; `old` where the new statistics are not finite."""
+
+    def invert(self, running: State, damping: float) -> State:
+        """Returns what `direction` needs."""
+
+    def direction(self, inverse: State, grad: Float[Tensor, "groups out inp"], damping: float) -> Tensor:
+        """Returns the preconditioned gradient, of the same shape."""
+
+
+class Preconditioned(Optimizer):
+    """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        everywhere = {"precondition": True, "rule": "sgd", "betas": ADAMW["betas"], "eps": ADAMW["eps"]}
+        self._completed = 0
+        super().__init__(groups, {**everywhere, **defaults})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step with the gradients in `.grad`; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        directions = self._directions()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                rule = sgd_step if group["rule"] == "sgd" else adamw_step
+                rule(group, params, [directions.get(param, param.grad) for param in params], self.state)
+        self._completed += 1
+        return loss
+
+    def _directions(self) -> dict[Tensor, Tensor]:
+        """Preconditioned gradients by parameter."""
+        raise NotImplementedError(f"{type(self).__name__} defines _directions")
+
+
+class LayerPreconditioned(Preconditioned):
+    """Base of KFAC, SKFAC and Eva: statistics of linear and convolution layers, gathered as they are met."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        method: Method,
+        defaults: dict[str, Any],
+        *,
+        statistics_every: int,
+        inverse_every: int,
+        kl_clip: float | None,
+        reduction: str,
+        other: str,
+        other_options: Mapping[str, Any] | None,
+        scaler: Any,
+        seed: int,
+        batch_axis: int | Mapping[str, int] | None,
+    ) -> None:
+        whole("statistics_every", statistics_every)
+        whole("inverse_every", inverse_every)
+        if kl_clip is not None:
+            positive("kl_clip", kl_clip)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
+        self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
+        self._statistics_every, self._inverse_every = statistics_every, inverse_every
+        self._running: dict[str, State] = {}
+        self._inverses: dict[str, State] = {}
+        self._pending: dict[str, Statistics] = {}
+        self._random = torch.Generator().manual_seed(seed)
+        self._group_of: dict[Tensor, dict[str, Any]] | None = None
+        self._model = model
+        self._plain = _never_preconditioned(model)
+        chosen: set[Tensor] = set()
+        for _, module in _layers(model, self._plain):
+            chosen.update(param for param in module._parameters.values() if param is not None)
+        groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
+        super().__init__(groups, defaults)
+        # Last: nothing that can raise may come after the hooks are in place.
+        self._handle = reweight(model, self._observe, batch_axis=batch_axis)
+
+    def _members(self, module: nn.Module) -> tuple[dict[str, Any], Tensor, Tensor | None] | None:
+        """(group of the weight, weight, bias) where they are preconditioned; bias None where it is not, or is none."""
+        if self._group_of is None:
+            self._group_of = {param: group for group in self.param_groups for param in group["params"]}
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        group = None if weight is None else self._group_of.get(weight)
+        if weight is None or group is None or not group["precondition"]:
+            return None
+        if bias is not None and not (bias.requires_grad and self._group_of.get(bias, {}).get("precondition", False)):
+            bias = None
+        return group, weight, bias
+
+    def _observe(self, layer: str, grads: LayerGrads) -> None:
+        """The policy: looks, and asks for the plain gradient."""
+        if self._completed % self._statistics_every or layer in self._plain:
+            return
+        module = self._model.get_submodule(layer)
+        members = self._members(module)
+        if members is None:
+            return
+        _, _, bias = members
+        factors = grads.factors()
+        if self._scaler is not None:
+            # A public way to learn the scale that does not wait for the device.
+            scale = self._scaler.scale(torch.ones((), device=grads.device))
+            factors = [(x, z / scale) for x, z in factors]
+        convolution = not isinstance(module, nn.Linear)
+        found = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
+        before = self._pending.get(layer)
+        self._pending[layer] = found if before is None else self._method.combine(before, found)
+
+    def _directions(self) -> dict[Tensor, Tensor]:
+        for layer, found in self._pending.items():
+            self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
+        self._pending.clear()
+        parts: list[tuple[dict[str, Any], Tensor, Tensor | None, Tensor, Tensor]] = []
+        result: dict[Tensor, Tensor] = {}
+        for layer, running in self._running.items():
+            members = self._members(self._model.get_submodule(layer))
+            if members is None:
+                continue
+            group, weight, bias = members
+            if weight.grad is None or (bias is not None and bias.grad is None):
+                continue
+            damping = group["damping"]
+            if layer not in self._inverses or self._completed % self._inverse_every == 0:
+                self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
+            inverse, groups = self._inverses[layer], running["inputs"].shape[0]
+            grad = as_matrix(weight.grad, None if bias is None else bias.grad, groups).to(running["inputs"].dtype)
+            direction = self._method.direction(inverse, grad, damping)
+            # Before the first finite statistics there is nothing to precondition with.
+            direction = torch.where(inverse["count"] > 0, direction, grad)
+            parts.append((group, weight, bias, grad, direction))
+        if not parts:
+            return result
+        directions = [part[-1] for part in parts]
+        if self._kl_clip is not None:
+            inner = [torch.sum(part[-1] * part[-2]) for part in parts]
+            nu = kl_clip_factor(inner, [part[0]["lr"] for part in parts], self._kl_clip)
+            directions = [direction * nu for direction in directions]
+        for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
+            if bias is not None:
+                result[bias] = direction[..., -1].reshape(bias.shape).to(bias.dtype)
+                direction = direction[..., :-1]
+            result[weight] = direction.reshape(weight.shape).to(weight.dtype)
+        self._group_of = None
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and the statistics of a step that a GradScaler has skipped."""
+        self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
+        self._group_of = None
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
+        own = {
+            "method": type(self).__name__,
+            "completed": self._completed,
+            "running": {layer: dict(state) for layer, state in self._running.items()},
+            "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
+            "random": self._random.get_state(),
+        }
+        return {**super().state_dict(), "preconditioner": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors go to the device of their layer.
+
+        Raises ValueError if the state was saved by another method or names layers that the model has not.
+        """
+        own = checked_state(state_dict, type(self).__name__)
+        known = {path for path, _ in _layers(self._model, self._plain)}
+        unknown = sorted(set(own["running"]) - known)
+        if unknown:
+            raise ValueError(f"the state has factors of layers {unknown}; this model's layers are {sorted(known)}")
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._completed = own["completed"]
+        self._random.set_state(own["random"].cpu())
+        self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
+        self._pending.clear()
+        self._group_of = None
+
+    def _placed(self, states: dict[str, State]) -> dict[str, State]:
+        devices = {layer: next(self._model.get_submodule(layer).parameters()).device for layer in states}
+        return {
+            layer: {name: tensor.to(devices[layer], copy=True) for name, tensor in state.items()}
+            for layer, state in states.items()
+        }
+
+    def explain(self) -> dict[str, str]:
+        """Returns for each linear and convolution layer whether it is preconditioned, and why not."""
+        result = {}
+        for path, reason in self._handle.explain().items():
+            if path in self._plain:
+                reason = f"plain: {self._plain[path]}"
+            elif self._members(self._model.get_submodule(path)) is None and not reason.startswith("plain"):
+                reason = "plain: its weight is in no group with precondition=True"
+            result[path] = reason.replace("reweighted", "preconditioned")
+        self._group_of = None
+        return result
+
+    def remove(self) -> None:
+        """Takes the hooks off the model: factors stay as they are. Harmless when repeated."""
+        self._handle.remove()
+
+
+def checked_state(state_dict: Mapping[str, Any], method: str) -> Any:
+    """Returns the part of a state that is not torch's; raises ValueError where another method saved it."""
+    own = state_dict.get("preconditioner")
+    if own is None or own["method"] != method:
+        saved = "no preconditioner" if own is None else f"one of {own['method']}"
+        raise ValueError(f"the state has {saved}; this optimiser is {method}. Load what its own state_dict() returned.")
+    return own
+
+
+def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Float[Tensor, "groups out inp"]:
+    """Returns weight (and bias, as the last column) as one matrix a group; the weight is [out, inp / groups, *kernel].
+
+    >>> as_matrix(torch.zeros(6, 2, 3, 3), torch.zeros(6), 2).shape
+    torch.Size([2, 3, 19])
+    """
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], 2)
+
+
+def _never_preconditioned(model: nn.Module) -> dict[str, str]:
+    """Layers that have no Kronecker factors here, with the reason, by path."""
+    owners: dict[Tensor, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(param, []).append(f"{path}.{name}" if path else name)
+    result = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            result[path] = "it is a transposed convolution, for which no Kronecker factors are kept"
+        elif weight is not None and len(owners[weight]) > 1:
+            result[path] = f"its weight is shared: {', '.join(owners[weight])}"
+    return result
+
+
+def _layers(model: nn.Module, plain: Mapping[str, str]) -> Iterable[tuple[str, nn.Module]]:
+    """Layers that may be preconditioned, by path."""
+    for path, module in model.named_modules():
+        kind = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if kind and path not in plain and module._parameters.get("weight") is not None:
+            yield path, module
