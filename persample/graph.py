@@ -72,7 +72,12 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
 
 
 def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Returns the node's gradients for its inputs, before any reduction over broadcast dimensions."""
+    """Returns the node's gradients for its inputs, before any reduction over broadcast dimensions.
+
+    Never inside a backward pass: there a node leaves out what that pass does not need, silently.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(f"{node.name()} was called inside a backward pass; call it after the pass")
     grads = node(*cotangents) if callable(node) else node.apply(*cotangents)
     return grads if isinstance(grads, tuple) else (grads,)
 

@@ -1,4 +1,4 @@
-"""Every module and input of torch's own table against the loop: exact, or refused where samples influence each other."""
+"""Every module and input of torch's own table against the loop: exact, or refused where samples interact."""
 
 from __future__ import annotations
 

@@ -28,7 +28,6 @@ class Problem:
     coupled: str = "error"
     check: bool = True
     randomness: str = "error"
-    chunk_size: int | None = None
 
     def outputs(self) -> Any:
         """The model called on the inputs: a tuple as positional, a dict as keyword arguments."""
