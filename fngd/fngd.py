@@ -56,7 +56,7 @@ class FNGD(NaturalSGD):
         params: Iterable[Any] | None = None,
         *,
         steps_per_epoch: int | None = None,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fngd.natural import Method, NaturalSGD
 
@@ -66,7 +66,7 @@ class NGD(NaturalSGD):
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
