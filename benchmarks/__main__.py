@@ -9,6 +9,7 @@ python -m benchmarks growth [--out FILE.json]    growth with batch, width, posit
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,9 +154,10 @@ def _weighed(entry: dict[str, Any]) -> bool:
 
 def _weigh(problem: Problem, key: str, entry: dict[str, Any], options: argparse.Namespace) -> None:
     try:
-        entry["memory"] = memory.measure(problem, key, threads=options.threads, repeats=options.memory_repeats)
-    except (RuntimeError, OSError) as error:
-        entry["memory"] = None
+        peak = memory.measure(problem, key, threads=options.threads, repeats=options.memory_repeats)
+        entry["memory"], entry["memory_later"] = peak.whole, peak.later
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        entry["memory"] = entry["memory_later"] = None
         print(error, file=sys.stderr)
 
 

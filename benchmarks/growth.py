@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import results, timing
 from benchmarks.models import Problem
+from benchmarks.report import plain_ticks
 from benchmarks.results import Results
 from benchmarks.variants import VARIANTS, Variant
 
@@ -66,10 +67,10 @@ def draw(found: Results, path: Path) -> None:
         panel.set(xlabel=NAMES[axis], xscale="log", yscale="log", xticks=[m["value"] for m in measured])
         panel.set_xticklabels([str(model["value"]) for model in measured])
         panel.minorticks_off()
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        plain_ticks(panel)
         panel.spines[["top", "right"]].set_visible(False)
     panels: Sequence[Any] = figure.axes
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KEYS), frameon=False)
     for panel in panels[::2]:
         panel.set_ylabel("time ÷ plain step")
     base = ", ".join(f"{name} {size}" for name, size in BASE.items() if name in AXES)

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,24 @@ PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 del peers  # imported for its variants, which a fresh process would lack
 
 
-def measure(problem: Problem, key: str, *, threads: int, repeats: int = 1, timeout: float = 600.0) -> int:
-    """Returns the peak in bytes, the median of `repeats` processes.
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above model and batch."""
+
+    whole: int
+    """Of the first calls, in which graphs are analysed and momentum is made."""
+    later: int
+    """Of a call after those."""
+
+
+def measure(problem: Problem, key: str, *, threads: int, repeats: int = 1, timeout: float = 600.0) -> Peak:
+    """Returns the peaks, each the median of `repeats` processes.
 
     Raises:
         RuntimeError: a process failed; the message ends with the last line of its error output.
     """
-    return int(statistics.median(int(_ask(problem, key, threads, timeout)) for _ in range(repeats)))
+    found = [json.loads(_ask(problem, key, threads, timeout)) for _ in range(repeats)]
+    return Peak(*(int(statistics.median(column)) for column in zip(*found, strict=True)))
 
 
 def _ask(problem: Problem, key: str, threads: int, timeout: float, coefficients: str = "") -> str:
@@ -68,7 +80,10 @@ def _main(request: dict[str, Any], key: str, threads: int, coefficients: str) ->
         for _ in range(CALLS):
             step.run()
             step.clear()
-        print(_peak(problem.device) - before)
+        peaks = [_peak(problem.device) - before]
+        _start(problem.device)
+        step.run()
+        print(json.dumps([*peaks, _peak(problem.device) - before]))
 
 
 def _load_libraries(problem: Problem, variant: Variant) -> None:

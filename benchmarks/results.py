@@ -128,7 +128,7 @@ def seconds(model: Mapping[str, Any], key: str, clock: str = "wall") -> float | 
     return statistics.median(entry[clock]) if entry and entry[clock] else None
 
 
-def memory_ratio(model: Mapping[str, Any], key: str, reference: str = "plain") -> float | None:
-    """Peak memory of `key` over that of `reference`."""
-    own, other = (model["variants"].get(name, {}).get("memory") for name in (key, reference))
+def memory_ratio(model: Mapping[str, Any], key: str, reference: str = "plain", *, when: str = "memory") -> float | None:
+    """Peak memory of `key` over that of `reference`; `when` is "memory" or "memory_later"."""
+    own, other = (model["variants"].get(name, {}).get(when) for name in (key, reference))
     return own / other if own is not None and other else None
