@@ -60,7 +60,7 @@ class Method(Protocol):
 class Preconditioned(Optimizer):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
         everywhere = {"precondition": True, "rule": "sgd", "betas": ADAMW["betas"], "eps": ADAMW["eps"]}
         self._completed = 0
         super().__init__(groups, {**everywhere, **defaults})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-MODULES = ("coefficients", "data", "fngd", "kfac", "models", "ngd", "preconditioned", "skfac")
+MODULES = ("coefficients", "data", "eva", "fngd", "kfac", "models", "ngd", "preconditioned", "shampoo", "skfac")
 
 
 @pytest.mark.parametrize("name", [f"fngd.{module}" for module in MODULES] + ["persample.reweight"])
