@@ -399,3 +399,17 @@ def test_outputs_that_cannot_be_read(call: Callable[[Small, Tensor], Tensor], me
     with pytest.raises(ValueError, match=message):
         call(model, x).square().sum().backward()
     opt.remove()
+
+
+def test_the_kl_clip_sees_unscaled_gradients() -> None:
+    first, batch = Small(), data(5)
+    second = copy.deepcopy(first)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain = NGD(first, lr=0.1, kl_clip=1e-6)
+    backward(first, batch)
+    plain.step()
+    opt = NGD(second, lr=0.1, kl_clip=1e-6, scaler=scaler)
+    scaler.scale(F.cross_entropy(second(batch[0]), batch[1])).backward()
+    scaler.step(opt)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
