@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +75,7 @@ def per_sample(
             "For losses computed without a module use persample.grad(losses, params)"
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    refuse_gradient_hooks(parameters)
 
     def capture(some_inputs: Any, some_targets: Any) -> PerSampleGrads:
         problem = Problem(
@@ -87,6 +88,16 @@ def per_sample(
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
     return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch)
+
+
+def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
+    """Raises `UnsupportedError` for parameters with hooks that change their gradient: rows would not pass them."""
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks:
+            raise UnsupportedError(
+                f"parameter {name!r} has gradient hooks (Tensor.register_hook), which act on the gradient of the whole "
+                "batch. Remove them, and apply to the rows what they do; post-accumulate hooks may stay"
+            )
 
 
 def capture_first(problem: Problem) -> tuple[str, Capture]:
@@ -139,6 +150,7 @@ def grad(
             got = type(parameter).__name__ if not isinstance(parameter, Tensor) else "one that is not"
             raise ValueError(f"params[{position}] must be a leaf tensor that requires a gradient; got {got}")
     names = {str(position): parameter for position, parameter in enumerate(wanted)}
+    refuse_gradient_hooks(names)
     capture = capture_losses(losses, names, check=check)
     psg = PerSampleGrads(capture, names, "outputs")
     return tuple(psg.grads().values())

@@ -3,9 +3,13 @@
 Back-propagate Σ_b ℓ_b and Σ_b w_b ℓ_b. Where one sample alone stands behind an entry of z, the second gradient
 is w of that sample times the first, whatever transposes, window partitions or token routing lie between; where
 samples mix, the ratio is no w_b. The weights are powers of two: every operation of a backward pass is linear
-in z, and scaling by a power of two commutes with floating-point rounding, so the ratio is exact however much
-cancels in z. `LEVELS` powers tell that many samples apart; larger batches are told apart digit by digit, in
-base `LEVELS`, one extra backward pass for each digit.
+in z, and scaling by a power of two commutes with floating-point rounding, so the ratio is exact, bit for bit,
+however much cancels in z. `LEVELS` powers tell that many samples apart; larger batches are told apart digit by
+digit, in base `LEVELS`, one extra backward pass for each digit.
+
+Exactness is asked of every entry, because with a tolerance a sample that dominates a sum would own what it shares.
+Where rounding intervenes all the same (numbers near the smallest of the format, sums in no fixed order), rows are
+compared within `TOLERANCE`, and an owner found so must also explain the gradients under `contrasts`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import Any
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
+
+from persample.precision import full_precision
 
 LEVELS = {torch.float16: 8}
 """Powers of two per probe by precision; float16 has no exponents to spare."""
@@ -39,6 +45,8 @@ class Owner:
     axis: int | None
     ids: Int[Tensor, " *size"]
     batch: int
+    exact: bool = True
+    """False where rows agreed within the tolerance only."""
 
     @cached_property
     def layout(self) -> str:
@@ -109,11 +117,54 @@ def probes(batch: int, dtype: torch.dtype, device: torch.device) -> list[Float[T
     number = torch.arange(batch, device=device)
     weights = []
     while True:
-        digit = number % levels
-        weights.append(torch.ldexp(torch.ones(batch, device=device, dtype=torch.float64), digit - levels // 2))
+        weights.append(_powers(number % levels - levels // 2, dtype))
         number = number // levels
         if batch <= levels ** len(weights):
-            return [w.to(dtype) for w in weights]
+            return weights
+
+
+def contrasts(batch: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, " batch"]]:
+    """Returns weights [B] such that of every two samples each is once far heavier than the other."""
+    high = LEVELS.get(dtype, DEFAULT_LEVELS) // 2 - 1
+    number = torch.arange(batch, device=device)
+    bits = [(number >> place) & 1 for place in range(max(1, (batch - 1).bit_length()))]
+    return [_powers((2 * bit - 1) * sign * high, dtype) for bit in bits for sign in (1, -1)]
+
+
+def attribute(
+    backward: Callable[[Tensor], Sequence[Any]], losses: Tensor, shapes: Sequence[Sequence[int] | None] | None = None
+) -> tuple[list[Tensor | None], list[Owner | None]]:
+    """Returns z and owner at each of several places; an owner of None marks mixed samples (or no gradient).
+
+    Args:
+        backward: `backward(v)` returns the gradients of Σ_b v_b ℓ_b at these places; None among them where there
+            is none. It is called 1 + ⌈log_`LEVELS` B⌉ times, and 2 ⌈log₂ B⌉ times more if anything is in doubt.
+        losses: [B].
+        shapes: shape to give to each gradient; default: as it comes.
+    """
+    batch = losses.shape[0]
+
+    def shaped(found: Sequence[Any]) -> list[Tensor | None]:
+        views = shapes if shapes is not None else [None] * len(found)
+        return [z if z is None or v is None else z.view(tuple(v)) for z, v in zip(found, views, strict=True)]
+
+    zs = shaped(backward(torch.ones_like(losses)))
+    present = [z.dtype for z in zs if z is not None] + [losses.dtype]
+    lowest = min(present, key=lambda dtype: torch.finfo(dtype).max)
+    real = lowest.to_real()
+    probed = [shaped(backward(w.to(losses.dtype))) for w in probes(batch, real, losses.device)]
+    levels = LEVELS.get(lowest, DEFAULT_LEVELS)
+    owners = [
+        None if z is None else locate(z, [p for p in others if p is not None], batch, levels)
+        for z, *others in zip(zs, *probed, strict=True)
+    ]
+    if any(owner is not None and not owner.exact for owner in owners):
+        for weights in contrasts(batch, real, losses.device):
+            found = shaped(backward(weights.to(losses.dtype)))
+            for place, (z, owner, other) in enumerate(zip(zs, owners, found, strict=True)):
+                if z is not None and other is not None and owner is not None and not owner.exact:
+                    owners[place] = owner if _explains(owner, z, other, weights) else None
+    return zs, owners
 
 
 def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAULT_LEVELS) -> Owner | None:
@@ -125,24 +176,86 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
         batch: number of samples B.
         levels: powers of two in each probe.
     """
-    tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
-    if batch == 1 and z.ndim:
+    if batch <= 1 and z.ndim:
         return Owner(0, torch.zeros(z.shape[0], dtype=torch.long, device=z.device), batch)
-    if z.ndim == 0:
-        flat = [t.reshape(1, 1) for t in (z, *probed)]
-        ids = _identify(flat[0], flat[1:], batch, levels, tolerance) if batch > 1 else torch.zeros(1, dtype=torch.long)
-        return None if ids is None else Owner(None, ids.view(()).to(z.device), batch)
-    sizes = z.shape
-    axes = sorted(range(z.ndim), key=lambda a: (sizes[a] != batch, batch == 0 or sizes[a] % batch != 0, a))
-    for axis in axes:
-        if sizes[axis] == 0:
-            return Owner(axis, torch.empty(0, dtype=torch.long, device=z.device), batch)
-        flat = [t.movedim(axis, 0).reshape(sizes[axis], -1) for t in (z, *probed)]
-        ids = _identify(flat[0], flat[1:], batch, levels, tolerance)
-        if ids is not None:
-            return Owner(axis, _fill(ids, batch), batch)
-    ids = _identify(z.reshape(-1, 1), [p.reshape(-1, 1) for p in probed], batch, levels, tolerance)
-    return None if ids is None else Owner(None, ids.view(sizes), batch)
+    if batch <= 1:
+        return Owner(None, torch.zeros((), dtype=torch.long, device=z.device), batch)
+    ids = _of_entries(z, probed, batch, levels)
+    if ids is None:
+        return _within_tolerance(z, probed, batch, levels)
+    for axis in _axes(z.shape, batch):
+        along = _of_axis(ids, axis)
+        if along is not None:
+            return Owner(axis, _fill(along, batch), batch)
+    return Owner(None, ids, batch)
+
+
+def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ldexp(torch.ones(exponents.shape, device=exponents.device, dtype=torch.float64), exponents).to(dtype)
+
+
+def _axes(shape: Sequence[int], batch: int) -> list[int]:
+    """Axes in the order in which samples are looked for: of size B first, then of a multiple of B."""
+    return sorted(range(len(shape)), key=lambda axis: (shape[axis] != batch, shape[axis] % batch != 0, axis))
+
+
+def _of_entries(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Int[Tensor, " *size"] | None:
+    """The sample of every entry, exactly; None if an entry has no single sample. `NOBODY`: zero, NaN, infinity."""
+    if z.is_complex():
+        parts = [
+            _of_entries(part(z), [part(probe) for probe in probed], batch, levels) for part in (torch.real, torch.imag)
+        ]
+        if parts[0] is None or parts[1] is None:
+            return None
+        clash = (parts[0] != parts[1]) & (parts[0] != NOBODY) & (parts[1] != NOBODY)
+        return None if bool(clash.any()) else torch.maximum(parts[0], parts[1])
+    silent = (z == 0) | ~z.isfinite()
+    mantissa, exponent = torch.frexp(full_precision(z))
+    ids = torch.zeros(z.shape, dtype=torch.long, device=z.device)
+    wrong = torch.zeros(z.shape, dtype=torch.bool, device=z.device)
+    for place, probe in enumerate(probed):
+        other, raised = torch.frexp(full_precision(probe))
+        digit = raised - exponent + levels // 2
+        wrong |= (other != mantissa) | (digit < 0) | (digit >= levels)
+        ids += digit.long() * levels**place
+    ids[silent] = NOBODY
+    return None if bool(((wrong & ~silent) | (ids >= batch)).any()) else ids
+
+
+def _of_axis(ids: Int[Tensor, " *size"], axis: int) -> Int[Tensor, " axis"] | None:
+    """The sample at each index of the axis, where no index has two; None otherwise."""
+    if ids.numel() == 0:
+        return ids.new_full((ids.shape[axis],), NOBODY)
+    flat = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
+    most = flat.amax(1)
+    return most if bool(((flat == most[:, None]) | (flat == NOBODY)).all()) else None
+
+
+def _within_tolerance(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Owner | None:
+    """The owner by rows of an axis, or by entries, allowing for rounding; to be confirmed."""
+    tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
+    for axis in (*_axes(z.shape, batch), None):
+        rows = [_rows(t, axis) for t in (z, *probed)]
+        ids = _identify(rows[0], rows[1:], batch, levels, tolerance)
+        if ids is not None and bool((ids != NOBODY).any()):
+            filled = ids.view(z.shape) if axis is None else _fill(ids, batch)
+            return Owner(axis, filled, batch, exact=False)
+    return None
+
+
+def _rows(tensor: Tensor, axis: int | None) -> Tensor:
+    """The tensor as [rows, entries]: one row for each index of the axis, or for each entry."""
+    return tensor.reshape(-1, 1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def _explains(owner: Owner, z: Tensor, other: Tensor, weights: Tensor) -> bool:
+    """Whether the gradient under other weights is that of each row's owner alone, within tolerance."""
+    tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
+    rows, scaled = _rows(z, owner.axis), _rows(other, owner.axis)
+    scale = weights.to(z.real.dtype)[owner.ids.reshape(-1).clamp(min=0)][:, None]
+    keep = rows.isfinite() & (rows != 0)
+    miss = torch.linalg.vector_norm(torch.where(keep, scaled / scale - rows, 0), dim=1)
+    return bool((miss <= tolerance * torch.linalg.vector_norm(torch.where(keep, rows, 0), dim=1)).all())
 
 
 def _identify(
@@ -186,20 +299,3 @@ def _fill(ids: Tensor, batch: int) -> Tensor:
         if torch.equal(ids[known], pattern[known]):
             return pattern
     return ids
-
-
-def backward_pairs(
-    backward: Callable[[Tensor], Sequence[Any]], losses: Tensor
-) -> tuple[Sequence[Any], list[Sequence[Any]], int]:
-    """The gradients of Σ_b ℓ_b and of each probe, and the number of levels.
-
-    `backward(v)` returns the gradients of Σ_b v_b ℓ_b; None among them where there is none.
-    """
-    z = backward(torch.ones_like(losses))
-    lowest = min((t.dtype for t in z if t is not None), key=_exponents, default=losses.dtype)
-    weights = probes(losses.shape[0], lowest if lowest in LEVELS else losses.dtype, losses.device)
-    return z, [backward(w.to(losses.dtype)) for w in weights], LEVELS.get(lowest, DEFAULT_LEVELS)
-
-
-def _exponents(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).max

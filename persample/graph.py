@@ -7,12 +7,14 @@ slot j of a node is its input j, fed by the edge `node.next_functions[j]`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from persample.errors import UnsupportedError
 
 Node = Any  # torch.autograd.graph.Node; the stubs lack _input_metadata and saved tensors
 Edge = tuple[Node, int]
@@ -38,7 +40,11 @@ class Graph:
 
 
 def trace(losses: Tensor) -> Graph:
-    """Returns the graph of `losses` [B]."""
+    """Returns the graph of `losses` [B].
+
+    Raises:
+        UnsupportedError: reentrant checkpoints, inside which no parameter can be seen.
+    """
     root = losses.grad_fn
     order: dict[Node, int] = {}
     consumers: dict[Node, list[tuple[Node, int, int]]] = {}
@@ -61,6 +67,11 @@ def trace(losses: Tensor) -> Graph:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 leaves[id(variable)] = node
+    if any(node.name() == "CheckpointFunctionBackward" for node in order):
+        raise UnsupportedError(
+            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from the "
+            "graph. Pass use_reentrant=False"
+        )
     return Graph(order, consumers, leaves, root)
 
 
@@ -68,7 +79,22 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Shape of the tensor at an edge."""
     node, output = edge
     variable = getattr(node, "variable", None)
-    return tuple(variable.shape if variable is not None else node._input_metadata[output].shape)
+    return tuple(variable.shape) if variable is not None else shape_of(node._input_metadata[output])
+
+
+def shape_of(meta: Any) -> tuple[int, ...]:
+    """Shape of a tensor by its autograd metadata.
+
+    Raises:
+        UnsupportedError: a nested tensor, which has none.
+    """
+    try:
+        return tuple(meta.shape)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            "the model computes with nested tensors, whose rows have no common shape and cannot be told apart. "
+            "Use padded tensors with a mask, or a list of tensors"
+        ) from error
 
 
 def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -90,40 +116,49 @@ def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Seque
     present = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
     rows: list[Tensor] = [cotangent for cotangent in cotangents if cotangent is not None]
     count = rows[0].shape[0]
-    found: list[int] = []
+    shapes = [edge_shape(node.next_functions[slot]) for slot in slots]
 
-    def one(*given: Tensor) -> tuple[Tensor, ...]:
+    def one(*given: Tensor) -> list[Tensor | None]:
         full: list[Tensor | None] = [None] * len(cotangents)
         for k, cotangent in zip(present, given, strict=True):
             full[k] = cotangent
         grads = call_node(node, full)
-        found[:] = [slot for slot in slots if grads[slot] is not None]
-        return tuple(grad for grad in (grads[slot] for slot in found) if grad is not None)
+        return [grads[slot] for slot in slots]
 
-    stacked: Sequence[Tensor]
-    if count == 0:
-        stacked = [rows[0].new_zeros(0, *edge_shape(node.next_functions[slot])) for slot in slots]
-        found[:] = list(slots)
-    else:
-        stacked = _batched(one, rows, count)
+    if count > 1:
+        try:
+            return [
+                g if g is None else sum_to(g, (count, *s)) for g, s in zip(_batched(one, rows), shapes, strict=True)
+            ]
+        except Exception:
+            pass  # no batching rule, or a custom Function that vmap refuses: the loop below is exact, only slower
+    singles = [one(*(row[i] for row in rows)) for i in range(count)]
     result: list[Tensor | None] = []
-    for slot in slots:
-        grad = stacked[found.index(slot)] if slot in found else None
-        result.append(None if grad is None else sum_to(grad, (count, *edge_shape(node.next_functions[slot]))))
+    for place, shape in enumerate(shapes):
+        grads = [single[place] for single in singles]
+        if all(grad is None for grad in grads) and count:
+            result.append(None)
+        else:  # a custom Function may leave out the gradient of some rows: they are zero
+            each = [
+                rows[0].new_zeros(shape) if g is None else sum_to(g.to_dense()[None], (1, *shape))[0] for g in grads
+            ]
+            result.append(torch.stack(each) if each else rows[0].new_zeros(0, *shape))
     return result
 
 
-def _batched(function: Any, rows: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-    """`function` over dimension 0 of the rows: with vmap, or one by one where an operation has no batching rule."""
-    if count > 1:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # the fallback is what we want
-                return torch.vmap(function)(*rows)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            pass  # no batching rule, or a custom Function that vmap refuses: the loop below is exact, only slower
-    singles = [function(*(row[i] for row in rows)) for i in range(count)]
-    return [torch.stack([single[i] for single in singles]) for i in range(len(singles[0]))]
+def _batched(function: Callable[..., list[Tensor | None]], rows: Sequence[Tensor]) -> list[Tensor | None]:
+    """`function` over dimension 0 of the rows with vmap; None among its results stays None."""
+    there: list[bool] = []
+
+    def without_none(*given: Tensor) -> tuple[Tensor, ...]:
+        results = function(*given)
+        there[:] = [result is not None for result in results]
+        return tuple(result for result in results if result is not None)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the fallback is what we want
+        found = iter(torch.vmap(without_none)(*rows))
+    return [next(found) if present else None for present in there]
 
 
 def sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from persample.attribution import Owner
-from persample.graph import Edge, Graph, Node, Route
+from persample.graph import Edge, Graph, Node, Route, shape_of
 from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
 from persample.uses import Separation, Use
@@ -71,10 +71,14 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     places = proven(graph, cuts, batch) if batch > 1 else {}
     # an output without a gradient, in this batch, has no owner that a later batch could use
     complete = all(zs[output] is not None for node, zs in known.zs.items() for output in graph.outputs(node))
-    regular = complete and places is not None and all(
-        owner is None or _agrees(owner, places.get((node, output)), batch)
-        for node in cuts
-        for output, owner in enumerate(known.owners[node])
+    regular = (
+        complete
+        and places is not None
+        and all(
+            owner is None or _agrees(owner, places.get((node, output)), batch)
+            for node in cuts
+            for output, owner in enumerate(known.owners[node])
+        )
     )
     return Plan(
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
@@ -116,7 +120,7 @@ def signature(graph: Graph) -> Hashable:
             (
                 kind,
                 tuple((graph.order.get(source), output) for source, output in node.next_functions),
-                tuple(tuple(meta.shape) for meta in node._input_metadata),
+                tuple(shape_of(meta) for meta in node._input_metadata),
                 tuple(_hashable(getattr(node, name)) for name in _static_of_kind[kind]),
             )
         )

@@ -29,17 +29,13 @@ from torch import Tensor
 
 from persample import convolution
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
+from persample.precision import full_precision
 from persample.products import LONGEST, gram_of_rows, row_products, weight_product
 
 CHUNK_BYTES = 64 * 2**20
 """Temporary memory a reduction may take, in bytes; results are not counted."""
 CACHE_BYTES = 4 * 2**20
 """Rows formed only to be consumed are formed this many bytes at a time on a CPU, to be read from its cache."""
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where it is half precision, unchanged otherwise."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def chunks(length: int, bytes_each: int, budget: int | None = None) -> Iterator[slice]:

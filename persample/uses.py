@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.attribution import Owner, backward_pairs, locate
+from persample.attribution import Owner, attribute
 from persample.coupling import coupled_error, row_owner
 from persample.graph import SKIPPED, Graph, Node, Route, route
 from persample.provenance import Provenance
@@ -66,26 +66,21 @@ class Use:
 def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation) -> None:
     """Finds z and owners at the outputs of `nodes` and adds them to `known`."""
     new = [node for node in nodes if node not in known.zs]
-    edges = [GradientEdge(node, output) for node in new for output in graph.outputs(node)]
-    if not edges:
+    edges_of = [(node, output) for node in new for output in graph.outputs(node)]
+    if not edges_of:
         return
+    edges = [GradientEdge(*edge) for edge in edges_of]
 
     def backward(weights: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(losses, edges, weights, retain_graph=True, allow_unused=True)
 
-    z, probed, levels = backward_pairs(backward, losses)
-    position = 0
+    z, owner = attribute(backward, losses)
+    found = dict(zip(edges_of, zip(z, owner, strict=True), strict=True))
     for node in new:
         count = len(node._input_metadata) if not hasattr(node, "variable") else 1
-        zs: list[Tensor | None] = [None] * count
-        owners: list[Owner | None] = [None] * count
-        for output in graph.outputs(node):
-            found = z[position]
-            if found is not None:
-                zs[output] = found
-                owners[output] = locate(found, [p[position] for p in probed], losses.shape[0], levels)
-            position += 1
-        known.zs[node], known.owners[node] = tuple(zs), tuple(owners)
+        pairs = [found.get((node, output), (None, None)) for output in range(count)]
+        known.zs[node] = tuple(z for z, _ in pairs)
+        known.owners[node] = tuple(owner for _, owner in pairs)
 
 
 def first_nodes(graph: Graph, node: Node, region: set[Node]) -> list[Meeting]:
@@ -125,7 +120,7 @@ def find_uses(
                 node = meeting[0]
                 if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
                     raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
-                if known.separated(node):
+                if known.separated(node) and trusted(node, graph, known, provenance, batch):
                     reached[name].append(meeting)
                 elif provenance is not None and provenance.saw_data(node, batch):
                     if coupled == "error" or not known.read_rows(node, batch):
@@ -142,6 +137,17 @@ def find_uses(
             if any(z is not None for z in known.zs[node]):
                 uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
     return uses, known
+
+
+def trusted(node: Node, graph: Graph, known: Separation, provenance: Provenance | None, batch: int) -> bool:
+    """Whether separated samples at a node can be believed.
+
+    An operation on parameters alone sums over samples. Where one sample's part is so large that the others' vanish
+    in rounding, the sum looks like that sample's own; a regular pattern over all samples cannot come about so.
+    """
+    if provenance is None or batch == 1 or node is graph.root or provenance.saw_data(node, batch):
+        return True
+    return all(owner is None or owner.layout in ("identity", "grouped", "tiled") for owner in known.owners[node])
 
 
 def normalises_over_samples(node: Node, known: Separation) -> bool:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from persample.attribution import Owner, backward_pairs, locate
+from persample import attribution
+from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, outputs, register
 from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_batch_statistics, place, rule_of
 from persample.backends.shared import ADVICE, buffers_kept, coarsest
@@ -211,16 +212,8 @@ def attribute(
             gradient.update(zip(parameters, found[len(edges) :], strict=True))
         return found[: len(edges)]
 
-    z, probed, levels = backward_pairs(backward, losses)
-    batch = losses.shape[0]
-    owners: list[Owner | None] = []
-    for k, (record, found) in enumerate(zip(records, z, strict=True)):
-        if found is None:
-            owners.append(None)
-            continue
-        shaped = [found.view(record.shape), *(p[k].view(record.shape) for p in probed)]
-        owners.append(locate(shaped[0], shaped[1:], batch, levels))
-    return list(z), owners, gradient
+    z, owners = attribution.attribute(backward, losses, [record.shape for record in records])
+    return z, owners, gradient
 
 
 def blocks_of(record: Record, z: Tensor, owner: Owner) -> dict[str, Block]:

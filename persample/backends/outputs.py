@@ -100,12 +100,13 @@ def capture_losses(
         full = True
         if plans is not None:
             plan = make(graph, uses, known, losses.shape[0])
-            plans.keep(key, plan)
     with torch.no_grad():
         captured = build_uses(uses, known, losses.shape[0])
     result = Capture(losses.detach(), captured, notes=() if plan is None or plan.owners is not None else (PROBED,))
     if check and full:
         check_batch(result, losses, parameters, known)
+    if full and plans is not None and plan is not None:
+        plans.keep(key, plan)  # only what the check has passed
     elif check and plan is not None and plan.calls % CHECK_EVERY == 0:
         check_use(uses, known, losses.shape[0], plan.calls // CHECK_EVERY)
     return result
@@ -174,7 +175,8 @@ def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn
     name, use = places[turn % len(places)]
     with torch.no_grad():
         site = site_of(use, known, batch)
-        whole = call_node(use.node, list(site.zs))[use.slot]
+        # copies: a custom backward may work in place
+        whole = call_node(use.node, [None if z is None else z.clone() for z in site.zs])[use.slot]
         expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
         check_sum(
             {name: [build(site)[0]]}, {name: expected}, precision=coarsest(*filter_none(site.zs)), backend="outputs"

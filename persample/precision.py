@@ -1,0 +1,11 @@
+"""Half precision is accumulated, and returned, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it is half precision, unchanged otherwise."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
