@@ -180,6 +180,9 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
         return Owner(0, torch.zeros(z.shape[0], dtype=torch.long, device=z.device), batch)
     if batch <= 1:
         return Owner(None, torch.zeros((), dtype=torch.long, device=z.device), batch)
+    axis = _identity_axis(z, probed, batch, levels)
+    if axis is not None:
+        return Owner(axis, torch.arange(batch, device=z.device), batch)
     ids = _of_entries(z, probed, batch, levels)
     if ids is None:
         return _within_tolerance(z, probed, batch, levels)
@@ -197,6 +200,20 @@ def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 def _axes(shape: Sequence[int], batch: int) -> list[int]:
     """Axes in the order in which samples are looked for: of size B first, then of a multiple of B."""
     return sorted(range(len(shape)), key=lambda axis: (shape[axis] != batch, shape[axis] % batch != 0, axis))
+
+
+def _identity_axis(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> int | None:
+    """The axis of size B at whose index b lies sample b, exactly: by far the most common layout, quickly found."""
+    number = torch.arange(batch, device=z.device)
+    for axis in (axis for axis, size in enumerate(z.shape) if size == batch):
+        shape = [-1 if d == axis else 1 for d in range(z.ndim)]
+        weights = (
+            _powers(number // levels**place % levels - levels // 2, z.real.dtype).view(shape)
+            for place in range(len(probed))
+        )
+        if all(torch.equal(probe, z * w) for probe, w in zip(probed, weights, strict=True)):
+            return axis
+    return None
 
 
 def _of_entries(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Int[Tensor, " *size"] | None:
