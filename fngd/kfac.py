@@ -200,7 +200,8 @@ class KFAC(LayerPreconditioned):
             precondition (False: the plain gradient) and rule ("sgd" or "adamw").
         lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`, ≥ 0.
         decoupled_weight_decay: shrink the parameters by lr·weight_decay instead of adding to the direction.
-        damping: γ > 0, in units of (gradient of a sample's own loss)².
+        damping: γ > 0, in the units of A ⊗ G, that is of a squared gradient of a sample's own loss. The default
+            trains where 1e-3, usual with the preset's smaller factors, can diverge on stale factors.
         average: weight of the old factors in the moving average, 0 ≤ average < 1; min(1 − 1/k, average) in
             the k-th.
         statistics_every: steps between updates of A and G, ≥ 1.
@@ -213,7 +214,7 @@ class KFAC(LayerPreconditioned):
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does, so that G is that of the true loss.
         preset: "kfac-pytorch" for that library's factors: both divided by the square of the number of pixels
             in a convolution, G from the gradient of the mean loss, averages that start from I. Its γ is not
-            comparable with the one above.
+            comparable with the one above; give damping=1e-3, as that library does.
         batch_axis: see `persample.reweight`.
 
     Raises:
@@ -241,7 +242,7 @@ class KFAC(LayerPreconditioned):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
-        damping: float = 1e-3,
+        damping: float = 0.03,
         average: float = 0.95,
         statistics_every: int = 1,
         inverse_every: int = 10,

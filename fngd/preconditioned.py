@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from fngd.distributed import world_size
 from fngd.first_order import ADAMW, adamw_step, sgd_step
 from fngd.groups import check_group, first_order_groups, positive, whole
 from fngd.statistics import Factors, Statistics
@@ -168,6 +169,12 @@ class LayerPreconditioned(Preconditioned):
         self._pending[layer] = found if before is None else self._method.combine(before, found)
 
     def _directions(self) -> dict[Tensor, Tensor]:
+        if self._pending and world_size() > 1:
+            # Averaged gradients with factors of each process's own would let the weights drift apart in silence.
+            raise ValueError(
+                f"{type(self).__name__} does not exchange its factors between processes, and there are {world_size()}. "
+                "Use fngd.FNGD, fngd.NGD or fngd.Shampoo, which stay in step, or one process."
+            )
         for layer, found in self._pending.items():
             self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
         self._pending.clear()

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fngd.eva import Eva
 from fngd.fngd import FNGD
+from fngd.kfac import KFAC
 from fngd.ngd import NGD
+from fngd.shampoo import Shampoo
+from fngd.skfac import SKFAC
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,32 @@ def _constant(model: nn.Module, lr: float, config: Config, steps_per_epoch: int)
     return _fngd(model, lr, config, steps_per_epoch, "constant")
 
 
+def _kfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return KFAC(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
+
+
+def _skfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    # As published: refreshed about 48 times an epoch.
+    return SKFAC(model, lr=lr, weight_decay=config.weight_decay, every=max(1, steps_per_epoch // 48))
+
+
+def _eva(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return Eva(model, lr=lr, weight_decay=config.weight_decay)
+
+
+def _shampoo(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return Shampoo(model.parameters(), lr=lr, weight_decay=config.weight_decay)
+
+
 OPTIMIZERS = {
     "sgd": OptimizerSpec(_sgd, 0.05, "SGD with momentum 0.9"),
     "adamw": OptimizerSpec(_adamw, 2e-3, "AdamW, weight decay 0.01"),
     "ngd": OptimizerSpec(_ngd, 0.05, "natural gradient, coefficients computed in every step"),
     "fngd": OptimizerSpec(_fngd, 0.05, "natural gradient, coefficients shared across epochs"),
+    "kfac": OptimizerSpec(_kfac, 0.05, "KFAC, statistics every 10 steps, decompositions every 100"),
+    "skfac": OptimizerSpec(_skfac, 0.05, "SKFAC with Reduce Sum, refreshed 48 times an epoch"),
+    "eva": OptimizerSpec(_eva, 0.05, "Eva, vectors updated in every step"),
+    "shampoo": OptimizerSpec(_shampoo, 0.05, "Shampoo grafted on SGD, statistics every 10 steps, roots every 100"),
     "fngd-permuted": OptimizerSpec(_permuted, 0.05, "control: FNGD with permuted coefficients"),
     "fngd-constant": OptimizerSpec(_constant, 0.05, "control: FNGD's code with SGD's coefficients"),
 }
