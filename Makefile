@@ -50,7 +50,7 @@ bench: $(READY_BENCH) ## speed and memory beside plain training and other librar
 	$(BIN)/python -m benchmarks $(ARGS)
 
 conformance: $(READY_BENCH) ## every backend and other libraries on every case: exact, refused or wrong
-	$(BIN)/python -m persample conformance --peers $(ARGS)
+	$(BIN)/python -m persample conformance --peers --out docs/conformance.md $(ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist *.egg-info results/demo .pytest_cache .hypothesis .mypy_cache .ruff_cache
