@@ -142,7 +142,8 @@ def layer_grads(
         x, z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
         calls: list[Any] = [Outer(x, z)]
         weight: Block = calls[0]
-        bias = Dense(reductions.full_precision(z).sum(1)) if needed[1] else None
+        rows = reductions.full_precision(z)
+        bias = Dense(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)) if needed[1] else None
     else:
         calls = [conv_block(module, x, z) for x, z in uses]
         weight = calls[0]

@@ -85,8 +85,9 @@ def _(block: Rows, out: Tensor | None = None) -> Tensor:
     batch, time, dim = block.z.shape
     z = full_precision(block.z)
     offsets = torch.arange(batch, device=block.device)[:, None] * block.rows
-    result = z.new_empty(batch, block.rows, dim) if out is None else out
-    flat = result.zero_().view(batch * block.rows, dim)
+    # fresh zeros are pages that nobody has touched: only rows that are written cost memory
+    result = z.new_zeros(batch, block.rows, dim) if out is None else out.zero_()
+    flat = result.view(batch * block.rows, dim)
     flat.index_add_(0, (block.indices + offsets).reshape(-1), z.reshape(batch * time, dim))
     return result
 

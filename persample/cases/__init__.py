@@ -29,13 +29,9 @@ def find(name: str) -> Case:
     return TABLE[name]
 
 
-def select(
-    *, having: Iterable[str] = (), lacking: Iterable[str] = (), coupled: bool | None = None
-) -> tuple[Case, ...]:
+def select(*, having: Iterable[str] = (), lacking: Iterable[str] = (), coupled: bool | None = None) -> tuple[Case, ...]:
     """The cases with all tags of ``having`` and none of ``lacking``, in the order of the table."""
     wanted, unwanted = frozenset(having), frozenset(lacking)
     return tuple(
-        c
-        for c in CASES
-        if wanted <= c.tags and not unwanted & c.tags and (coupled is None or c.coupled == coupled)
+        c for c in CASES if wanted <= c.tags and not unwanted & c.tags and (coupled is None or c.coupled == coupled)
     )

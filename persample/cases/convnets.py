@@ -61,16 +61,8 @@ def resnet(norm: type[nn.Module], train: bool = True, **squeeze: bool) -> Built:
         return F.relu(m.short(x) + y, inplace=True)
 
     def parts(inp: int, out: int, stride: int) -> Net:
-        short = (
-            nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), normed(out))
-            if stride > 1
-            else nn.Identity()
-        )
-        more = (
-            {"gate": nn.Sequential(nn.Linear(out, 2), nn.ReLU(), nn.Linear(2, out), nn.Sigmoid())}
-            if squeeze
-            else {}
-        )
+        short = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), normed(out)) if stride > 1 else nn.Identity()
+        more = {"gate": nn.Sequential(nn.Linear(out, 2), nn.ReLU(), nn.Linear(2, out), nn.Sigmoid())} if squeeze else {}
         return Net(
             block,
             conv1=conv(inp, out, stride=stride),
@@ -191,9 +183,7 @@ def unet() -> Built:
         return m.out(torch.cat([m.up2(y), wide], 1)).movedim(1, -1)
 
     def double(inp: int, out: int) -> nn.Sequential:
-        return nn.Sequential(
-            conv(inp, out), nn.GroupNorm(2, out), nn.ReLU(True), nn.Conv2d(out, out, 3, padding=1)
-        )
+        return nn.Sequential(conv(inp, out), nn.GroupNorm(2, out), nn.ReLU(True), nn.Conv2d(out, out, 3, padding=1))
 
     model = Net(
         run,
@@ -259,9 +249,7 @@ def spatial_transformer() -> Built:
 
     def run(m: Net, x: Tensor) -> Tensor:
         theta = m.locate(x.flatten(1)).view(-1, 2, 3)
-        warped = F.grid_sample(
-            x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False
-        )
+        warped = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
         return m.head(warped.flatten(1))
 
     return classify(Net(run, locate=nn.Linear(50, 6), head=nn.Linear(50, 3)), randn(B, 2, 5, 5))

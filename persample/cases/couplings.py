@@ -42,9 +42,7 @@ def batch_norm_train_frozen_affine() -> Built:
 @case("separable", coupled=True)
 def batch_norm_train_under_everything() -> Built:
     """On the inputs, frozen: nothing trainable is below it, and above it rows belong to samples."""
-    return regress(
-        nn.Sequential(nn.BatchNorm1d(D).requires_grad_(False), lin(), nn.Tanh(), lin(2)), randn(B, D)
-    )
+    return regress(nn.Sequential(nn.BatchNorm1d(D).requires_grad_(False), lin(), nn.Tanh(), lin(2)), randn(B, D))
 
 
 @case("peers")
@@ -132,9 +130,7 @@ def one_pair_of_samples() -> Built:
 @case(coupled=True)
 def faint_coupling() -> Built:
     """One part in 10⁴ of the batch mean: too much for an exact method, easily lost in a tolerance."""
-    return regress(
-        Net(lambda m, x: m.b(m.a(x).tanh() + 1e-4 * m.a(x).mean(0)), a=lin(), b=lin(2)), randn(B, D)
-    )
+    return regress(Net(lambda m, x: m.b(m.a(x).tanh() + 1e-4 * m.a(x).mean(0)), a=lin(), b=lin(2)), randn(B, D))
 
 
 @case(coupled=True)

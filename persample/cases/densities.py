@@ -48,9 +48,7 @@ def normalising_flow() -> Built:
             x, volume = torch.cat([b * s.tanh().exp() + t, a], 1), volume + s.tanh().sum(1)
         return x, volume
 
-    model = Net(
-        run, mix=randn(D, D), log_scale=randn(D), nets=nn.ModuleList(dense(3, 5, 6) for _ in range(2))
-    )
+    model = Net(run, mix=randn(D, D), log_scale=randn(D), nets=nn.ModuleList(dense(3, 5, 6) for _ in range(2)))
     return model, lambda out, _: squared(out[0], torch.zeros_like(out[0])) - out[1], randn(B, D), randn(B)
 
 
@@ -107,9 +105,7 @@ def spectral_normed_critic() -> Built:
 
 @case("peers")
 def weight_normed_net() -> Built:
-    model = nn.Sequential(
-        weight_norm(nn.Conv1d(2, 4, 3)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(16, 3))
-    )
+    model = nn.Sequential(weight_norm(nn.Conv1d(2, 4, 3)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(16, 3)))
     return regress(model, randn(B, 2, 6))
 
 

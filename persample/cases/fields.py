@@ -43,9 +43,7 @@ def radiance_field() -> Built:
         colour = m.colour(h).sigmoid().view(-1, points, 3)
         return ((opacity * through)[..., None] * colour).sum(1)
 
-    model = Net(
-        run, a=nn.Linear(15, D), b=nn.Linear(15 + D, D), density=nn.Linear(D, 1), colour=nn.Linear(D, 3)
-    )
+    model = Net(run, a=nn.Linear(15, D), b=nn.Linear(15 + D, D), density=nn.Linear(D, 1), colour=nn.Linear(D, 3))
     return regress(model, (randn(B, 3), randn(B, 3)))
 
 
@@ -59,9 +57,7 @@ def hash_grid() -> Built:
         row = (corner[..., 0] ^ corner[..., 1] * 265443) % 8
         return m.head((m.table[row] * share).sum(1))
 
-    return regress(
-        Net(run, table=randn(8, 3), head=dense(3, 5, 2)), 3 * torch.rand(B, 2, dtype=torch.float64)
-    )
+    return regress(Net(run, table=randn(8, 3), head=dense(3, 5, 2)), 3 * torch.rand(B, 2, dtype=torch.float64))
 
 
 @case()

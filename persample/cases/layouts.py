@@ -50,9 +50,7 @@ add("layout/batch on axis 1 inside, T=1", lambda: time_major_inside(1), "usage",
 
 @case("time-major", axes=1)
 def batch_second_input_and_output() -> Built:
-    return regress(
-        nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, 2)), randn(B, B, D), 1
-    )
+    return regress(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, 2)), randn(B, B, D), 1)
 
 
 @case("time-major", axes=-1)
@@ -227,9 +225,7 @@ def scattered_by_index() -> Built:
 @case()
 def samples_in_a_loop() -> Built:
     """A Python loop over samples: as many uses of the layer as samples, each of one row."""
-    model = Net(
-        lambda m, x: torch.stack([m.b(m.a(s).tanh()) for s in x]), a=nn.Linear(D, D), b=nn.Linear(D, 2)
-    )
+    model = Net(lambda m, x: torch.stack([m.b(m.a(s).tanh()) for s in x]), a=nn.Linear(D, D), b=nn.Linear(D, 2))
     return regress(model, randn(B, D))
 
 
@@ -276,9 +272,7 @@ def channels_moved_last() -> Built:
     def run(m: Net, x: Tensor) -> Tensor:
         return m.b(m.norm(m.a(x).movedim(1, -1)).movedim(-1, 1))
 
-    return regress(
-        Net(run, a=nn.Conv2d(2, 4, 1), norm=nn.LayerNorm(4), b=nn.Conv2d(4, 2, 2)), randn(B, 2, 4, 3)
-    )
+    return regress(Net(run, a=nn.Conv2d(2, 4, 1), norm=nn.LayerNorm(4), b=nn.Conv2d(4, 2, 2)), randn(B, 2, 4, 3))
 
 
 @case()

@@ -109,9 +109,7 @@ layer((2, 4, 2, 3, 2), nn.ConvTranspose3d, 4, 2, 2, stride=2, output_padding=1, 
 
 # Embeddings; the repeated ids within a sample and across samples are meant.
 layer(torch.tensor([0, 4, 2, 4, 0, 1]), nn.Embedding, 5, 3)
-layer(
-    torch.tensor([[[0, 1], [2, 2]], [[0, 0], [0, 0]], [[1, 0], [2, 1]], [[2, 1], [1, 2]]]), nn.Embedding, 3, 5
-)
+layer(torch.tensor([[[0, 1], [2, 2]], [[0, 0], [0, 0]], [[1, 0], [2, 1]], [[2, 1], [1, 2]]]), nn.Embedding, 3, 5)
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, padding_idx=1, tags=peers)
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, padding_idx=-1)
 layer(torch.tensor([[1, 1], [1, 1]]), nn.Embedding, 3, 2, padding_idx=1, tags=("zero",))
@@ -127,9 +125,7 @@ layer(
 )
 layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.Embedding, 4, 3, sparse=True)
 for mode in ("sum", "mean", "max"):
-    layer(
-        torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.EmbeddingBag, 4, 3, mode=mode, tags=peers
-    )
+    layer(torch.tensor([[1, 1, 0, 3], [3, 2, 2, 2], [1, 0, 3, 1]]), nn.EmbeddingBag, 4, 3, mode=mode, tags=peers)
     layer(torch.tensor([[1, 1, 0], [3, 2, 2]]), nn.EmbeddingBag, 4, 3, mode=mode, padding_idx=1)
 
 _BAGS = (torch.tensor([1, 1, 0, 3, 2, 2, 2, 0]), torch.tensor([0, 3, 3, 5]))  # the second bag is empty

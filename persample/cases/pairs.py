@@ -19,9 +19,7 @@ B, T, D = 3, 4, 6
 @case("peers")
 def siamese() -> Built:
     """One encoder, called on both inputs."""
-    model = Net(
-        lambda m, x, y: m.head((m.encoder(x) - m.encoder(y)).abs()), encoder=dense(D, D, D), head=dense(D, 1)
-    )
+    model = Net(lambda m, x, y: m.head((m.encoder(x) - m.encoder(y)).abs()), encoder=dense(D, D, D), head=dense(D, 1))
     return regress(model, (randn(B, D), randn(B, D)))
 
 

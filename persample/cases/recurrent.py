@@ -39,9 +39,7 @@ def packed(kind: str, **options: Any) -> Built:
 
 for kind, layers, both, first in product(KINDS, (1, 2), (False, True), (False, True)):
     options = {"num_layers": layers, "bidirectional": both, "batch_first": first}
-    shown = ",".join(
-        k for k, on in (("2 layers", layers == 2), ("bidirectional", both), ("batch_first", first)) if on
-    )
+    shown = ",".join(k for k, on in (("2 layers", layers == 2), ("bidirectional", both), ("batch_first", first)) if on)
     tags = ["layer", "peers"] + ([] if first else ["time-major"])
     add(f"layer/{kind}({shown})", partial(recurrent, kind, **options), *tags, axes=0 if first else 1)
 

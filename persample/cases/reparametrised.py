@@ -75,9 +75,7 @@ def masked_weight() -> Built:
 @case("float32")
 def cast_weight() -> Built:
     """Through float32 and back, as mixed precision does; z carries float32 noise inside a float64 model."""
-    model = Net(
-        lambda m, x: m.b(F.linear(x.float(), m.a.weight.float()).double()), a=lin(bias=False), b=lin()
-    )
+    model = Net(lambda m, x: m.b(F.linear(x.float(), m.a.weight.float()).double()), a=lin(bias=False), b=lin())
     return regress(model, randn(B, D))
 
 

@@ -64,9 +64,7 @@ def rwkv() -> Built:
         for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
             now = (m.bonus + key).exp()
             ys.append((top + now * value) / (bottom + now))
-            top, bottom = (
-                s * torch.exp(-m.decay.exp()) + key.exp() * u for s, u in ((top, value), (bottom, 1))
-            )
+            top, bottom = (s * torch.exp(-m.decay.exp()) + key.exp() * u for s, u in ((top, value), (bottom, 1)))
         x = x + m.out(r.sigmoid() * torch.stack(ys, 1))
         return m.head(x + m.down(m.up(x).relu().square()))
 

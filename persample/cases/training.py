@@ -29,9 +29,7 @@ def in_place_relu() -> Built:
 
 @case("peers")
 def in_place_relu_after_convolution() -> Built:
-    layers = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.GroupNorm(1, 3), nn.ReLU(inplace=True)
-    )
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.GroupNorm(1, 3), nn.ReLU(inplace=True))
     return regress(layers, randn(B, 2, 5, 6))
 
 
@@ -111,9 +109,7 @@ def used_by_some_samples_only() -> Built:
         y = m.common(x)
         return y.index_add(0, kind.nonzero()[:, 0], m.special(x[kind]))
 
-    return regress(
-        Net(run, common=lin(), special=lin(), never=lin()), (randn(B, D), torch.tensor([True, False, True]))
-    )
+    return regress(Net(run, common=lin(), special=lin(), never=lin()), (randn(B, D), torch.tensor([True, False, True])))
 
 
 @case()
@@ -169,7 +165,5 @@ def custom_function() -> Built:
 def sparse_adjacency() -> Built:
     """A constant sparse matrix beside the parameters."""
     graph = torch.tensor([[0.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]], dtype=torch.float64)
-    model = Net(
-        lambda m, x: torch.stack([torch.sparse.mm(graph.to_sparse(), s) for s in m.lin(x)]), lin=lin()
-    )
+    model = Net(lambda m, x: torch.stack([torch.sparse.mm(graph.to_sparse(), s) for s in m.lin(x)]), lin=lin())
     return regress(model, randn(B, T, D))

@@ -73,9 +73,7 @@ def weight_squared() -> Built:
 @case()
 def two_parameters_meet_first() -> Built:
     """A low-rank product: both factors are upstream of the data."""
-    return regress(
-        Net(lambda m, x: F.linear(x, m.up @ m.down), up=randn(4, 2), down=randn(2, D)), randn(B, T, D)
-    )
+    return regress(Net(lambda m, x: F.linear(x, m.up @ m.down), up=randn(4, 2), down=randn(2, D)), randn(B, T, D))
 
 
 # Parameters that no module of their own applies.
@@ -97,9 +95,7 @@ def functional_use_of_a_childs_weight() -> Built:
 @case("peers")
 def functional_use_and_call() -> Built:
     """The child is called, and its weight is used beside it too."""
-    return regress(
-        Net(lambda m, x: m.child(x) + F.linear(x.tanh(), m.child.weight), child=lin()), randn(B, D)
-    )
+    return regress(Net(lambda m, x: m.child(x) + F.linear(x.tanh(), m.child.weight), child=lin()), randn(B, D))
 
 
 @case("peers")
@@ -130,9 +126,7 @@ def parameter_with_axes_of_one() -> Built:
 @case("peers")
 def token_expanded_over_the_batch() -> Built:
     """A class token: expand, then concatenate."""
-    model = Net(
-        lambda m, x: m.lin(torch.cat([m.token.expand(len(x), -1, -1), x], 1)), token=randn(1, 1, D), lin=lin()
-    )
+    model = Net(lambda m, x: m.lin(torch.cat([m.token.expand(len(x), -1, -1), x], 1)), token=randn(1, 1, D), lin=lin())
     return regress(model, randn(B, T, D))
 
 

@@ -162,8 +162,7 @@ def mlp_mixer() -> Built:
         return x + m.within(m.norm2(x))
 
     blocks = [
-        Net(block, across=mlp(6, 5), within=mlp(D, 12), norm1=nn.LayerNorm(D), norm2=nn.LayerNorm(D))
-        for _ in range(2)
+        Net(block, across=mlp(6, 5), within=mlp(D, 12), norm1=nn.LayerNorm(D), norm2=nn.LayerNorm(D)) for _ in range(2)
     ]
     model = Net(
         lambda m, x: m.head(m.blocks(m.patch(x).flatten(2).mT).mean(1)),

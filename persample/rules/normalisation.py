@@ -39,19 +39,25 @@ def rms_norm(site: Site) -> Block | None:
     return summed(site, full_precision(site.z) * normalised)
 
 
+def channel_sums(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ z and Σ z·x over space, [N, C] each: all that the weight's gradient needs, without x̂ ever being formed."""
+    count, channels = z.shape[:2]
+    z, x = z.reshape(count * channels, 1, -1), x.reshape(count * channels, -1, 1)
+    return z.sum(2).view(count, channels), torch.bmm(z, x).view(count, channels)
+
+
 @rule("NativeGroupNormBackward0")
 def group_norm(site: Site) -> Block | None:
-    """input [N, C, *space], weight, bias; normalised over groups of channels."""
+    """input [N, C, *space], weight, bias; normalised over groups of channels: Σ z x̂ = (Σ z x − mean Σ z) · rstd."""
     z = full_precision(site.z)
     if site.slot == 2:
         return per_channel(site, z)
     if site.slot != 1:
         return None
-    mean, rstd = site.saved("result1"), site.saved("result2")  # [N, groups]
-    x = full_precision(site.saved("input"))
-    grouped = x.reshape(x.shape[0], site.saved("group"), -1)
-    normalised = (grouped - mean[..., None]) * rstd[..., None]
-    return per_channel(site, z * normalised.reshape(x.shape))
+    each = z.shape[1] // site.saved("group")
+    mean, rstd = (site.saved(name).repeat_interleave(each, 1) for name in ("result1", "result2"))  # [N, C]
+    sums, products = channel_sums(z, full_precision(site.saved("input")))
+    return per_channel(site, (products - sums * mean) * rstd)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -62,10 +68,9 @@ def batch_norm(site: Site) -> Block | None:
         return per_channel(site, z)
     if site.slot != 1:
         return None
-    x = full_precision(site.saved("input"))
     if site.saved("training", True):
         mean, rstd = site.saved("result1"), site.saved("result2")
     else:
         mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    return per_channel(site, z * ((x - mean.view(shape)) * rstd.view(shape)))
+    sums, products = channel_sums(z, full_precision(site.saved("input")))
+    return per_channel(site, (products - sums * mean) * rstd)
