@@ -8,8 +8,9 @@ tensor derived from the inputs is noted by the sequence number of its autograd n
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,9 +63,10 @@ class Provenance(TorchDispatchMode):
         number = _next_number()
         created, self._last = number != self._last, number
         read = 0
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                read |= self._marks(leaf)
+        for leaf in _tensors(args):
+            read |= self._marks(leaf)
+        for leaf in _tensors(kwargs.values()):
+            read |= self._marks(leaf)
         if created:
             # autograd makes the node before it calls the kernel, so the newest number is this operation's
             self._saw[number - 1] = read
@@ -72,14 +74,9 @@ class Provenance(TorchDispatchMode):
                 self._module_of[number - 1] = self._modules[-1]
         result = func(*args, **kwargs)
         if read:
-            written = [
-                value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            for leaf in tree_leaves((result, written)):
-                if isinstance(leaf, Tensor):
-                    self._mark(leaf, read)
+            written = [args[place] for place in _written(func) if place < len(args)]
+            for leaf in (*_tensors((result,)), *_tensors(written)):
+                self._mark(leaf, read)
         return result
 
     def _mark(self, tensor: Tensor, marks: int) -> None:
@@ -89,8 +86,10 @@ class Provenance(TorchDispatchMode):
 
     def _marks(self, tensor: Tensor) -> int:
         """The inputs that the tensor's storage derives from, one bit each."""
-        storage = _storage(tensor)
-        known = self._storages.get(storage.cdata) if storage is not None else None
+        try:
+            known = self._storages.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return 0  # tensors without storage
         return 0 if known is None or known[0].expired() else known[1]
 
     @contextmanager
@@ -120,6 +119,22 @@ class Provenance(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Positions of the arguments that an operation writes into."""
+    infos = enumerate(argument.alias_info for argument in func._schema.arguments)
+    return tuple(place for place, info in infos if info is not None and info.is_write)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which nest in lists and tuples alone."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:

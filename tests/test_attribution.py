@@ -140,7 +140,7 @@ def test_a_kept_plan_is_right_for_other_samples(case: Case) -> None:
 
     inputs, targets = tree_map(rolled, (inputs, targets))
     expected = loop_grads(model, loss_fn, inputs, targets)
-    for _ in range(5):  # the fifth of them verifies a use in turn
+    for _ in range(9):  # one of them verifies a use in turn
         found = persample.per_sample(model, loss_fn, inputs, targets).grads()
     largest = max((float(rows.abs().max()) for rows in expected.values() if rows.numel()), default=1.0)
     tolerance = 1e-5 if "float32" in case.tags else 1e-9

@@ -32,7 +32,7 @@ PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
     "the kinds of its operations (see persample.layout)"
 )
-CHECK_EVERY = 4
+CHECK_EVERY = 8
 """Of the batches with a proven plan, one in this many verifies one use against autograd."""
 
 
