@@ -114,9 +114,7 @@ def take(module_axis: Mapping[str, Any], inputs: dict[str, Any], b: int) -> dict
         out[name] = (
             value
             if axis is None
-            else tree_map(
-                lambda v, a=axis, n=parts: v.narrow(a, b * n, n) if isinstance(v, Tensor) else v, value
-            )
+            else tree_map(lambda v, a=axis, n=parts: v.narrow(a, b * n, n) if isinstance(v, Tensor) else v, value)
         )
     return out
 
@@ -182,9 +180,7 @@ def _collect() -> tuple[tuple[Case, ...], Counter]:
     for name, info, entry, training in entries():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = info.module_cls(*entry.constructor_input.args, **entry.constructor_input.kwargs).train(
-                training
-            )
+            module = info.module_cls(*entry.constructor_input.args, **entry.constructor_input.kwargs).train(training)
         if not any(p.requires_grad for p in module.parameters()):
             counts["left out: no parameters"] += 1
             continue
@@ -206,9 +202,7 @@ def _collect() -> tuple[tuple[Case, ...], Counter]:
     return tuple(cases), counts
 
 
-def _case(
-    name: str, info: Any, entry: Any, training: bool, form: str, module: nn.Module, inputs: dict
-) -> Case:
+def _case(name: str, info: Any, entry: Any, training: bool, form: str, module: nn.Module, inputs: dict) -> Case:
     batch_norm = isinstance(module, _BatchNorm) and (training or module.running_mean is None)
     tags = {"module_db", form}
     if batch_norm:

@@ -40,9 +40,7 @@ class Example:
             return shake(model.double()), loss_fn, inputs, targets
 
 
-def single(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], seed: int, ids: int = 0, **options: Any
-) -> Example:
+def single(make: Callable[[], nn.Module], shape: tuple[int, ...], seed: int, ids: int = 0, **options: Any) -> Example:
     """One layer, batch first, on normal inputs of this shape or, where ``ids`` is given, on integers below
     it.
     """
@@ -131,14 +129,10 @@ def norms(draw: st.DrawFn) -> Example:
     n = draw(st.integers(1, 3))
     space = tuple(draw(st.integers(2, 3)) for _ in range(n))
     if kind == "GroupNorm":
-        return single(
-            lambda: nn.GroupNorm(groups, channels), (batch, channels, *space), seed, kind=kind, groups=groups
-        )
+        return single(lambda: nn.GroupNorm(groups, channels), (batch, channels, *space), seed, kind=kind, groups=groups)
     if kind == "InstanceNorm":
         made = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[n - 1]
-        return single(
-            lambda: made(channels, affine=True), (batch, channels, *space), seed, kind=made.__name__
-        )
+        return single(lambda: made(channels, affine=True), (batch, channels, *space), seed, kind=made.__name__)
     evaluated = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[n - 1]
     return single(lambda: evaluated(channels).eval(), (batch, channels, *space), seed, kind=kind)
 
@@ -150,9 +144,7 @@ def embeddings(draw: st.DrawFn) -> Example:
     padding = draw(st.none() | st.integers(0, rows - 1))
     if draw(st.booleans()):
         shape = (draw(batches), *draw(st.lists(st.integers(1, 3), max_size=2)))
-        return single(
-            lambda: nn.Embedding(rows, size, padding), shape, seed, rows, rows=rows, padding=padding
-        )
+        return single(lambda: nn.Embedding(rows, size, padding), shape, seed, rows, rows=rows, padding=padding)
     mode = draw(st.sampled_from(["sum", "mean", "max"]))
     shape = (draw(some_batch), draw(st.integers(1, 5)))
     return single(
@@ -252,11 +244,7 @@ class Composed(nn.Module):
 
     def weight(self, which: int) -> Tensor:
         """The weight of some linear layer of the model, for use by another step; else a constant."""
-        found = [
-            m.weight
-            for m in self.modules()
-            if isinstance(m, nn.Linear) and m.weight.shape[0] == self.plan.size
-        ]
+        found = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m.weight.shape[0] == self.plan.size]
         found = [w for w in found if w.shape[1] == self.plan.size]
         return found[which % len(found)] if found else torch.eye(self.plan.size, dtype=torch.float64)
 
@@ -369,9 +357,7 @@ def models(draw: st.DrawFn, *, steps: int = 6, empty: bool = False) -> Example:
     batch = draw(st.integers(0 if empty else 1, 4))
     time = draw(st.sampled_from([max(batch, 1), max(batch, 1), 1, 2, 3, 5]))
     size = draw(st.sampled_from([max(batch, 2), 2, 3, 5]))
-    chosen = draw(
-        st.lists(st.sampled_from(sorted(set(STEPS), key=STEPS.index)).flatmap(_step), max_size=steps)
-    )
+    chosen = draw(st.lists(st.sampled_from(sorted(set(STEPS), key=STEPS.index)).flatmap(_step), max_size=steps))
     # at least one use of a parameter that every plan has
     plan = _Plan([("linear", True), *chosen], batch, time, size)
     axes = draw(st.permutations("btd").map("".join))
@@ -385,9 +371,7 @@ def models(draw: st.DrawFn, *, steps: int = 6, empty: bool = False) -> Example:
         return model, squared_at(axis), Composed.to(x, "btd", axes), [torch.randn_like(out.movedim(axis, 0))]
 
     shown = [f"{name}({what})" for name, what in plan.steps]
-    return Example(
-        (f"[{axes}] with b={batch}, t={time}, d={size}", *shown), draw(seeds), axes.index("b"), make
-    )
+    return Example((f"[{axes}] with b={batch}, t={time}, d={size}", *shown), draw(seeds), axes.index("b"), make)
 
 
 class Reordered(nn.Module):

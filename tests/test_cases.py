@@ -212,10 +212,7 @@ def test_random_models_do_not_couple(example: strategies.Example) -> None:
     """Otherwise a refusal would be right, and that the library is exact on them would say nothing."""
     model, loss_fn, x, targets = example.build()
     alone = Case("", example.build, axes=example.axis)
-    assert (
-        rel_err(isolated_grads(alone, model, loss_fn, x, targets), loop_grads(model, loss_fn, x, targets))
-        < 1e-9
-    )
+    assert rel_err(isolated_grads(alone, model, loss_fn, x, targets), loop_grads(model, loss_fn, x, targets)) < 1e-9
 
 
 @pytest.mark.skipif(not module_db.available(), reason="torch's table of modules takes the package expecttest")
