@@ -27,11 +27,12 @@ from persample import attribution
 from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, outputs, register
 from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_batch_statistics, place, rule_of
-from persample.backends.shared import ADVICE, buffers_kept, coarsest
+from persample.backends.shared import ADVICE, buffers_kept
 from persample.blocks import Block
 from persample.checks import check_losses, check_sum
 from persample.coupling import row_owner
 from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.precision import coarsest
 from persample.provenance import Provenance
 
 COVERED_PARAMETERS = frozenset({"weight", "bias"})

@@ -23,8 +23,8 @@ from persample.blocks import Block, Dense, Outer, Pulled
 from persample.checks import check_losses, check_sum
 from persample.graph import Graph, Route, call_node, sum_to, trace
 from persample.plans import Plan, Plans, edges, make, plans_of, signature
+from persample.precision import coarsest, full_precision
 from persample.provenance import Provenance
-from persample.reductions import full_precision
 from persample.rules import Site, build
 from persample.uses import Separation, Use, find_uses
 
@@ -186,11 +186,6 @@ def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn
 def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """The tensors that are there."""
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def coarsest(*tensors: Tensor) -> torch.dtype:
-    """The dtype with the largest rounding error among the tensors'."""
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @register("outputs", covers="every operation: rules for the common ones, the generic node rule for the rest")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from persample.blocks import Block
 from persample.checks import check_sum
+from persample.precision import coarsest
 from persample.reductions import weighted_sum
 
 ADVICE = "Use backend='outputs', which covers every operation."
@@ -39,11 +40,6 @@ class Scaled(Block):
 @weighted_sum.register
 def _(block: Scaled, c: Tensor) -> Tensor:
     return weighted_sum(block.inner, c * block.weights.to(c))
-
-
-def coarsest(*tensors: Tensor) -> torch.dtype:
-    """The dtype with the largest rounding error among the tensors'."""
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def distinct_weights(losses: Tensor) -> Tensor:

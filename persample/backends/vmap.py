@@ -19,11 +19,12 @@ from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from persample.backends import Capture, Captured, Problem, register
-from persample.backends.shared import ADVICE, buffers_kept, check_rows, coarsest
+from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Dense
 from persample.checks import check_losses
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import trace
+from persample.precision import coarsest
 
 RANDOMNESS = ("error", "same", "different")
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
