@@ -2,7 +2,8 @@
 
 ResNets for 32 × 32 images are those of He et al. (2015, Section 4.2): 6n + 2 layers in three stages of 16,
 32 and 64 channels, BatchNorm, and parameter-free shortcuts (their option A: every second pixel, new
-channels zero).
+channels zero). ResNet-18 and -34, made for larger images (their Table 1: four stages of 64 to 512 channels, shortcuts
+of 1 × 1 convolutions), begin here with one 3 × 3 convolution, as is usual for 32 × 32.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from torch.nn import functional as F
 
 
 class BasicBlock(nn.Module):
-    """Two 3 × 3 convolutions and a parameter-free shortcut."""
+    """Two 3 × 3 convolutions and a shortcut, which has weights only where it is `projected` and the shape changes."""
 
-    def __init__(self, inp: int, out: int, stride: int) -> None:
+    def __init__(self, inp: int, out: int, stride: int, *, projected: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inp, out, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out)
         self.stride, self.extra = stride, out - inp
+        self.shortcut: nn.Module | None = None
+        if projected and (self.extra or stride != 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(inp, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Float[Tensor, "batch inp height width"]) -> Float[Tensor, "batch out h w"]:
         """Returns relu(shortcut(x) + convolutions(x))."""
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
-        if self.extra:
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.extra:
             before = self.extra // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
         return F.relu(y + x, inplace=True)
@@ -60,6 +66,36 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Returns logits."""
+        x = self.blocks(F.relu(self.norm(self.conv(x)), inplace=True))
+        return self.head(x.mean((2, 3)))
+
+
+class WideResNet(nn.Module):
+    """A ResNet of four stages, 64 to 512 channels wide, for 32 × 32 images; `blocks` are the blocks of each stage.
+
+    >>> WideResNet((2, 2, 2, 2), classes=100)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 100])
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int], classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+        layers: list[nn.Module] = []
+        inp = 64
+        for stage, count in enumerate(blocks):
+            out = 64 * 2**stage
+            for index in range(count):
+                layers.append(BasicBlock(inp, out, 2 if stage and index == 0 else 1, projected=True))
+                inp = out
+        self.blocks = nn.Sequential(*layers)
+        self.head = nn.Linear(512, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Returns logits."""
@@ -107,6 +143,8 @@ MODELS = {
     "resnet20": ModelSpec(lambda s, c, k: ResNet(20, k, c), 16, "ResNet-20 with BatchNorm"),
     "resnet32": ModelSpec(lambda s, c, k: ResNet(32, k, c), 16, "ResNet-32 with BatchNorm"),
     "resnet110": ModelSpec(lambda s, c, k: ResNet(110, k, c), 16, "ResNet-110 with BatchNorm"),
+    "resnet18": ModelSpec(lambda s, c, k: WideResNet((2, 2, 2, 2), k, c), 16, "ResNet-18 with BatchNorm, 11 million"),
+    "resnet34": ModelSpec(lambda s, c, k: WideResNet((3, 4, 6, 3), k, c), 16, "ResNet-34 with BatchNorm, 21 million"),
 }
 
 
