@@ -129,11 +129,28 @@ class FNGD(NaturalSGD):
         )
 
     def next_batch(self, sample_ids: Tensor) -> None:
-        """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only."""
+        """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.FNGD(model, lr=0.1, steps_per_epoch=1, share="sample", samples=8)
+        >>> ids = torch.randperm(8)
+        >>> opt.next_batch(ids)
+        >>> model(torch.randn(8, 3)[ids]).square().mean().backward()
+        >>> opt.step()
+        """
         self._sharing().next_batch(sample_ids)
 
     def start_epoch(self) -> None:
-        """Announces that an epoch begins; optional. From then on a loader that is too long is an error."""
+        """Announces that an epoch begins; optional. From then on a loader that is too long is an error.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.FNGD(model, lr=0.1, steps_per_epoch=1)
+        >>> for epoch in range(2):
+        ...     opt.start_epoch()
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+        """
         self._sharing().start_epoch()
 
     def _sharing(self) -> CoefficientTable:

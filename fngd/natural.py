@@ -239,14 +239,26 @@ class NaturalSGD(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True."""
+        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.NGD(model, lr=0.1, diagnostics=True)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.step()
+        >>> sorted(opt.diagnostics[""])
+        ['cosine', 'damping', 'effective_rank', 'mean', 'share', 'spread']
+        """
         if self._recorder is None:
             raise ValueError("nothing was recorded; construct the optimiser with diagnostics=True")
         return self._recorder.figures()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted."""
+        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted.
+
+        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1, gram="global").bytes_sent  # one process has nobody to send to
+        0
+        """
         return self._exchange.bytes_sent
 
     def _clipped(self) -> dict[Tensor, Tensor]:
@@ -310,11 +322,23 @@ class NaturalSGD(Optimizer):
         self._inner.clear()
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not."""
+        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        >>> opt = fngd.NGD(model, lr=0.1)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.explain()
+        {'0': 'reweighted, samples on axis 0 of its output'}
+        """
         return self._handle.explain()
 
     def remove(self) -> None:
-        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated."""
+        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated.
+
+        >>> model = nn.Linear(3, 1)
+        >>> fngd.NGD(model, lr=0.1).remove()
+        >>> opt = fngd.NGD(model, lr=0.2)  # a second one, as the first is gone
+        """
         self._handle.remove()
 
 

@@ -257,7 +257,14 @@ class LayerPreconditioned(Preconditioned):
         }
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not."""
+        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
+
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(2, 1, 3))
+        >>> opt = fngd.KFAC(model, lr=0.1)
+        >>> model(torch.randn(8, 1, 5, 5)).square().mean().backward()
+        >>> opt.explain()["0"]
+        'preconditioned, samples on axis 0 of its output'
+        """
         result = {}
         for path, reason in self._handle.explain().items():
             if path in self._plain:
@@ -269,7 +276,12 @@ class LayerPreconditioned(Preconditioned):
         return result
 
     def remove(self) -> None:
-        """Takes the hooks off the model: factors stay as they are. Harmless when repeated."""
+        """Takes the hooks off the model: factors stay as they are. Harmless when repeated.
+
+        >>> model = nn.Linear(3, 1)
+        >>> fngd.Eva(model, lr=0.1).remove()
+        >>> opt = fngd.KFAC(model, lr=0.1)  # a second one, as the first is gone
+        """
         self._handle.remove()
 
 

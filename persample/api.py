@@ -157,5 +157,9 @@ def grad(
 
 
 def backends() -> tuple[str, ...]:
-    """Returns the names of the backends, in order of preference."""
+    """Returns the names of the backends, in order of preference.
+
+    >>> backends()
+    ('outputs', 'hooks', 'vmap', 'opacus')
+    """
     return tuple(BACKENDS)

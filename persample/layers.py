@@ -33,6 +33,12 @@ class LayerGrads:
 
     g_b is sample b's share of the gradient of the *training loss*: with a mean over the batch it is 1/B of
     the gradient of the sample's own loss. Weight and bias count as one vector.
+
+    >>> model, seen = nn.Linear(2, 1, bias=False), {}
+    >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads})):
+    ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+    >>> type(seen[""]).__name__
+    'LayerGrads'
     """
 
     def __init__(self, weight: Block | None, bias: Block | None, calls: Sequence[Outer | Conv] = ()) -> None:
@@ -40,12 +46,26 @@ class LayerGrads:
 
     @property
     def batch_size(self) -> int:
-        """The number of samples B."""
+        """The number of samples B.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.batch_size})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        2
+        """
         return self._blocks[0].batch
 
     @property
     def device(self) -> torch.device:
-        """Where the gradients are."""
+        """Where the gradients are.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.device})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        device(type='cpu')
+        """
         return self._blocks[0].device
 
     @property
@@ -53,18 +73,40 @@ class LayerGrads:
         return [block for block in (self._weight, self._bias) if block is not None]
 
     def gram(self) -> Float[Tensor, "batch batch"]:
-        """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`."""
+        """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.gram()})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        tensor([[25.,  4.],
+                [ 4.,  1.]])
+        """
         self._form()
         first, *rest = (reductions.gram(block) for block in self._blocks)
         return sum(rest, first)
 
     def norms(self) -> Float[Tensor, " batch"]:
-        """Returns ‖g_b‖."""
+        """Returns ‖g_b‖.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.norms()})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        tensor([5., 1.])
+        """
         first, *rest = (reductions.squared_norms(block) for block in self._blocks)
         return sum(rest, first).clamp_min(0).sqrt()
 
     def weighted_sum(self, c: Float[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient."""
+        """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient.
+
+        >>> model, seen, c = nn.Linear(2, 1, bias=False), {}, torch.tensor([1.0, 2.0])
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.weighted_sum(c)})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        (tensor([[3., 6.]]), None)
+        """
         blocks = (self._weight, self._bias)
         weight, bias = (None if block is None else reductions.weighted_sum(block, c) for block in blocks)
         return weight, bias
@@ -79,6 +121,13 @@ class LayerGrads:
         into them. A linear layer has one group, no kernel axes and one time axis, which holds all of its calls.
 
         Raises ValueError for a transposed convolution, in which it is z that comes in patches.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.factors()})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> [(x, z)] = seen[""]
+        >>> x.shape, z.shape  # batch, groups, features, time
+        (torch.Size([2, 1, 2, 1]), torch.Size([2, 1, 1, 1]))
         """
         result = []
         for block in self._calls:
@@ -96,7 +145,14 @@ class LayerGrads:
         return result
 
     def explain(self) -> str:
-        """Returns a line that says in which form the gradients are held, and their bytes."""
+        """Returns a line that says in which form the gradients are held, and their bytes.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.explain()})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        'weight: Outer 2 × [1, 2], 24 bytes'
+        """
         return " + ".join(
             f"{name}: {type(block).__name__} {block.batch} × {list(block.shape)}, {block.nbytes:,} bytes"
             for name, block in (("weight", self._weight), ("bias", self._bias))

@@ -24,7 +24,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the gradient of one use of a parameter is held and formed."""
+    """How the gradient of one use of a parameter is held and formed.
+
+    >>> psg = persample.per_sample(nn.Linear(3, 2), lambda y, _: y.sum(1), torch.randn(5, 3))
+    >>> psg.explain()[1].parameter, psg.explain()[1].block
+    ('bias', 'Dense')
+    """
 
     parameter: str
     operation: str
@@ -55,6 +60,11 @@ class PerSampleGrads:
 
     With θ the parameters, ℓ_b the loss of sample b and g_b = ∂ℓ_b/∂θ. Results have the precision of the
     parameters, float32 where those are half precision, and carry no graph.
+
+    >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+    >>> psg.losses.shape, psg.batch, psg.backend
+    (torch.Size([2]), 2, 'outputs')
     """
 
     def __init__(self, capture: Capture, parameters: Mapping[str, Tensor], backend: str) -> None:
@@ -81,22 +91,45 @@ class PerSampleGrads:
 
     @property
     def batch(self) -> int:
-        """Number of samples B."""
+        """Number of samples B.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.batch
+        2
+        """
         return self.losses.shape[0]
 
     @property
     def blocks(self) -> dict[str, tuple[Block, ...]]:
-        """The factors: name -> one block for each use of the parameter, whose rows add up to g_b."""
+        """The factors: name -> one block for each use of the parameter, whose rows add up to g_b.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> [type(block).__name__ for block in psg.blocks["weight"]]
+        ['Outer']
+        """
         return {name: tuple(blocks) for name, blocks in self._blocks.items()}
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Names of trainable parameters that no loss depends on; their gradients are zero."""
+        """Names of trainable parameters that no loss depends on; their gradients are zero.
+
+        >>> model = nn.ModuleDict({"used": nn.Linear(2, 1, bias=False), "spare": nn.Linear(2, 1, bias=False)})
+        >>> model.forward = lambda x: model["used"](x)
+        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 2)).unused
+        ('spare.weight',)
+        """
         return tuple(name for name in self._parameters if not self._blocks.get(name))
 
     @property
     def layers(self) -> dict[str, tuple[str, ...]]:
-        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model."""
+        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model.
+
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
+        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 3)).layers
+        {'0': ('0.weight', '0.bias'), '2': ('2.weight',)}
+        """
         found: dict[str, list[str]] = {}
         for name in self._parameters:
             found.setdefault(name.rpartition(".")[0], []).append(name)
@@ -112,13 +145,27 @@ class PerSampleGrads:
 
         Raises:
             ValueError: a buffer of another shape, dtype or device.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.grads()["weight"]
+        tensor([[[3., 4.]],
+                [[0., 1.]]])
         """
         buffers = self._checked(out or {})
         return {name: self._materialise(name, buffers.get(name)) for name in self._parameters}
 
     @reduction
     def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
-        """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter."""
+        """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.norms()
+        tensor([5., 1.])
+        >>> sorted(psg.norms(per="param"))
+        ['weight']
+        """
         return _total(self._norms(per), per)
 
     @reduction
@@ -133,6 +180,12 @@ class PerSampleGrads:
 
         Raises:
             ValueError: `other` holds other parameters.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.gram()
+        tensor([[25.,  4.],
+                [ 4.,  1.]])
         """
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
@@ -152,6 +205,11 @@ class PerSampleGrads:
 
         Args:
             c: coefficients [B]; or a dict layer -> [B], one for each layer of `layers`.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.weighted_sum(torch.tensor([1.0, 2.0]))
+        {'weight': tensor([[3., 6.]])}
         """
         by_layer = c if isinstance(c, Mapping) else dict.fromkeys(self.layers, c)
         if set(by_layer) != set(self.layers):
@@ -179,6 +237,11 @@ class PerSampleGrads:
 
         Raises:
             ValueError: a name that is no trainable parameter, or a vector of another shape.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.dot({"weight": torch.ones(1, 2)})
+        tensor([7., 1.])
         """
         unknown = set(vectors) - set(self._parameters)
         if unknown:
@@ -201,6 +264,11 @@ class PerSampleGrads:
         Args:
             max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
                 clips each layer by its own norm.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.clipped_sum(max_norm=1.0)  # (3, 4) / 5 + (0, 1)
+        {'weight': tensor([[0.6000, 1.8000]])}
         """
         if isinstance(max_norm, Mapping):
             norms = self._norms("layer")
@@ -212,7 +280,14 @@ class PerSampleGrads:
         return self.weighted_sum(_clip(self._norms("total")[""], max_norm))
 
     def explain(self) -> list[Explanation]:
-        """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held."""
+        """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> for use in psg.explain():
+        ...     print(use.parameter, use.operation, use.block)
+        weight Mm Outer
+        """
         rows = []
         for name, uses in self._uses.items():
             for use in uses:
