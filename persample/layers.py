@@ -69,6 +69,18 @@ class LayerGrads:
         return self._blocks[0].device
 
     @property
+    def calls(self) -> tuple[Outer | Conv, ...]:
+        """x, z and the geometry of each call of the layer, as blocks, for whoever sums over positions without patches.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.calls})):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> [(type(call).__name__, list(call.x.shape), list(call.z.shape)) for call in seen[""]]
+        [('Outer', [2, 1, 2], [2, 1, 1])]
+        """
+        return self._calls
+
+    @property
     def _blocks(self) -> list[Block]:
         return [block for block in (self._weight, self._bias) if block is not None]
 
