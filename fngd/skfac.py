@@ -175,7 +175,7 @@ class SKFAC(LayerPreconditioned):
     symbols: `fngd.skfac`), from one batch, without moving averages. The other parameters get the plain gradient.
 
     Arguments:
-        damping: γ > 0; the paper's .03·.87^(epoch/10) can be scheduled in param_groups[i]["damping"].
+        damping: γ > 0; the paper's .03·.87^(epoch/10) can be scheduled in `param_groups[i]["damping"]`.
         positions: what becomes of a convolution's positions: "sum" (Reduce Sum), "mean" (the same with means,
             as in public code) or "subsample" (Spatial Subsampling).
         keep: positions T' ≥ 1 that subsampling keeps.
