@@ -17,7 +17,7 @@ READY_BENCH := $(VENV)/.ready-bench
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test slow lint format notebooks bench conformance clean
+.PHONY: help install demo test slow lint format notebooks docs bench conformance clean
 
 help: ## show this list
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.11]"
@@ -45,6 +45,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 notebooks: $(READY) ## execute the notebooks at full size and store their output
 	$(BIN)/jupyter-execute --inplace $(ARGS) notebooks/*.ipynb
+
+docs: $(READY) ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(READY_BENCH) ## speed and memory beside plain training and other libraries
 	$(BIN)/python -m benchmarks $(ARGS)

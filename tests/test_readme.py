@@ -1,26 +1,15 @@
-"""What the documents say is so: examples run as written, commands exist, links lead somewhere, names are documented."""
+"""What the pages say is so: examples run as written, commands exist, links and paths lead somewhere."""
 
-import contextlib
-import doctest
-import importlib
-import inspect
-import io
-import pkgutil
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import fngd
 import persample
 from fngd.recipes import OPTIMIZERS
 from persample.backends import BACKENDS
@@ -131,82 +120,3 @@ def anchors(text: str) -> set[str]:
     """Returns the anchors of a page's headings, as GitHub and GitLab make them."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-# --- docstrings ---------------------------------------------------------------------------------------------
-
-
-def public() -> list[Any]:
-    """Returns (name, object) of everything public in both packages: exports, and the exported classes' own methods."""
-    found = []
-    for package in (persample, fngd):
-        for name in package.__all__:
-            thing = getattr(package, name)
-            found.append(pytest.param(thing, id=f"{package.__name__}.{name}"))
-            if inspect.isclass(thing):
-                members = ((n, m) for kind in thing.__mro__ if own(kind) for n, m in vars(kind).items())
-                found += [
-                    pytest.param(member, id=f"{package.__name__}.{name}.{own_name}")
-                    for own_name, member in dict(members).items()
-                    if not own_name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
-                ]
-    return found
-
-
-def own(kind: type) -> bool:
-    """Whether a class is ours."""
-    return kind.__module__.partition(".")[0] in ("persample", "fngd")
-
-
-@pytest.mark.parametrize("thing", public())
-def test_public_name_is_documented(thing: Any) -> None:
-    text = inspect.getdoc(thing)
-    assert text, "no docstring"
-    first = text.partition("\n\n")[0]
-    assert first.endswith((".", ":")), "the first paragraph is a sentence"
-    if inspect.isfunction(thing) and inspect.signature(thing).return_annotation not in (None, "None"):
-        assert re.search(r"\b[Rr]eturns\b", first), f"the first sentence does not say what is returned: {first!r}"
-
-
-def documented() -> list[Any]:
-    """Returns every docstring in both packages that has examples, with the globals of its module.
-
-    By hand, because doctest's own finder skips functions that a decorator (jaxtyping's, in the tests) has wrapped.
-    """
-    found = []
-    for package in (persample, fngd):
-        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not info.name.endswith("__main__"):
-                module = importlib.import_module(info.name)
-                named = {f"{info.name}.{name}".removesuffix("."): text for name, text in docstrings(module)}
-                found += [pytest.param(module, text, id=name) for name, text in named.items() if ">>>" in text]
-    return found
-
-
-def docstrings(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """Yields (name, docstring) of a module, its functions and classes, and their methods."""
-    yield "", module.__doc__ or ""
-    for name, thing in vars(module).items():
-        if getattr(thing, "__module__", None) != module.__name__:
-            continue
-        yield name, getattr(thing, "__doc__", None) or ""
-        if inspect.isclass(thing):
-            yield from ((f"{name}.{n}", getattr(m, "__doc__", None) or "") for n, m in vars(thing).items())
-
-
-@pytest.mark.parametrize(("module", "text"), documented())
-def test_doctest(module: ModuleType, text: str) -> None:
-    # What an example may take for granted, beside the names of its own module.
-    given = {"torch": torch, "nn": nn, "persample": persample, "fngd": fngd, **vars(module)}
-    test = doctest.DocTestParser().get_doctest(textwrap.dedent(text), given, module.__name__, module.__file__, 0)
-    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    report = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        runner.run(test, out=report.write)
-    assert test.examples
-    assert not runner.failures, report.getvalue()
-
-
-def test_public_functions_have_examples() -> None:
-    for thing in (persample.per_sample, persample.grad, persample.reweight, fngd.FNGD, fngd.NGD, fngd.smw_coefficients):
-        assert ">>>" in (thing.__doc__ or ""), thing
