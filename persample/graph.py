@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from persample.errors import UnsupportedError
 
 Node = Any  # torch.autograd.graph.Node; the stubs lack _input_metadata and saved tensors
 Edge = tuple[Node, int]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,26 @@ def shape_of(meta: Any) -> tuple[int, ...]:
         ) from error
 
 
-def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Returns the node's gradients for its inputs, before any reduction over broadcast dimensions.
+def inside_backward() -> bool:
+    """Whether this thread is in a backward pass, where a node silently leaves out what the pass does not need."""
+    return torch._C._current_graph_task_id() != -1
 
-    Never inside a backward pass: there a node leaves out what that pass does not need, silently.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(f"{node.name()} was called inside a backward pass; call it after the pass")
+
+def outside(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls the function in a thread that is in no backward pass, without recording a graph."""
+
+    def call() -> Result:
+        with torch.no_grad():
+            return function(*arguments)
+
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(call).result()
+
+
+def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Returns the node's gradients for its inputs, before any reduction over broadcast dimensions."""
+    if inside_backward():
+        return outside(call_node, node, cotangents)
     grads = node(*cotangents) if callable(node) else node.apply(*cotangents)
     return grads if isinstance(grads, tuple) else (grads,)
 
@@ -113,6 +128,8 @@ def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Seque
 
     Broadcasting is undone: each gradient has the shape of the tensor that enters its slot.
     """
+    if inside_backward():
+        return outside(call_node_rows, node, cotangents, slots)
     present = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
     rows: list[Tensor] = [cotangent for cotangent in cotangents if cotangent is not None]
     count = rows[0].shape[0]

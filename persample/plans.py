@@ -19,6 +19,7 @@ from persample.attribution import Owner
 from persample.graph import Edge, Graph, Node, Route, shape_of
 from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
+from persample.streaming import ends
 from persample.uses import Separation, Use
 
 PLANS_PER_MODEL = 16
@@ -41,6 +42,8 @@ class Plan:
     """By parameter."""
     outputs: tuple[tuple[int, int], ...]
     """(node, output) of every z that is needed."""
+    ends: tuple[int, ...]
+    """Nodes at which the backward pass may end, see `persample.streaming`."""
     owners: Mapping[int, tuple[Owner | None, ...]] | None
     """Owners by node, where proven; None: to be asked of each batch."""
     rules: Mapping[str, Rule | None]
@@ -83,6 +86,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     return Plan(
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
         outputs=tuple((order[node], k) for node in cuts for k, z in enumerate(known.zs[node]) if z is not None),
+        ends=tuple(order[node] for node in ends(graph, uses)),
         owners={order[node]: known.owners[node] for node in cuts} if regular else None,
         rules={node.name(): RULES.get(node.name()) for node in cuts},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from oracle import loop_grads, rel_err
 from strategies import Example, layers, models
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 import persample
 from persample.cases import find
@@ -381,3 +383,67 @@ def test_notes_say_when_every_batch_is_probed() -> None:
     assert not persample.per_sample(model, lambda out, _: out.sum(1), x).notes
     sorted_rows = persample.per_sample(model, lambda out, _: out[out.sum(1).argsort()].sum(1), x)
     assert "probed" in sorted_rows.notes[0]
+
+
+class WritesIntoItsGradient(torch.autograd.Function):
+    """Identity whose backward doubles what it is given, in place: what a custom Function must not do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.mul_(2)
+
+
+def test_a_backward_that_writes_into_a_held_gradient_gives_right_rows_or_none() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            # the sum hands the same gradient to its second linear layer, which holds it, and to the custom Function
+            return self.second(h) + WritesIntoItsGradient.apply(h)
+
+    model, x = Model().double(), torch.randn(4, 3, dtype=torch.float64)
+    refused = 0
+    for _ in range(3):  # the first batch is probed, later ones go by plan if there is one
+        try:
+            psg = persample.per_sample(model, lambda out, _: out.square().sum(1), x)
+        except persample.CheckError:
+            refused += 1
+            continue
+        expected = loop_grads(model, lambda out, _: out.square().sum(1), x, None)
+        assert all(torch.allclose(psg.grads()[name], expected[name]) for name in expected)
+    assert refused in (0, 3)
+
+
+@pytest.mark.parametrize("hooked", ["checkpoint", "save_on_cpu"])
+def test_saved_tensors_behind_hooks_are_read_once(hooked: str) -> None:
+    """Checkpointing may begin between two batches: the graph looks the same."""
+    body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.LayerNorm(3)).double()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.hooked = body, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.hooked:
+                return self.body(x)
+            if hooked == "checkpoint":
+                return checkpoint(self.body, x, use_reentrant=False)  # type: ignore[no-any-return]
+            with torch.autograd.graph.save_on_cpu():
+                return self.body(x)  # type: ignore[no-any-return]
+
+    model = Model()
+    for turn in range(5):
+        model.hooked = turn >= 2
+        x = torch.randn(4, 3, dtype=torch.float64)
+        grads = persample.per_sample(model, lambda out, _: out.square().sum(1), x).grads()
+        expected = loop_grads(model, lambda out, _: out.square().sum(1), x, None)
+        for name, rows in expected.items():
+            torch.testing.assert_close(grads[name], rows, rtol=1e-9, atol=1e-12)

@@ -12,20 +12,23 @@ from the graph (`persample.layout`), later batches cost one backward pass to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from persample.backends import Capture, Captured, Problem, register
-from persample.blocks import Block, Dense, Outer, Pulled
+from persample.blocks import Block
+from persample.captured import capture_use, merged
 from persample.checks import check_losses, check_sum
-from persample.graph import Graph, Route, call_node, sum_to, trace
+from persample.errors import CheckError
+from persample.graph import Graph, call_node, sum_to, trace
 from persample.plans import Plan, Plans, edges, make, plans_of, signature
-from persample.precision import coarsest, full_precision
+from persample.precision import coarsest
 from persample.provenance import Provenance
 from persample.rules import Site, build
+from persample.streaming import Stream, unpacked_by_hooks
 from persample.uses import Separation, Use, find_uses
 
 PROBED = (
@@ -34,45 +37,6 @@ PROBED = (
 )
 CHECK_EVERY = 8
 """Of the batches with a proven plan, one in this many verifies one use against autograd."""
-
-
-def pulled(block: Block, path: Route) -> Block:
-    """The block behind the operations between the parameter and its use."""
-    if not path.nodes:
-        return block
-    if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
-        return block.transposed
-    shape = tuple(path.leaf.variable.shape)
-    if isinstance(block, Dense):
-        return Dense(path.pull(block.values))
-    return Pulled(block, path.pull, shape, path.isometric)
-
-
-def merged(uses: list[Captured]) -> tuple[Captured, ...]:
-    """Uses with the same kind of block made one: a recurrent weight, a module called twice."""
-    joined: list[Captured] = []
-    outer = [use.block for use in uses if isinstance(use.block, Outer)]
-    dense = [use.block for use in uses if isinstance(use.block, Dense)]
-    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense))):
-        same = [use for use in uses if isinstance(use.block, kind)]
-        if block is not None:
-            joined.append(Captured(block, f"{same[0].operation} × {len(same)}", same[0].rule))
-            uses = [use for use in uses if not isinstance(use.block, kind)]
-    return *joined, *uses
-
-
-def join_outer(blocks: Sequence[Outer]) -> Outer | None:
-    """Σ of outer products: the positions of all; None for fewer than two."""
-    if len(blocks) < 2:
-        return None
-    return Outer(torch.cat([block.x for block in blocks], dim=1), torch.cat([block.z for block in blocks], dim=1))
-
-
-def join_dense(blocks: Sequence[Dense]) -> Dense | None:
-    """Σ of rows; None for fewer than two blocks."""
-    if len(blocks) < 2:
-        return None
-    return Dense(torch.stack([full_precision(block.values) for block in blocks]).sum(0))
 
 
 def capture_losses(
@@ -84,36 +48,63 @@ def capture_losses(
     coupled: str = "error",
     check: bool = True,
 ) -> Capture:
-    """Returns the capture of losses that are already there; their graph is kept.
+    """Returns the capture of losses that are already there.
 
-    Without `provenance` nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed.
+    Without `provenance` nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed. Without
+    `plans` the graph of the losses is kept; with them it is consumed, as by `backward()`.
     """
     losses = check_losses(losses)
     graph = trace(losses)
     key = (signature(graph), coupled, tuple(parameters)) if plans is not None else None
     plan = plans.find(key) if plans is not None else None
     if plan is not None and plan.owners is not None and plan.current():
-        uses, known = plan.restore(graph), outputs_by_plan(plan, graph, losses)
-        full = False
-    else:
-        uses, known = find_uses(graph, losses, parameters, coupled, provenance)
-        full = True
-        if plans is not None:
-            plan = make(graph, uses, known, losses.shape[0])
+        turn = plan.calls // CHECK_EVERY if check and plan.calls % CHECK_EVERY == 0 else None
+        return Capture(losses.detach(), captured_by_plan(plan, graph, losses, turn))
+    uses, known = find_uses(graph, losses, parameters, coupled, provenance)
+    if plans is not None:
+        plan = make(graph, uses, known, losses.shape[0])
     with torch.no_grad():
         captured = build_uses(uses, known, losses.shape[0])
     result = Capture(losses.detach(), captured, notes=() if plan is None or plan.owners is not None else (PROBED,))
-    if check and full:
+    if check:
         check_batch(result, losses, parameters, known)
-    if full and plans is not None and plan is not None:
+    if plans is not None and plan is not None:
         plans.keep(key, plan)  # only what the check has passed
-    elif check and plan is not None and plan.calls % CHECK_EVERY == 0:
-        check_use(uses, known, losses.shape[0], plan.calls // CHECK_EVERY)
     return result
 
 
+def captured_by_plan(plan: Plan, graph: Graph, losses: Tensor, turn: int | None) -> dict[str, tuple[Captured, ...]]:
+    """Every use of every parameter, from one backward pass; `turn`: the use to verify, None for no check."""
+    batch, uses = losses.shape[0], plan.restore(graph)
+    nodes = list(graph.order)
+    owners = {nodes[position]: each for position, each in (plan.owners or {}).items()}
+    if unpacked_by_hooks(list(owners)):
+        known = outputs_by_plan(plan, graph, losses)
+        with torch.no_grad():
+            if turn is not None:
+                check_use(uses, known, batch, turn)
+            return build_uses(uses, known, batch)
+    captured: dict[str, tuple[Captured, ...]] = {}
+    versions: list[tuple[str, Tensor, int]] = []
+
+    def take(name: str, found: tuple[Captured, ...]) -> None:
+        captured[name] = found
+        versions.extend((name, f, f._version) for each in found for f in each.block.factors if not f.is_inference())
+
+    check = None if turn is None else check_site
+    stream = Stream(graph, uses, owners, batch, take, check, turn or 0)
+    stream.run(losses, [nodes[position] for position in plan.ends])
+    for name, factor, version in versions:
+        if factor._version != version:
+            raise CheckError(
+                f"an operation's backward writes into a tensor that the gradient of {name!r} is formed from; a custom "
+                "autograd Function must not change its arguments in place"
+            )
+    return {name: captured[name] for name in uses}
+
+
 def outputs_by_plan(plan: Plan, graph: Graph, losses: Tensor) -> Separation:
-    """z at the plan's edges, with the plan's owners: one backward pass."""
+    """z at the plan's edges, with the plan's owners: one backward pass, after which the graph is still there."""
     wanted = edges(plan, graph)
     known = Separation()
     if not wanted:
@@ -141,8 +132,7 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
             key = (use.node, use.slot)
             if key not in built:
                 built[key] = build(site_of(use, known, batch))
-            block, rule = built[key]
-            found.append(Captured(pulled(block, use.route), use.node.name().replace("Backward0", ""), rule))
+            found.append(capture_use(use, *built[key]))
         captured[name] = merged(found)
     return captured
 
@@ -169,18 +159,20 @@ def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor
 
 def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn: int) -> None:
     """One use, in turn, against the node's own gradient."""
-    places = [(name, use) for name, found in uses.items() for use in found]
-    if not places:
-        return
-    name, use = places[turn % len(places)]
-    with torch.no_grad():
-        site = site_of(use, known, batch)
-        # copies: a custom backward may work in place
-        whole = call_node(use.node, [None if z is None else z.clone() for z in site.zs])[use.slot]
-        expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
-        check_sum(
-            {name: [build(site)[0]]}, {name: expected}, precision=coarsest(*filter_none(site.zs)), backend="outputs"
-        )
+    places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
+    if places:
+        node, slot = places[turn % len(places)]
+        site = Site(node, slot, known.zs[node], known.owners[node], batch)
+        check_site(site, build(site)[0])
+
+
+def check_site(site: Site, block: Block) -> None:
+    """The block of one use against the node's own gradient."""
+    # copies: a custom backward may work in place
+    whole = call_node(site.node, [None if z is None else z.clone() for z in site.zs])[site.slot]
+    expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
+    what, precision = f"an input of {site.node.name()}", coarsest(*filter_none(site.zs))
+    check_sum({what: [block]}, {what: expected}, precision=precision, backend="outputs")
 
 
 def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

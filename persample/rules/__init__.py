@@ -8,7 +8,7 @@ The generic rule calls the node itself, so no kind of operation needs a rule to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class Site:
     zs: tuple[Tensor | None, ...]
     owners: tuple[Owner | None, ...]
     batch: int
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What rules for several slots of the node have in common."""
 
     @property
     def z(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,33 @@ from persample.rules.elementwise import summed
 
 
 def per_channel(site: Site, entries: Tensor) -> Block | None:
-    """Rows that sum `entries` [N, C, *space] per sample and channel; samples lie along N."""
-    if site.owner.axis != 0:
+    """Rows that sum `entries` [N, C] by sample; samples lie along N."""
+    return Dense(site.owner.sum_by_sample(entries)) if site.owner.axis == 0 else None
+
+
+def channel_gradients(z: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ z x̂ and Σ z over space, [N, C] each, with x̂ = (x − mean) · rstd; z and x [N, C, *space], statistics [N, G].
+
+    The kernel sums over the batch as well, so the whole batch goes in as channels of one sample: it reads z and x
+    once, and x̂ is never formed.
+    """
+    count, channels = z.shape[:2]
+    z, x = z.reshape(1, count * channels, -1).contiguous(), x.reshape(1, count * channels, -1).contiguous()
+    mean, rstd = mean.reshape(1, -1).to(z.dtype), rstd.reshape(1, -1).to(z.dtype)
+    _, weight, bias = torch.ops.aten.native_group_norm_backward(
+        z, x, mean, rstd, z.new_ones(z.shape[1]), 1, z.shape[1], z.shape[2], mean.shape[1], [False, True, True]
+    )
+    return weight.view(count, channels), bias.view(count, channels)
+
+
+def normalised_channels(site: Site, statistics: Callable[[], tuple[Tensor, Tensor]]) -> Block | None:
+    """The block of weight (slot 1) or bias (slot 2), both computed at once."""
+    if site.slot not in (1, 2) or site.owner.axis != 0:
         return None
-    return Dense(site.owner.sum_by_sample(entries.reshape(*entries.shape[:2], -1).sum(2)))
+    if "channels" not in site.shared:
+        z, x = full_precision(site.z), full_precision(site.saved("input"))
+        site.shared["channels"] = channel_gradients(z, x, *statistics())
+    return per_channel(site, site.shared["channels"][site.slot - 1])
 
 
 @rule("NativeLayerNormBackward0")
@@ -39,38 +64,22 @@ def rms_norm(site: Site) -> Block | None:
     return summed(site, full_precision(site.z) * normalised)
 
 
-def channel_sums(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ z and Σ z·x over space, [N, C] each: all that the weight's gradient needs, without x̂ ever being formed."""
-    count, channels = z.shape[:2]
-    z, x = z.reshape(count * channels, 1, -1), x.reshape(count * channels, -1, 1)
-    return z.sum(2).view(count, channels), torch.bmm(z, x).view(count, channels)
-
-
 @rule("NativeGroupNormBackward0")
 def group_norm(site: Site) -> Block | None:
-    """input [N, C, *space], weight, bias; normalised over groups of channels: Σ z x̂ = (Σ z x − mean Σ z) · rstd."""
-    z = full_precision(site.z)
-    if site.slot == 2:
-        return per_channel(site, z)
-    if site.slot != 1:
-        return None
-    each = z.shape[1] // site.saved("group")
-    mean, rstd = (site.saved(name).repeat_interleave(each, 1) for name in ("result1", "result2"))  # [N, C]
-    sums, products = channel_sums(z, full_precision(site.saved("input")))
-    return per_channel(site, (products - sums * mean) * rstd)
+    """input [N, C, *space], weight, bias; normalised over groups of channels."""
+    return normalised_channels(site, lambda: (site.saved("result1"), site.saved("result2")))
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 def batch_norm(site: Site) -> Block | None:
     """input [N, C, *space], weight, bias; by running statistics, or by the batch's in the row reading."""
-    z = full_precision(site.z)
-    if site.slot == 2:
-        return per_channel(site, z)
-    if site.slot != 1:
-        return None
-    if site.saved("training", True):
-        mean, rstd = site.saved("result1"), site.saved("result2")
-    else:
-        mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
-    sums, products = channel_sums(z, full_precision(site.saved("input")))
-    return per_channel(site, (products - sums * mean) * rstd)
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        if site.saved("training", True):
+            mean, rstd = site.saved("result1"), site.saved("result2")
+        else:
+            mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
+        each = (site.z.shape[0], mean.shape[0])  # a group of its own for every channel of every sample
+        return mean.expand(each), rstd.expand(each)
+
+    return normalised_channels(site, statistics)

@@ -1,0 +1,60 @@
+"""From sites to blocks: what is captured of a parameter, whatever pass z came from.
+
+use (node, slot, route) ─▶ site ─▶ rule ─▶ block at the node ─▶ pulled back along the route ─▶ uses merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from persample.backends import Captured
+from persample.blocks import Block, Dense, Outer, Pulled
+from persample.graph import Route
+from persample.precision import full_precision
+from persample.uses import Use
+
+
+def capture_use(use: Use, block: Block, rule: str) -> Captured:
+    """One use of a parameter, from the block at the node that uses it."""
+    return Captured(pulled(block, use.route), use.node.name().replace("Backward0", ""), rule)
+
+
+def pulled(block: Block, path: Route) -> Block:
+    """The block behind the operations between the parameter and its use."""
+    if not path.nodes:
+        return block
+    if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
+        return block.transposed
+    shape = tuple(path.leaf.variable.shape)
+    if isinstance(block, Dense):
+        return Dense(path.pull(block.values))
+    return Pulled(block, path.pull, shape, path.isometric)
+
+
+def merged(uses: list[Captured]) -> tuple[Captured, ...]:
+    """Uses with the same kind of block made one: a recurrent weight, a module called twice."""
+    joined: list[Captured] = []
+    outer = [use.block for use in uses if isinstance(use.block, Outer)]
+    dense = [use.block for use in uses if isinstance(use.block, Dense)]
+    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense))):
+        same = [use for use in uses if isinstance(use.block, kind)]
+        if block is not None:
+            joined.append(Captured(block, f"{same[0].operation} × {len(same)}", same[0].rule))
+            uses = [use for use in uses if not isinstance(use.block, kind)]
+    return *joined, *uses
+
+
+def join_outer(blocks: Sequence[Outer]) -> Outer | None:
+    """Σ of outer products: the positions of all; None for fewer than two."""
+    if len(blocks) < 2:
+        return None
+    return Outer(torch.cat([block.x for block in blocks], dim=1), torch.cat([block.z for block in blocks], dim=1))
+
+
+def join_dense(blocks: Sequence[Dense]) -> Dense | None:
+    """Σ of rows; None for fewer than two blocks."""
+    if len(blocks) < 2:
+        return None
+    return Dense(torch.stack([full_precision(block.values) for block in blocks]).sum(0))

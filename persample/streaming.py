@@ -1,0 +1,136 @@
+"""One backward pass by a plan: a parameter's blocks are handed over as soon as the pass has met its last use.
+
+    losses ─▶ backward pass ─▶ a node with uses: z arrives ─▶ blocks ─▶ last use of a parameter: take(name, uses)
+
+z comes from hooks on nodes that the pass runs through anyway, and the pass frees what it has passed. So what is
+held at any moment is what `take` keeps, not z of every operation beside the whole graph. Only nodes with no other
+use upstream are asked for by edge: there the pass ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from persample.attribution import Owner
+from persample.backends import Captured
+from persample.blocks import Block
+from persample.captured import capture_use, merged
+from persample.graph import Graph, Node
+from persample.rules import Site, build
+from persample.uses import Use
+
+Take = Callable[[str, tuple[Captured, ...]], None]
+"""Gets the uses of one parameter, all of them."""
+Place = tuple[Node, int]
+"""A node and the slot that a parameter enters."""
+
+_RAW_SAVED: dict[str, tuple[str, ...]] = {}
+
+
+def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
+    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
+    for node in nodes:
+        kind = node.name()
+        if kind not in _RAW_SAVED:
+            _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
+        for name in _RAW_SAVED[kind]:
+            raw = getattr(node, name)
+            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
+                # a torch that does not tell is not trusted
+                if saved is not None and getattr(saved, "unpack_hook", saved) is not None:
+                    return True
+    return False
+
+
+def ends(graph: Graph, uses: Mapping[str, Sequence[Use]]) -> list[Node]:
+    """Nodes with a use, and none among the nodes that they depend on."""
+    with_use = dict.fromkeys(use.node for found in uses.values() for use in found)
+    below: set[Node] = set()
+    for node in graph.order:  # sources come first
+        if any(source in below or source in with_use for source, _ in node.next_functions):
+            below.add(node)
+    return [node for node in with_use if node not in below]
+
+
+class Stream:
+    """The pass itself; `run` does it once."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        uses: Mapping[str, Sequence[Use]],
+        owners: Mapping[Node, tuple[Owner | None, ...]],
+        batch: int,
+        take: Take,
+        check: Callable[[Site, Block], None] | None = None,
+        checked: int = 0,
+    ) -> None:
+        self._graph, self._uses, self._owners, self._batch, self._take = graph, uses, owners, batch, take
+        places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
+        self._slots: dict[Node, list[int]] = {}
+        for node, slot in places:
+            self._slots.setdefault(node, []).append(slot)
+        self._check = check
+        self._checked = places[checked % len(places)] if places else None
+        self._waiting = {name: {(use.node, use.slot) for use in found} for name, found in uses.items()}
+        self._names: dict[Place, list[str]] = {}
+        for name, awaited in self._waiting.items():
+            for place in awaited:
+                self._names.setdefault(place, []).append(name)
+        self._found: dict[str, dict[Place, tuple[Block, str]]] = {name: {} for name in uses}
+
+    def run(self, losses: Tensor, last: Sequence[Node], *, retain_graph: bool = False) -> None:
+        """Runs the pass; `last` are the `ends` of the graph."""
+        edges = [(node, output) for node in last for output in self._graph.outputs(node)]
+        handles = [node.register_prehook(partial(self._arrive, node)) for node in self._slots if node not in last]
+        try:
+            zs: Sequence[Tensor | None] = ()
+            if edges:
+                zs = torch.autograd.grad(
+                    losses,
+                    [GradientEdge(*edge) for edge in edges],
+                    torch.ones_like(losses),
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        of_edge = dict(zip(edges, zs, strict=True))
+        del zs
+        for node in last:
+            self._arrive(node, tuple(of_edge.pop((node, output), None) for output in range(len(self._owners[node]))))
+        for name in list(self._waiting):  # those with a use that no loss depends on, after all
+            self._hand_over(name)
+
+    @torch.no_grad()
+    def _arrive(self, node: Node, zs: tuple[Tensor | None, ...]) -> None:
+        """Builds the blocks of a node from z."""
+        if all(z is None for z in zs):
+            return
+        shared: dict[str, Any] = {}
+        for slot in self._slots[node]:
+            site = Site(node, slot, zs, self._owners[node], self._batch, shared)
+            block, rule = build(site)
+            if self._check is not None and (node, slot) == self._checked:
+                self._check(site, block)
+            for name in self._names[node, slot]:
+                self._found[name][node, slot] = block, rule
+                self._waiting[name].discard((node, slot))
+                if not self._waiting[name]:
+                    self._hand_over(name)
+
+    @torch.no_grad()
+    def _hand_over(self, name: str) -> None:
+        found = self._found.pop(name)
+        del self._waiting[name]
+        self._take(
+            name,
+            merged([capture_use(u, *found[u.node, u.slot]) for u in self._uses[name] if (u.node, u.slot) in found]),
+        )
