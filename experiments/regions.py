@@ -1,0 +1,120 @@
+"""Where the time of a training step goes: forward, backward, statistics, solve, direction, update.
+
+statistics   Gram matrices (NGD, FNGD); factors or moments and their moving averages (the others)
+solve        coefficients; inverses, decompositions, roots
+direction    from gradient to preconditioned gradient, where that is not part of the backward pass, as it is in (F)NGD
+update       the rest of `opt.step()`: momentum, weight decay, parameters
+
+A region's time excludes that of regions within it. On a GPU each switch waits for the device, which costs time of its
+own: totals are measured without regions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+REGIONS = ("forward", "backward", "statistics", "solve", "direction", "update")
+
+
+@dataclass
+class Clock:
+    """Exclusive seconds by region."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stack: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Counts what happens inside as `name`."""
+        self._switch()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._stack.pop()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function, its time counted as `name`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.region(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def _switch(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._since
+        self._since = now
+
+
+class _Timed:
+    """A layer-wise method whose parts are timed."""
+
+    def __init__(self, method: Any, clock: Clock) -> None:
+        self._method = method
+        for name, region in (("update", "statistics"), ("invert", "solve"), ("direction", "direction")):
+            setattr(self, name, clock.timed(region, getattr(method, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+
+@contextmanager
+def watched(optimizer: Optimizer, clock: Clock) -> Iterator[None]:
+    """Times the parts of one of our optimisers; torch's own have nothing but their update."""
+    places: list[tuple[Any, str, Any]] = []
+    if hasattr(optimizer, "_solve"):  # NGD, FNGD
+        from fngd import natural
+
+        places.append((optimizer, "_solve", clock.timed("statistics", optimizer._solve)))
+        places.append((natural, "coefficient_factors", clock.timed("solve", natural.coefficient_factors)))
+    elif hasattr(optimizer, "_method"):  # KFAC, SKFAC, Eva
+        handle = optimizer._handle
+        places.append((handle, "_policy", clock.timed("statistics", handle._policy)))
+        places.append((optimizer, "_method", _Timed(optimizer._method, clock)))
+    elif hasattr(optimizer, "_moments"):  # Shampoo
+        from fngd import shampoo
+
+        places.append((optimizer, "_updated", clock.timed("statistics", optimizer._updated)))
+        places.append((shampoo, "inverse_root", clock.timed("solve", shampoo.inverse_root)))
+        places.append((optimizer, "_direction", clock.timed("direction", optimizer._direction)))
+    patches = [mock.patch.object(owner, name, new) for owner, name, new in places]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+
+
+def breakdown(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Tensor], device: str
+) -> dict[str, float]:
+    """Makes one training step and returns its seconds by region, 0 where a region was not entered."""
+    clock = Clock(device)
+    with watched(optimizer, clock):
+        with clock.region("forward"):
+            value = loss(model)
+        with clock.region("backward"):
+            value.backward()
+        with clock.region("update"):
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: clock.seconds.get(name, 0.0) for name in REGIONS}
