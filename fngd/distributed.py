@@ -1,12 +1,15 @@
-"""Gram matrices over the samples of all processes: factors travel, matrices of B × B do not.
+"""What processes tell each other: counts, sums and rows, with the bytes that this takes.
 
-With gram="layer" every process solves for its own samples and DDP or FSDP averages the directions. With
-gram="global" each layer's x and z, B·T·(I + O) numbers, are gathered from all processes (as SKFAC proposes),
-every process solves the same joint system and keeps the coefficients of its own samples; the average of the
-directions is then the direction of the joined batch. Compare I² + O² numbers for all-reducing Kronecker factors.
+Gram matrices over the samples of all processes: factors travel, matrices of B × B do not. With gram="layer" every
+process solves for its own samples and DDP or FSDP averages the directions. With gram="global" each layer's x and z,
+B·T·(I + O) numbers, are gathered from all processes (as SKFAC proposes), every process solves the same joint system
+and keeps the coefficients of its own samples; the average of the directions is then the direction of the joined
+batch. Compare I² + O² numbers for all-reducing Kronecker factors. What travels for those is in `fngd.joint`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +34,7 @@ def mean_over_processes(value: Tensor, group: dist.ProcessGroup | None = None) -
 class Exchange:
     """Gathers the samples of all processes; batches may differ in size, and shorter ones travel padded.
 
-    `bytes_sent` counts what this process contributed to all-gathers, for as long as the object lives. The sizes of
+    `bytes_sent` counts what this process contributed to collectives, for as long as the object lives. The sizes of
     the batches are exchanged before each layer, and the host waits for them: a few bytes, but with NCCL a
     synchronisation.
     """
@@ -66,3 +69,62 @@ class Exchange:
         self.bytes_sent += padded.nbytes
         kept = [rows[:size] for rows, size in zip(received, self._sizes, strict=True)]
         return torch.cat(kept).movedim(0, axis)
+
+    def table(self, rows: list[list[int]], device: torch.device) -> list[list[list[int]]]:
+        """Returns a table of integers of every process; all have the same shape. The host waits for it."""
+        if not rows:
+            return [[] for _ in range(world_size(self._group))]
+        own = torch.tensor(rows, device=device)
+        others = [torch.empty_like(own) for _ in range(world_size(self._group))]
+        dist.all_gather(others, own, group=self._group)
+        self.bytes_sent += own.nbytes
+        return torch.stack(others).tolist()
+
+    def total(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Returns the sum over processes of each tensor; those of one precision travel together."""
+        result = list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[place].flatten() for place in places])
+            dist.all_reduce(flat, group=self._group)
+            self.bytes_sent += flat.nbytes
+            parts = flat.split([tensors[place].numel() for place in places])
+            for place, part in zip(places, parts, strict=True):
+                result[place] = part.view(tensors[place].shape)
+        return result
+
+    def everyone(self, tensors: list[Tensor], shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
+        """Returns for each tensor those of all processes, of which `shapes` are known; shorter messages travel padded.
+
+        Tensors of one precision travel together.
+        """
+        result: list[list[Tensor]] = [[] for _ in tensors]
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            sizes = [[torch.Size(shape).numel() for shape in shapes[place]] for place in places]
+            messages = [sum(column) for column in zip(*sizes, strict=True)]
+            flat = torch.cat([tensors[place].flatten() for place in places])
+            padded = flat.new_zeros(max(messages))
+            padded[: len(flat)] = flat
+            received = [torch.empty_like(padded) for _ in messages]
+            dist.all_gather(received, padded, group=self._group)
+            self.bytes_sent += padded.nbytes
+            for process, message in enumerate(received):
+                parts = message[: messages[process]].split([column[process] for column in sizes])
+                for place, part in zip(places, parts, strict=True):
+                    result[place].append(part.view(shapes[place][process]))
+        return result
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor that FSDP2 may have sharded: what it holds, gathered from all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_like(whole: Tensor, param: Any) -> Tensor:
+    """Returns a tensor, the same in all processes, sharded as the parameter is; nothing is sent."""
+    if not hasattr(param, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)

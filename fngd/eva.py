@@ -21,10 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fngd.groups import fraction
+from fngd.joint import Found, Ranks, joined_sums
 from fngd.preconditioned import LayerPreconditioned, State
 from fngd.statistics import (
     Factors,
     Statistics,
+    added,
     moving_average,
     own_scale,
     position_count,
@@ -74,13 +76,11 @@ class MeanVectors:
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the sums over both batches."""
-        return Statistics(
-            first.inputs + second.inputs,
-            first.outputs + second.outputs,
-            first.samples + second.samples,
-            first.rows + second.rows,
-            first.convolution,
-        )
+        return added(first, second)
+
+    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the sums over all processes."""
+        return joined_sums(found, ranks, moments=False)
 
     def update(self, old: State | None, new: Statistics, reduction: str) -> State:
         """Returns the moving averages of a ("inputs") and b ("outputs")."""
@@ -152,6 +152,7 @@ class Eva(LayerPreconditioned):
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
         preset: str | None = None,
+        process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
     ) -> None:
         if preset not in PRESETS:
@@ -180,5 +181,6 @@ class Eva(LayerPreconditioned):
             other_options=other_options,
             scaler=scaler,
             seed=0,
+            process_group=process_group,
             batch_axis=batch_axis,
         )

@@ -24,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fngd.groups import fraction
+from fngd.joint import Found, Ranks, joined_sums
 from fngd.preconditioned import LayerPreconditioned, State
-from fngd.statistics import Factors, Statistics, all_positions, moving_average, own_scale, sample_count
+from fngd.statistics import Factors, Statistics, added, all_positions, moving_average, own_scale, sample_count
 
 INVERSES = ("eigen", "cholesky")
 PRESETS = (None, "kfac-pytorch")
@@ -136,13 +137,11 @@ class KroneckerFactors:
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the sums over both batches."""
-        return Statistics(
-            first.inputs + second.inputs,
-            first.outputs + second.outputs,
-            first.samples + second.samples,
-            first.rows + second.rows,
-            first.convolution,
-        )
+        return added(first, second)
+
+    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the sums over all processes."""
+        return joined_sums(found, ranks, moments=True)
 
     def update(self, old: State | None, new: Statistics, reduction: str) -> State:
         """Returns the moving averages of A ("inputs") and G ("outputs")."""
@@ -215,6 +214,8 @@ class KFAC(LayerPreconditioned):
         preset: "kfac-pytorch" for that library's factors: both divided by the square of the number of pixels
             in a convolution, G from the gradient of the mean loss, averages that start from I. Its γ is not
             comparable with the one above; give damping=1e-3, as that library does.
+        process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
+            all. Factors are theirs together (see `fngd.joint`), gradients are as DDP or FSDP2 deliver them.
         batch_axis: see `persample.reweight`.
 
     Raises:
@@ -253,6 +254,7 @@ class KFAC(LayerPreconditioned):
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
         preset: str | None = None,
+        process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
     ) -> None:
         if inverse not in INVERSES:
@@ -281,5 +283,6 @@ class KFAC(LayerPreconditioned):
             other_options=other_options,
             scaler=scaler,
             seed=0,
+            process_group=process_group,
             batch_axis=batch_axis,
         )

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from fngd.distributed import world_size
+from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.first_order import ADAMW, adamw_step, sgd_step
 from fngd.groups import check_group, first_order_groups, positive, whole
+from fngd.joint import Found, Ranks
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, reweight
 
@@ -47,6 +48,9 @@ class Method(Protocol):
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the statistics of both backward passes together."""
+
+    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the statistics of the batch that the processes have together, the same in each of them."""
 
     def update(self, old: State | None, new: Statistics, reduction: str) -> State:
         """Returns the running factors and "count"; `old` where the new statistics are not finite."""
@@ -110,6 +114,7 @@ class LayerPreconditioned(Preconditioned):
         other_options: Mapping[str, Any] | None,
         scaler: Any,
         seed: int,
+        process_group: Any,
         batch_axis: int | Mapping[str, int] | None,
     ) -> None:
         whole("statistics_every", statistics_every)
@@ -126,35 +131,41 @@ class LayerPreconditioned(Preconditioned):
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
         self._random = torch.Generator().manual_seed(seed)
-        self._group_of: dict[Tensor, dict[str, Any]] | None = None
+        self._process_group, self._exchange = process_group, Exchange(process_group)
         self._model = model
         self._plain = _never_preconditioned(model)
+        self._layers = dict(_layers(model, self._plain))
         chosen: set[Tensor] = set()
-        for _, module in _layers(model, self._plain):
+        for module in self._layers.values():
             chosen.update(param for param in module._parameters.values() if param is not None)
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
         super().__init__(groups, defaults)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = reweight(model, self._observe, batch_axis=batch_axis)
 
-    def _members(self, module: nn.Module) -> tuple[dict[str, Any], Tensor, Tensor | None] | None:
+    def _find_groups(self) -> None:
+        """Notes each parameter's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
+        numbers = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
+        self._numbers = {
+            layer: {name: numbers.get(param) for name, param in module._parameters.items() if param is not None}
+            for layer, module in self._layers.items()
+        }
+
+    def _members(self, layer: str) -> tuple[dict[str, Any], Tensor, Tensor | None] | None:
         """(group of the weight, weight, bias) where they are preconditioned; bias None where it is not, or is none."""
-        if self._group_of is None:
-            self._group_of = {param: group for group in self.param_groups for param in group["params"]}
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        group = None if weight is None else self._group_of.get(weight)
-        if weight is None or group is None or not group["precondition"]:
+        numbers, module = self._numbers.get(layer, {}), self._layers.get(layer)
+        groups = {name: self.param_groups[number] for name, number in numbers.items() if number is not None}
+        if module is None or "weight" not in groups or not groups["weight"]["precondition"]:
             return None
-        if bias is not None and not (bias.requires_grad and self._group_of.get(bias, {}).get("precondition", False)):
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        if bias is not None and not (bias.requires_grad and groups.get("bias", {}).get("precondition", False)):
             bias = None
-        return group, weight, bias
+        assert weight is not None, "its group was found"
+        return groups["weight"], weight, bias
 
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
-        if self._completed % self._statistics_every or layer in self._plain:
-            return
-        module = self._model.get_submodule(layer)
-        members = self._members(module)
+        members = None if self._completed % self._statistics_every else self._members(layer)
         if members is None:
             return
         _, _, bias = members
@@ -163,25 +174,24 @@ class LayerPreconditioned(Preconditioned):
             # A public way to learn the scale that does not wait for the device.
             scale = self._scaler.scale(torch.ones((), device=grads.device))
             factors = [(x, z / scale) for x, z in factors]
-        convolution = not isinstance(module, nn.Linear)
+        convolution = not isinstance(self._layers[layer], nn.Linear)
         found = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
         self._pending[layer] = found if before is None else self._method.combine(before, found)
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        if self._pending and world_size() > 1:
-            # Averaged gradients with factors of each process's own would let the weights drift apart in silence.
-            raise ValueError(
-                f"{type(self).__name__} does not exchange its factors between processes, and there are {world_size()}. "
-                "Use fngd.FNGD, fngd.NGD or fngd.Shampoo, which stay in step, or one process."
-            )
+        if self._completed % self._statistics_every == 0 and world_size(self._process_group) > 1:
+            # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
+            device = self.param_groups[0]["params"][0].device
+            ranks = Ranks(self._exchange, tuple(self._layers), device, self._reduction == "mean")
+            self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
             self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
         self._pending.clear()
         parts: list[tuple[dict[str, Any], Tensor, Tensor | None, Tensor, Tensor]] = []
         result: dict[Tensor, Tensor] = {}
         for layer, running in self._running.items():
-            members = self._members(self._model.get_submodule(layer))
+            members = self._members(layer)
             if members is None:
                 continue
             group, weight, bias = members
@@ -191,7 +201,8 @@ class LayerPreconditioned(Preconditioned):
             if layer not in self._inverses or self._completed % self._inverse_every == 0:
                 self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
             inverse, groups = self._inverses[layer], running["inputs"].shape[0]
-            grad = as_matrix(weight.grad, None if bias is None else bias.grad, groups).to(running["inputs"].dtype)
+            bias_grad = None if bias is None or bias.grad is None else whole_tensor(bias.grad)
+            grad = as_matrix(whole_tensor(weight.grad), bias_grad, groups).to(running["inputs"].dtype)
             direction = self._method.direction(inverse, grad, damping)
             # Before the first finite statistics there is nothing to precondition with.
             direction = torch.where(inverse["count"] > 0, direction, grad)
@@ -205,10 +216,9 @@ class LayerPreconditioned(Preconditioned):
             directions = [direction * nu for direction in directions]
         for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
             if bias is not None:
-                result[bias] = direction[..., -1].reshape(bias.shape).to(bias.dtype)
+                result[bias] = sharded_like(direction[..., -1].reshape(bias.shape).to(bias.dtype), bias)
                 direction = direction[..., :-1]
-            result[weight] = direction.reshape(weight.shape).to(weight.dtype)
-        self._group_of = None
+            result[weight] = sharded_like(direction.reshape(weight.shape).to(weight.dtype), weight)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -218,8 +228,8 @@ class LayerPreconditioned(Preconditioned):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
-        self._group_of = None
         super().add_param_group(param_group)
+        self._find_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
@@ -238,16 +248,16 @@ class LayerPreconditioned(Preconditioned):
         Raises ValueError if the state was saved by another method or names layers that the model has not.
         """
         own = checked_state(state_dict, type(self).__name__)
-        known = {path for path, _ in _layers(self._model, self._plain)}
-        unknown = sorted(set(own["running"]) - known)
+        unknown = sorted(set(own["running"]) - set(self._layers))
         if unknown:
-            raise ValueError(f"the state has factors of layers {unknown}; this model's layers are {sorted(known)}")
+            raise ValueError(
+                f"the state has factors of layers {unknown}; this model's layers are {sorted(self._layers)}"
+            )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
         self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
         self._pending.clear()
-        self._group_of = None
 
     def _placed(self, states: dict[str, State]) -> dict[str, State]:
         devices = {layer: next(self._model.get_submodule(layer).parameters()).device for layer in states}
@@ -269,11 +279,19 @@ class LayerPreconditioned(Preconditioned):
         for path, reason in self._handle.explain().items():
             if path in self._plain:
                 reason = f"plain: {self._plain[path]}"
-            elif self._members(self._model.get_submodule(path)) is None and not reason.startswith("plain"):
+            elif self._members(path) is None and not reason.startswith("plain"):
                 reason = "plain: its weight is in no group with precondition=True"
             result[path] = reason.replace("reweighted", "preconditioned")
-        self._group_of = None
         return result
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this process has contributed to joining statistics (see `fngd.joint`); DDP's own are not counted.
+
+        >>> fngd.SKFAC(nn.Linear(3, 1), lr=0.1).bytes_sent  # one process alone sends nothing
+        0
+        """
+        return self._exchange.bytes_sent
 
     def remove(self) -> None:
         """Takes the hooks off the model: factors stay as they are. Harmless when repeated.

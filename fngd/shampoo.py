@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fngd.distributed import sharded_like, whole_tensor
 from fngd.groups import positive, whole
 from fngd.kfac import symmetric_eigen
 from fngd.preconditioned import Preconditioned, checked_state
@@ -177,7 +178,7 @@ class Shampoo(Preconditioned):
     def _direction(self, param: Tensor, shape: tuple[int, ...]) -> Tensor:
         assert param.grad is not None, "checked by the caller"
         precision = torch.float32 if param.grad.element_size() < 4 else param.grad.dtype
-        grad = param.grad.reshape(shape).to(precision)
+        grad = whole_tensor(param.grad).reshape(shape).to(precision)
         blocks = block_slices(shape, self._block)
         if self._completed % self._statistics_every == 0 or param not in self._moments:
             self._moments[param] = self._updated(self._moments.get(param), [grad[where] for where in blocks])
@@ -191,7 +192,7 @@ class Shampoo(Preconditioned):
             direction[where] = shampoo_direction(grad[where], roots)
         if self._graft:
             direction = grafted(direction, grad)
-        return direction.reshape(param.shape).to(param.dtype)
+        return sharded_like(direction.reshape(param.shape).to(param.dtype), param)
 
     def _updated(self, old: list[list[Tensor]] | None, blocks: list[Tensor]) -> list[list[Tensor]]:
         good = torch.stack([block.isfinite().all() for block in blocks]).all()

@@ -22,7 +22,7 @@ same result at less cost. For the T positions of a convolution there are three r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd.groups import whole
+from fngd.joint import Found, Ranks, joined_rows
 from fngd.kfac import damped_inverse, on_device
 from fngd.preconditioned import LayerPreconditioned, State
 from fngd.statistics import (
@@ -80,6 +81,19 @@ def compact(rows: Rows) -> Tensor:
     return rows if rows.shape[1] < rows.shape[2] else rows.mT @ rows
 
 
+def merged(sides: Sequence[Tensor]) -> Tensor:
+    """Returns what `compact` makes of all rows together; each side is as `compact` has left it."""
+    if any(_is_moment(side) for side in sides):
+        first, *rest = (_moment(side) for side in sides)
+        return sum(rest, first)
+    return sides[0] if len(sides) == 1 else compact(torch.cat(list(sides), 1))
+
+
+def scaled(side: Tensor, factor: float) -> Tensor:
+    """Returns the side of rows times `factor`."""
+    return side * (factor**2 if _is_moment(side) else factor)
+
+
 def replaced(old: Tensor | None, new: Tensor, good: Tensor) -> Tensor:
     """Returns `new` where `good` is True, else `old` (None: zeros); both as `compact` leaves them.
 
@@ -88,7 +102,7 @@ def replaced(old: Tensor | None, new: Tensor, good: Tensor) -> Tensor:
     if old is None:
         return torch.where(good, new, 0.0)
     if _is_moment(old) != _is_moment(new):
-        old, new = (side if _is_moment(side) else side.mT @ side for side in (old, new))
+        old, new = _moment(old), _moment(new)
     longest = max(old.shape[1], new.shape[1])
     old, new = (F.pad(side, (0, 0, 0, longest - side.shape[1])) for side in (old, new))
     return torch.where(good, new, old)
@@ -96,6 +110,10 @@ def replaced(old: Tensor | None, new: Tensor, good: Tensor) -> Tensor:
 
 def _is_moment(side: Tensor) -> bool:
     return side.shape[1] == side.shape[2]
+
+
+def _moment(side: Tensor) -> Tensor:
+    return side if _is_moment(side) else side.mT @ side
 
 
 @dataclass(frozen=True)
@@ -106,37 +124,43 @@ class LowRankFactors:
     keep: int
 
     def collect(self, factors: Factors, *, bias: bool, convolution: bool, random: torch.Generator) -> Statistics:
-        """Returns rows of x and z; `rows` of the result divides the sum that is G."""
+        """Returns x and z as `compact` leaves them; `rows` of the result divides the sum that is G."""
         samples, times = sample_count(factors), position_count(factors)
+        rows = samples * times
         if not convolution or times == 1:
-            x, z = (rows.flatten(1, 2) for rows in all_positions(factors, bias=bias))
-            return Statistics(x, z, samples, samples * times, convolution)
-        if self.positions == "subsample":
+            x, z = (each.flatten(1, 2) for each in all_positions(factors, bias=bias))
+        elif self.positions == "subsample":
             kept = min(self.keep, times)
             index = sorted(torch.randperm(times, generator=random)[:kept].tolist())
-            x, z = (rows.flatten(1, 2) for rows in some_positions(factors, index, bias=bias))
-            return Statistics(x * (times / kept) ** 0.5, z, samples, samples * kept, convolution)
-        x, z = summed_positions(factors, bias=bias)
-        if self.positions == "mean":
-            x, z = x / times, z / times
-        return Statistics(x, z, samples, samples, convolution)
+            x, z = (each.flatten(1, 2) for each in some_positions(factors, index, bias=bias))
+            x, rows = x * (times / kept) ** 0.5, samples * kept
+        else:
+            x, z = summed_positions(factors, bias=bias)
+            rows = samples
+            if self.positions == "mean":
+                x, z = x / times, z / times
+        return Statistics(compact(x), compact(z), samples, rows, convolution)
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the rows of both batches."""
         return Statistics(
-            torch.cat([first.inputs, second.inputs], 1),
-            torch.cat([first.outputs, second.outputs], 1),
+            merged([first.inputs, second.inputs]),
+            merged([first.outputs, second.outputs]),
             first.samples + second.samples,
             first.rows + second.rows,
             first.convolution,
         )
 
+    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the rows of all processes."""
+        return joined_rows(found, ranks, merged)
+
     def update(self, old: State | None, new: Statistics, reduction: str) -> State:
         """Returns Āᵀ ("inputs") and Ḡᵀ ("outputs") of this batch alone."""
         good = new.finite()
         count = torch.zeros((), dtype=torch.long, device=good.device) if old is None else old["count"]
-        a = compact(new.inputs / new.samples**0.5)
-        g = compact(new.outputs * (own_scale(reduction, new.samples) / new.rows**0.5))
+        a = scaled(new.inputs, new.samples**-0.5)
+        g = scaled(new.outputs, own_scale(reduction, new.samples) / new.rows**0.5)
         return {
             "inputs": replaced(None if old is None else old["inputs"], a, good),
             "outputs": replaced(None if old is None else old["outputs"], g, good),
@@ -217,6 +241,7 @@ class SKFAC(LayerPreconditioned):
         other: str = "sgd",
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
+        process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
     ) -> None:
         if positions not in POSITIONS:
@@ -244,5 +269,6 @@ class SKFAC(LayerPreconditioned):
             other_options=other_options,
             scaler=scaler,
             seed=seed,
+            process_group=process_group,
             batch_axis=batch_axis,
         )

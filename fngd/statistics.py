@@ -47,6 +47,17 @@ class Statistics:
         return self.inputs.isfinite().all() & self.outputs.isfinite().all()
 
 
+def added(first: Statistics, second: Statistics) -> Statistics:
+    """Returns the statistics of both batches, where they are sums over samples."""
+    return Statistics(
+        first.inputs + second.inputs,
+        first.outputs + second.outputs,
+        first.samples + second.samples,
+        first.rows + second.rows,
+        first.convolution,
+    )
+
+
 def own_scale(reduction: str, samples: int) -> int:
     """Returns the factor from a sample's share of the training loss's gradient to the gradient of its own loss."""
     return samples if reduction == "mean" else 1

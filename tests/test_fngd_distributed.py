@@ -1,4 +1,4 @@
-"""NGD and FNGD in several gloo processes under DDP and FSDP2, against one process with explicitly built directions."""
+"""Every method in several gloo processes under DDP and FSDP2, against one process on the joined batch."""
 
 from __future__ import annotations
 
@@ -9,95 +9,30 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import joined_factors
 import pytest
 import torch
-from torch import Tensor, nn
+from processes import (
+    alone,
+    average,
+    batch_of,
+    build,
+    check,
+    ddp,
+    grads,
+    joined_batch,
+    loss_of,
+    sharded,
+    values,
+)  # fmt: skip
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from fngd import FNGD, NGD
 
 STEPS = 5
-
-
-class Model(nn.Module):
-    """A convolution, a linear layer with positions, a normalisation, a head without a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.inner = nn.Linear(4, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 4, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv(x), inplace=True).flatten(2).transpose(1, 2)
-        return self.head(self.norm(self.inner(x)).tanh().mean(1))
-
-
-def build() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
-def batch_of(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(size, 1, 5, 5, generator=generator), torch.randint(4, (size,), generator=generator)
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def grads(model: nn.Module) -> dict[str, Tensor]:
-    result = {}
-    for name, p in model.named_parameters():
-        grad: Any = p.grad
-        result[name.removeprefix("module.")] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
-    return result
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    full = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
-    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in full.items()}
-
-
-def check(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    for name, value in expected.items():
-        error = ((got[name] - value).norm() / value.norm().clamp_min(1e-300)).item()
-        assert error <= tolerance, f"{name}: relative deviation {error:.1e}"
-
-
-def average(all_grads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([each[name] for each in all_grads]).mean(0) for name in all_grads[0]}
-
-
-def alone(state: dict[str, Tensor], batch: tuple[Tensor, Tensor], make: Callable[[Any], Any]) -> dict[str, Tensor]:
-    """The gradients one process gets on a batch."""
-    model = build()
-    model.load_state_dict(state)
-    opt = make(model)
-    loss_of(model, batch).backward()
-    opt.remove()
-    return grads(model)
-
-
-def ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def sharded(model: Model) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in (model.inner, model.conv):
-        fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def directions_are_averaged(rank: int, world: int) -> None:
@@ -220,6 +155,35 @@ def global_gram_is_one_process(rank: int, world: int) -> None:
                 truth.remove()
 
 
+def global_gram_in_float32(rank: int, world: int) -> None:
+    """gram="global" in single precision: FNGD and NGD within 1e-4 of one process on the joined batch."""
+    makes = (
+        lambda net, **o: NGD(net, lr=0.05, alpha=1e-2, **o),
+        lambda net, **o: FNGD(net, lr=0.05, alpha=1e-2, steps_per_epoch=2, **o),
+    )
+    for wrap in (ddp, sharded):
+        for make in makes:
+            model, single = build().float(), build().float()
+            if wrap is ddp:
+                opt, net = make(model, gram="global"), ddp(model)
+            else:
+                net = sharded(model)
+                opt = make(model, gram="global")
+            truth = make(single)
+            for step in range(4):
+                for each, o, (x, y) in (
+                    (net, opt, batch_of(step % 2, rank, 4)),
+                    (single, truth, joined_batch(step % 2, [4] * world)),
+                ):
+                    o.zero_grad()
+                    loss_of(each, (x.float(), y)).backward()
+                check(grads(model), grads(single), 1e-4)
+                opt.step()
+                truth.step()
+                check(values(model), values(single), 1e-4)
+            opt.remove()
+
+
 def clipping_agrees_between_ranks(rank: int, world: int) -> None:
     model = build()
     opt = NGD(model, lr=0.05, kl_clip=1e-5, momentum=0.0)
@@ -238,7 +202,9 @@ SCENARIOS = (
     sharded_equals_replicated,
     accumulation_without_synchronising,
     global_gram_is_one_process,
+    global_gram_in_float32,
     clipping_agrees_between_ranks,
+    *joined_factors.SCENARIOS,
 )
 
 

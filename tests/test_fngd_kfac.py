@@ -384,15 +384,6 @@ def test_foreign_states_are_refused() -> None:
         opt.load_state_dict(trained.state_dict())
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Linear(3, 2)
-    opt = KFAC(model)
-    model(torch.randn(2, 3)).sum().backward()
-    monkeypatch.setattr("fngd.preconditioned.world_size", lambda: 2)
-    with pytest.raises(ValueError, match=r"Use fngd\.FNGD, fngd\.NGD or fngd\.Shampoo"):
-        opt.step()
-
-
 def test_eigen_falls_back_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.linalg.eigh
 
