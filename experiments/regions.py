@@ -11,6 +11,7 @@ own: totals are measured without regions.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from fngd import shampoo, smw_coefficients
+from persample import LayerGrads
 
 REGIONS = ("forward", "backward", "statistics", "solve", "direction", "update")
 
@@ -75,25 +79,28 @@ class _Timed:
         return getattr(self._method, name)
 
 
+def _everywhere(function: Callable[..., Any], clock: Clock) -> list[tuple[Any, str, Any]]:
+    """The modules of fngd that have imported a function by name, with its timed form: it solves."""
+    name, timed = function.__name__, clock.timed("solve", function)
+    modules = [module for path, module in sys.modules.items() if path.partition(".")[0] == "fngd"]
+    return [(module, name, timed) for module in modules if vars(module).get(name) is function]
+
+
 @contextmanager
 def watched(optimizer: Optimizer, clock: Clock) -> Iterator[None]:
     """Times the parts of one of our optimisers; torch's own have nothing but their update."""
     places: list[tuple[Any, str, Any]] = []
-    if hasattr(optimizer, "_solve"):  # NGD, FNGD
-        from fngd import natural
-
-        places.append((optimizer, "_solve", clock.timed("statistics", optimizer._solve)))
-        places.append((natural, "coefficient_factors", clock.timed("solve", natural.coefficient_factors)))
-    elif hasattr(optimizer, "_method"):  # KFAC, SKFAC, Eva
+    if hasattr(optimizer, "_moments"):  # Shampoo
+        places.append((optimizer, "_updated", clock.timed("statistics", optimizer._updated)))
+        places.append((optimizer, "_direction", clock.timed("direction", optimizer._direction)))
+        places += _everywhere(shampoo.inverse_root, clock)
+    elif hasattr(optimizer, "_running"):  # KFAC, SKFAC, Eva
         handle = optimizer._handle
         places.append((handle, "_policy", clock.timed("statistics", handle._policy)))
         places.append((optimizer, "_method", _Timed(optimizer._method, clock)))
-    elif hasattr(optimizer, "_moments"):  # Shampoo
-        from fngd import shampoo
-
-        places.append((optimizer, "_updated", clock.timed("statistics", optimizer._updated)))
-        places.append((shampoo, "inverse_root", clock.timed("solve", shampoo.inverse_root)))
-        places.append((optimizer, "_direction", clock.timed("direction", optimizer._direction)))
+    else:  # NGD and FNGD; torch's optimisers never call these
+        places.append((LayerGrads, "gram", clock.timed("statistics", LayerGrads.gram)))
+        places += _everywhere(smw_coefficients, clock)
     patches = [mock.patch.object(owner, name, new) for owner, name, new in places]
     for patch in patches:
         patch.start()

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from experiments.record import Context, Experiment, Result, Settings
 from experiments.sharing_report import CLAIMS, draw, parsed, report
-from fngd import FNGD, NGD, data
+from fngd import FNGD, NGD, data, smw_coefficients
 from fngd.models import build_model
-from fngd.natural import NaturalSGD
 from fngd.recipes import SCHEDULES
 from fngd.training import evaluate
+from persample import LayerGrads
 
 METHODS = ("constant", "ngd", "fngd", "permuted", "sample", "refreshed")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -101,20 +101,22 @@ def optimizer(
 class Watch:
     """Looks at the factors that an optimiser uses, and compares stored ones with fresh ones where asked to."""
 
-    def __init__(self, optimizer: NaturalSGD) -> None:
+    def __init__(self, optimizer: NGD | FNGD, alpha: float | None) -> None:
         self.comparing = False
         self._factors: list[tuple[Tensor, Tensor]] = []
         self._likeness: dict[str, tuple[Tensor, Tensor]] = {}
-        inner, solve = optimizer._factors, optimizer._solve
+        handle = optimizer._handle
+        inner = handle._policy
 
-        def factors(grads: dict[str, Any]) -> tuple[Tensor, Any]:
-            used, solved = inner(grads)
+        def policy(layer: str, grads: LayerGrads) -> Tensor:
+            used = inner(layer, grads)
             self._factors.append((used.mean(), used.std(correction=0)))
-            if self.comparing and solved is None:  # solved: they are fresh
-                self._likeness[next(iter(grads))] = likeness(used, solve(grads)[0])
-            return used, solved
+            if self.comparing:
+                gram = grads.gram() * grads.batch_size**2  # of the samples' own gradients: the loss is a mean
+                self._likeness[layer] = likeness(used, smw_coefficients(gram, alpha=alpha))
+            return used
 
-        optimizer._factors = factors  # type: ignore[method-assign]
+        handle._policy = policy
 
     def figures(self) -> Result:
         """Returns the epoch's figures and starts anew."""
@@ -153,7 +155,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     samples = len(dataset.train.labels)
     steps = math.ceil(samples / settings["batch_size"])
     opt = optimizer(method, model, alpha, settings, steps, samples)
-    watch, factor = Watch(opt), SCHEDULES[settings["schedule"]]
+    watch, factor = Watch(opt, alpha), SCHEDULES[settings["schedule"]]
     epochs: list[Result] = []
     state = context.load()
     if state is not None:
@@ -163,12 +165,13 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     for epoch in range(len(epochs), settings["epochs"]):
         model.train()
         total = torch.zeros((), device=context.device)
+        reuses = alpha is not None and isinstance(opt, FNGD) and not opt._sharing().computing
         for number, (ids, images, labels) in enumerate(batches(dataset.train, settings, seed, epoch)):
             for group in opt.param_groups:
                 group["lr"] = settings["lr"] * factor((epoch * steps + number) / (settings["epochs"] * steps))
             if method == "sample":
                 opt.next_batch(ids)  # type: ignore[union-attr]
-            watch.comparing = number == 0 and method != "constant"
+            watch.comparing = number == 0 and reuses
             loss = F.cross_entropy(model(images.to(context.device)), labels.to(context.device))
             loss.backward()
             opt.step()

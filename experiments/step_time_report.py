@@ -202,7 +202,9 @@ def draw(record: Record, stem: Path) -> list[Path]:
     handles = [axes[0].barh([0], [0], color=COLOURS[region], label=region) for region in REGIONS]
     handles += axes[0].plot([], [], "o", color="black", ms=3.5, label="whole step, median and quartiles")
     handles += axes[0].plot([], [], "D", mfc="none", mec="#6a3d9a", label="paper, Table III")
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * len(models)), frameon=False, fontsize=8
+    )
     figure.suptitle(f"Average training step over SGD's; {record.where()}", fontsize=10)
     path = stem.with_suffix(".png")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""`python -m fngd compare`: trains several optimisers on the same data and compares them."""
+"""`python -m fngd compare` trains several optimisers on the same data; `inspect` shows what they see in one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fngd import data, report
+from fngd import data, inspect_command, report
 from fngd.memory import measure
 from fngd.models import MODELS
 from fngd.recipes import DEFAULTS, OPTIMIZERS, SCHEDULES, Config
@@ -25,15 +25,18 @@ CHECKPOINT, RESULTS, FIGURE = "checkpoint.pt", "results.json", "figure.png"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 130 when interrupted. Exits with 2 on a mistake in the options."""
     parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    options.pop("command")
-    out, resume, memory = (options.pop(name) for name in ("out", "resume", "memory"))
+    parsed = parser.parse_args(arguments)
+    options = vars(parsed)
     try:
         import matplotlib  # noqa: F401
         import rich  # noqa: F401
     except ImportError as error:
         parser.error(f"{error.name} is not installed; it comes with the demo extra: pip install 'persample[demo]'")
     try:
+        if options.pop("command") == "inspect":
+            _check_device(parsed.device)
+            return inspect_command.run(parsed)
+        out, resume, memory = (options.pop(name) for name in ("out", "resume", "memory"))
         comparison = _resumed(out, options) if resume else Comparison(_config(options))
         _check(comparison.config)
         config = comparison.config
@@ -66,7 +69,9 @@ def _run(comparison: Comparison, dataset: data.Dataset, out: Path, memory: bool)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fngd", description="Natural-gradient optimisers, compared.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fngd", description="Natural-gradient optimisers, compared and inspected."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
         "compare",
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("results/compare"), metavar="DIR", help="where to write (default %(default)s)")
     add("--resume", action="store_true", default=False, help="go on with the interrupted run in --out")
     add("--no-memory", dest="memory", action="store_false", default=True, help="do not measure peak memory")
+    inspect_command.add_parser(commands)
     return parser
 
 
@@ -135,10 +141,14 @@ def _check(config: Config) -> None:
         )
     if not config.weight_decay >= 0:
         raise ValueError(f"--weight-decay {config.weight_decay}: it must be at least 0")
+    _check_device(config.device)
+
+
+def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _positive(text: str) -> int:
