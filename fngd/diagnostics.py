@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fngd.directions import relative_damping
+
 
 def effective_rank(gram: Float[Tensor, "batch batch"]) -> Float[Tensor, ""]:
     """Returns the participation ratio (tr K)²/‖K‖_F² of the eigenvalues of K: 1 … B, 0 for K = 0.
@@ -37,32 +39,29 @@ class Solve:
 
     def damped(self) -> Tensor:
         """Returns λ."""
-        return torch.linalg.matrix_norm(self.gram) * self.alpha if self.damping is None else _scalar(self)
-
-
-def _scalar(solve: Solve) -> Tensor:
-    return solve.gram.new_tensor(solve.damping)
+        return relative_damping(self.gram, self.alpha, self.damping).to(self.gram.dtype)
 
 
 class Recorder:
     """The figures of the latest backward pass, by layer.
 
     Per layer: "damping" (λ) and "effective_rank" (of K), both of the latest pass that computed K; "mean" and
-    "spread" (standard deviation) of the factors; "cosine" of d and g; "share" ‖d_l‖²/Σ‖d‖² over all layers.
+    "spread" (standard deviation) of the factors, which the true Fisher matrix does not have; "cosine" of d and g;
+    "share" ‖d_l‖²/Σ‖d‖² over all layers.
     """
 
     def __init__(self) -> None:
         self._latest: dict[str, dict[str, Tensor]] = {}
 
-    def add(self, layer: str, factors: Tensor, solve: Solve | None, dd: Tensor, dg: Tensor, gg: Tensor) -> None:
+    def add(self, layer: str, factors: Tensor | None, solve: Solve | None, dd: Tensor, dg: Tensor, gg: Tensor) -> None:
         """Records a layer's backward pass; dd, dg and gg are the inner products of d and g."""
         entry = self._latest.setdefault(layer, {})
         if solve is not None:
             entry |= {"damping": solve.damped(), "effective_rank": effective_rank(solve.gram)}
         lengths = (dd * gg).sqrt()
+        if factors is not None:
+            entry |= {"mean": factors.mean(), "spread": factors.std(correction=0)}
         entry |= {
-            "mean": factors.mean(),
-            "spread": factors.std(correction=0),
             "cosine": torch.where(lengths > 0, dg / torch.where(lengths > 0, lengths, 1), 0),
             "length": dd,
         }

@@ -25,11 +25,12 @@ def sgd_update(
     nesterov: bool,
     weight_decay: float,
     decoupled_weight_decay: bool,
+    foreach: bool | None = None,
 ) -> None:
     """Changes `params` and momentum `buffers` in place by one step of torch's SGD.
 
     θ ← θ − lr·m,  m ← momentum·m + grad (+ weight_decay·θ); decoupled: θ ← (1 − lr·weight_decay)·θ before
-    that.
+    that. `foreach`: torch's implementation with one kernel for many tensors; None lets torch choose.
     """
     if decoupled_weight_decay and weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -40,6 +41,7 @@ def sgd_update(
         buffers,
         has_sparse_grad=any(grad.is_sparse for grad in grads),
         weight_decay=weight_decay,
+        foreach=foreach,
         momentum=momentum,
         lr=lr,  # type: ignore[arg-type]  # tensors are fine, says torch.optim.SGD
         dampening=0.0,
@@ -52,10 +54,16 @@ def sgd_step(group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor]
     """Makes a step of SGD with a group's options; momentum is kept in state[param]["momentum_buffer"]."""
     buffers = [state[param].get("momentum_buffer") for param in params]
     options = ("lr", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay")
-    sgd_update(params, grads, buffers, **{name: group[name] for name in options})
+    sgd_update(params, grads, buffers, **{name: group[name] for name in options}, foreach=group.get("foreach"))
     if group["momentum"]:
         for param, buffer in zip(params, buffers, strict=True):
             state[param]["momentum_buffer"] = buffer
+
+
+def first_order_step(group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], state: Any) -> None:
+    """Makes a step of the group's own rule, SGD where it names none."""
+    rule = adamw_step if group.get("rule") == "adamw" else sgd_step
+    rule(group, params, grads, state)
 
 
 def adamw_step(group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], state: Any) -> None:
@@ -72,6 +80,7 @@ def adamw_step(group: Mapping[str, Any], params: list[Tensor], grads: list[Tenso
         [state[param]["exp_avg_sq"] for param in params],
         [],
         [state[param]["step"] for param in params],
+        foreach=group.get("foreach"),
         has_complex=any(param.is_complex() for param in params),
         amsgrad=False,
         beta1=group["betas"][0],

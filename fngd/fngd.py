@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fngd.natural import Method, NaturalSGD
+from fngd.natural import NaturalSGD
+from fngd.ngd import NGD
+from fngd.options import Options, showing
 from fngd.sharing import SHARES, CoefficientTable
 
 
@@ -50,21 +53,13 @@ class FNGD(NaturalSGD):
     ...     opt.zero_grad()
     """
 
+    @showing(NGD.__init__)
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
         steps_per_epoch: int | None = None,
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        alpha: float | None = 1e-2,
-        damping: float | None = None,
-        scale: str = "absorb",
-        reduction: str = "mean",
         share: str | None = "position",
         samples: int | None = None,
         refresh_epochs: int | None = None,
@@ -72,20 +67,12 @@ class FNGD(NaturalSGD):
         probe_layer: str | None = None,
         control: str | None = None,
         seed: int = 0,
-        fisher: str = "empirical",
-        gram: str = "layer",
-        kl_clip: float | None = None,
-        output_axis: int = 0,
-        scaler: Any = None,
-        process_group: Any = None,
-        diagnostics: bool = False,
-        batch_axis: int | Mapping[str, int] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if share not in SHARES:
             raise ValueError(f"share={share!r} is unknown; choose one of {list(SHARES)}")
-        table = None
         if share is not None:
-            table = CoefficientTable(
+            self._table = CoefficientTable(
                 steps_per_epoch,
                 share=share,
                 samples=samples,
@@ -100,33 +87,7 @@ class FNGD(NaturalSGD):
                 "control, refresh_epochs, refresh_cosine, probe_layer and samples need share='position' or "
                 "share='sample'"
             )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(
-            model,
-            params,
-            defaults,
-            table=table,
-            method=Method(
-                alpha=alpha,
-                damping=damping,
-                scale=scale,
-                reduction=reduction,
-                fisher=fisher,
-                gram=gram,
-                kl_clip=kl_clip,
-                output_axis=output_axis,
-            ),
-            scaler=scaler,
-            process_group=process_group,
-            diagnostics=diagnostics,
-            batch_axis=batch_axis,
-        )
+        super().__init__(model, params, seed=seed, **options)
 
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only.

@@ -1,280 +1,253 @@
-"""What NGD and FNGD share: coefficients in the backward pass, then a step of SGD with momentum."""
+"""What NGD and FNGD share: coefficients in the backward pass, then a step of SGD with momentum, or AdamW."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim.optimizer import Optimizer
 
-from fngd.coefficients import SCALES, check_damping, smw_coefficients
-from fngd.diagnostics import Recorder, Solve
-from fngd.distributed import Exchange, mean_over_processes
-from fngd.first_order import sgd_step
+from fngd.adaptive import AdaptiveDamping
+from fngd.directions import Pair
+from fngd.distributed import mean_over_processes, world_size
+from fngd.first_order import ADAMW, first_order_step
+from fngd.groups import check_group, first_order_groups
+from fngd.guards import Unchanged, reduction_of
+from fngd.kl_clip import kl_clip_bound
+from fngd.likelihoods import sampled_losses
+from fngd.method import Method
+from fngd.policy import Policy
 from fngd.sharing import CoefficientTable
-from persample import LayerGrads, reweight
+from persample import reweight
 
-REDUCTIONS = ("mean", "sum")
-FISHERS = ("empirical", "improved")
-GRAMS = ("layer", "network", "global")
-NETWORK = "(network)"
-"""The key of coefficients that hold for all layers."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What becomes of the per-sample gradients; `NGD` explains the options."""
-
-    alpha: float | None
-    damping: float | None
-    scale: str = "absorb"
-    reduction: str = "mean"
-    fisher: str = "empirical"
-    gram: str = "layer"
-    kl_clip: float | None = None
-    output_axis: int = 0
-
-    def __post_init__(self) -> None:
-        known = {
-            "scale": (*SCALES, "graft"), "reduction": REDUCTIONS, "fisher": FISHERS, "gram": GRAMS
-        }  # fmt: skip
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(allowed)}")
-        check_damping(self.alpha, self.damping, self.solved_scale)
-        if self.kl_clip is not None and not self.kl_clip > 0:
-            raise ValueError(f"kl_clip={self.kl_clip}; it must be > 0 (1e-3 is usual), or None for no clipping")
-        if self.gram == "global" and (self.kl_clip is not None or self.scale == "graft"):
-            raise ValueError(
-                "gram='global' has neither kl_clip nor scale='graft': a process sees its own part of the direction "
-                "only. Use gram='layer', where every process has a direction of its own"
-            )
-
-    @property
-    def solved_scale(self) -> str:
-        """The scale of the coefficients; grafting takes any and rescales the direction."""
-        return "absorb" if self.scale == "graft" else self.scale
-
-
-def coefficient_factors(
-    gram: Float[Tensor, "batch batch"],
-    *,
-    alpha: float | None,
-    damping: float | None,
-    scale: str,
-    reduction: str,
-    rhs: Float[Tensor, " batch"] | None = None,
-) -> tuple[Float[Tensor, " batch"], Tensor]:
-    """Returns (factors B·c_b on each sample's share of the plain gradient, whether they are finite).
-
-    The plain gradient is Σ_b g_b/B for a mean, Σ_b g_b for a sum; with d = U c (see `fngd.coefficients`) the
-    preconditioned one is Σ_b (B·c_b) times the same shares. `gram` is the one of those shares.
-    Where a coefficient is NaN or inf all factors are 1 (the plain gradient).
-    """
-    batch = gram.shape[-1]
-    own = gram * batch**2 if reduction == "mean" else gram  # the Gram matrix of the samples' own gradients
-    factors = batch * smw_coefficients(own, alpha=alpha, damping=damping, scale=scale, rhs=rhs)
-    good = factors.isfinite().all()
-    return torch.where(good, factors, 1.0), good
-
-
-def kl_clip_scale(inner: Iterable[Iterable[tuple[Any, Tensor]]], kappa: float, group: Any = None) -> Tensor:
-    """Returns ν = min(1, √(κ/Σ_l lr_l²⟨d_l, g_l⟩)); inner holds (lr_l, ⟨d_l, g_l⟩) for each backward pass.
-
-    Of several passes and processes, whose directions are added, only their own inner products are known. As
-    ⟨Σd, Σg⟩ ≤ (Σ_i √⟨d_i, g_i⟩)² where they share a metric, that bound is taken: ν is never too large.
-    """
-    totals = [torch.stack([value * lr**2 for lr, value in layers]).sum() for layers in inner]
-    root = torch.stack(totals).clamp_min(0).sqrt().sum()
-    return (kappa**0.5 / mean_over_processes(root, group)).clamp(max=1.0)  # 0 ≤ root: x/0 = inf is clamped
+CHECK_EVERY = 100
+"""Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
 
 
 class NaturalSGD(Optimizer):
-    """Base of `NGD` and `FNGD`; `table` holds shared coefficients, None computes them in every step."""
+    """Base of `NGD` and `FNGD`; `_table` holds shared coefficients, None computes them in every step."""
+
+    _table: CoefficientTable | None = None
 
     def __init__(
         self,
         model: nn.Module,
-        params: Iterable[Any] | None,
-        defaults: dict[str, Any],
+        params: Iterable[Any] | None = None,
         *,
-        table: CoefficientTable | None,
-        method: Method,
-        scaler: Any,
-        process_group: Any,
-        diagnostics: bool,
-        batch_axis: int | Mapping[str, int] | None,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        alpha: float | None = 1e-2,
+        damping: float | None = None,
+        adapt_damping: AdaptiveDamping | None = None,
+        scale: str = "absorb",
+        reduction: str = "mean",
+        fisher: str = "empirical",
+        gram: str = "layer",
+        accumulate: str = "separate",
+        kl_clip: float | None = None,
+        other: str = "sgd",
+        other_options: Mapping[str, Any] | None = None,
+        output_axis: int = 0,
+        scaler: Any = None,
+        process_group: Any = None,
+        diagnostics: bool = False,
+        batch_axis: int | Mapping[str, int] | None = None,
+        foreach: bool | None = None,
+        seed: int = 0,
     ) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
-            if not defaults[name] >= 0:
-                raise ValueError(f"{name}={defaults[name]}; it must be at least 0")
-        if defaults["nesterov"] and not defaults["momentum"]:
-            raise ValueError("nesterov=True needs momentum > 0")
-        super().__init__(model.parameters() if params is None else params, defaults)
-        self._model, self._method, self._table, self._scaler = model, method, table, scaler
-        self._group, self._exchange = process_group, Exchange(process_group)
-        self._recorder = Recorder() if diagnostics else None
-        self._met_batch = False
-        self._inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
-        joint = method.gram == "network"
-        self._handle = reweight(
+        method = Method(
+            alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
+            accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,
+        )  # fmt: skip
+        if self._table is not None:
+            method.check_sharing(self._table.refresh_cosine)
+        if adapt_damping is not None and gram == "global":
+            raise ValueError("adapt_damping does not go with gram='global'; use gram='layer' or 'network'")
+        self._model, self._method, self._group, self._seed = model, method, process_group, seed
+        self._adaptive, self._completed = adapt_damping, 0
+        self._predicted: Tensor | None = None  # M(δ) − M(0) of the last step, until adapt()
+        self._random: torch.Generator | None = None
+        self._policy = Policy(
+            method,
+            self._table,
+            chosen=lambda layer: bool(self._option(layer, "precondition", True)),
+            scaler=scaler,
+            process_group=process_group,
+            diagnostics=diagnostics,
+        )
+        self._policy.measuring = adapt_damping is not None
+        joint = gram == "network"
+        handle = self._policy.handle = self._handle = reweight(
             model,
-            self._answers if joint else self._answer,
+            self._policy.of_all if joint else self._policy.of_layer,
             batch_axis=batch_axis,
             joint=joint,
-            outputs=method.fisher == "improved",
+            outputs=fisher == "improved",
         )
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay, "precondition": True, "rule": "sgd", "foreach": foreach,
+        }  # fmt: skip
+        try:
+            chosen = {param for path in handle.explain() for param in self._parameters(path)}
+            groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
+            super().__init__(groups, defaults)
+        except BaseException:
+            handle.remove()  # a constructor that fails leaves the model alone
+            raise
         self._find_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
+        if param_group.get("rule") == "adamw":
+            # Not among the defaults: OneCycleLR would take them to mean that there is no momentum.
+            param_group = {"betas": ADAMW["betas"], "eps": ADAMW["eps"], **param_group}
         super().add_param_group(param_group)
-        if hasattr(self, "_handle"):  # torch's constructor calls this, too
+        check_group(self.param_groups[-1])
+        if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()
+
+    def _parameters(self, layer: str) -> list[Tensor]:
+        return [param for param in self._model.get_submodule(layer)._parameters.values() if param is not None]
 
     def _find_groups(self) -> None:
         """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
         numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
         weights = {path: self._model.get_submodule(path)._parameters.get("weight") for path in self._handle.explain()}
         self._group_of = {path: numbers.get(id(weight)) for path, weight in weights.items()}
+        self._unchanged = Unchanged(self._model)
 
     def _option(self, layer: str, name: str, default: Any) -> Any:
         number = self._group_of[layer]
         return default if number is None else self.param_groups[number].get(name, default)
 
-    def _answer(self, layer: str, grads: LayerGrads) -> Any:
-        return self._answers({layer: grads}).get(layer)
+    def sample(
+        self, outputs: Tensor, likelihood: str | Callable[[Tensor], Tensor] = "categorical", *,
+        class_axis: int | None = None,
+    ) -> None:  # fmt: skip
+        """Draws labels from the model and back-propagates them, for fisher="true"; `.grad` stays as it is.
 
-    def _answers(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
-        self._met_batch = True
-        grads = {path: each for path, each in grads.items() if self._option(path, "precondition", True)}
-        if not grads:
-            return {}
-        factors, solve = self._factors(grads)
-        if self._method.scale != "graft" and self._method.kl_clip is None and self._recorder is None:
-            return dict.fromkeys(grads, factors)
-        return self._compared(grads, factors, solve)
+        Arguments:
+            outputs: what the model returned in this forward pass: logits, or means.
+            likelihood: "categorical", "bernoulli", "gaussian" (variance 1), or a function that draws labels for the
+                outputs and returns −log p of them, [B]; see `fngd.likelihoods`.
+            class_axis: the axis of classes, where outputs have more than two.
 
-    def _factors(self, grads: dict[str, LayerGrads]) -> tuple[Tensor, Solve | None]:
-        key, first = next(iter(grads.items()))
-        if self._method.gram == "network":
-            key = NETWORK
-            sizes = {path: each.batch_size for path, each in grads.items()}
-            if len(set(sizes.values())) > 1:
-                raise ValueError(f"gram='network' needs the same samples in every layer, but batches are {sizes}")
-        table = self._table
-        stored = None if table is None else table.lookup(key, first.batch_size, first.device)
-        if stored is not None:
-            assert table is not None, "it has just answered"
-            if table.probing(key):
-                table.probe(stored, self._solve(grads)[0])
-            return stored, None
-        factors, good, solve = self._solve(grads)
-        return factors if table is None else table.store(key, factors, good), solve
+        To be called between the forward pass and its `loss.backward()`. With "damping=" or "per_layer" the
+        likelihood must be the one whose −log p is a sample's training loss; else its scale does not matter.
 
-    def _solve(self, grads: dict[str, LayerGrads]) -> tuple[Tensor, Tensor, Solve]:
-        method, first = self._method, next(iter(grads.values()))
-        batch, mean = first.batch_size, method.reduction == "mean"
-        sizes, mine, share = [batch], slice(None), 1.0
-        rhs = self._output_norms(batch) if method.fisher == "improved" else None
-        if method.gram == "global":
-            sizes, mine = self._exchange.sizes(batch, first.device)
-            rhs = None if rhs is None else self._exchange.gather(rhs)
-            grads = self._handle.joined(self._exchange.gather)
-            share = len(sizes) * batch / sum(sizes) if mean else 1.0  # DDP and FSDP average means of batches
-        one, *others = (each.gram() for each in grads.values())
-        gram = sum(others, one)
-        if mean:  # the samples' own gradients are B times their shares, B the size of the batch they were in
-            own = torch.cat([gram.new_full((size,), size) for size in sizes])
-            gram, rhs = gram * (own[:, None] * own), None if rhs is None else rhs * own**2
-        scale = self._loss_scale()
-        if scale is not None:
-            gram = gram / scale**2
-            rhs = None if rhs is None else rhs / scale**2
-        damping = {"alpha": method.alpha, "damping": method.damping}
-        factors, good = coefficient_factors(gram, scale=method.solved_scale, reduction="sum", rhs=rhs, **damping)
-        return factors[mine] * share, good, Solve(gram, **damping)
-
-    def _output_norms(self, batch: int) -> Tensor:
-        """‖∂ℓ/∂output‖² by sample, of the shares of the training loss."""
-        grad = self._handle.output_grad
-        axis = self._method.output_axis
-        if grad is None or grad.dim() <= axis or grad.shape[axis] != batch:
-            found = "none was seen" if grad is None else f"it has shape {list(grad.shape)}"
+        Raises ValueError if the Fisher matrix is not the true one, the outputs have no graph, or for a likelihood
+        that `fngd.likelihoods` refuses.
+        """
+        if self._method.fisher != "true":
+            raise ValueError(f"sample(outputs) is for fisher='true', but fisher is {self._method.fisher!r}")
+        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+            found = "one without a graph" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"sample needs the tensor that the model returned with gradients enabled, not {found}")
+        params = [p for path in self._handle.layers for p in self._parameters(path) if p.requires_grad]
+        if any(hasattr(param, "to_local") for param in params):
             raise ValueError(
-                f"fisher='improved' needs the gradient at the model's output, with {batch} samples on axis {axis}, "
-                f"but {found}. Call the model itself, compute the loss from what it returns, and give output_axis= "
-                "if samples are on another axis."
+                "fisher='true' needs whole weights, but these are sharded (FSDP). Use fisher='empirical' or 'improved'"
             )
-        grad = grad.movedim(axis, 0).flatten(1)
-        return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum(1)
+        if self._random is None or self._random.device != outputs.device:
+            rank = dist.get_rank(self._group) if world_size(self._group) > 1 else 0
+            self._random = torch.Generator(outputs.device).manual_seed(self._seed + rank)
+        with torch.enable_grad():
+            losses = sampled_losses(
+                outputs, likelihood, axis=self._method.output_axis, class_axis=class_axis, generator=self._random
+            )
+            scale = self._policy.loss_scale()
+            total = losses.sum() if scale is None else losses.sum() * scale
+            with self._policy.drawing():
+                torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
 
-    def _loss_scale(self) -> Tensor | None:
-        # The public get_scale() waits for the device.
-        return None if self._scaler is None else self._scaler._get_scale_async()
+    def check_loss(self, loss: Tensor) -> None:
+        """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
 
-    def _compared(self, grads: dict[str, LayerGrads], factors: Tensor, solve: Solve | None) -> dict[str, Any]:
-        """Directions formed beside the plain gradients: for grafting, the KL clip and diagnostics."""
-        ones, graft = torch.ones_like(factors), self._method.scale == "graft"
-        pairs = {path: (each.weighted_sum(factors), each.weighted_sum(ones)) for path, each in grads.items()}
-        products = {path: (_dot(d, d), _dot(d, g), _dot(g, g)) for path, (d, g) in pairs.items()}
-        ratio = torch.ones_like(factors[0])
-        if graft:  # the layer, or with gram="network" all of them together
-            dd, gg = (torch.stack([each[i] for each in products.values()]).sum() for i in (0, 2))
-            ratio = torch.where(dd > 0, (gg / torch.where(dd > 0, dd, 1)).sqrt(), 1)
-        scale = self._loss_scale()
-        for path, (dd, dg, gg) in products.items():
-            true = ratio * dg if scale is None else ratio * dg / scale**2
-            if self._method.kl_clip is not None:
-                self._inner.setdefault(path, []).append(true)
-            if self._recorder is not None:
-                self._recorder.add(path, factors * ratio, solve, ratio**2 * dd, ratio * dg, gg)
-        if not graft:
-            return {path: d for path, (d, _) in pairs.items()}
-        return {path: tuple(None if part is None else part * ratio for part in d) for path, (d, _) in pairs.items()}
+        `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
+        """
+        found = reduction_of(loss)
+        if found is not None and found != self._method.reduction:
+            raise ValueError(
+                f"the training loss is a {found} over the batch, but the optimiser was constructed with "
+                f"reduction={self._method.reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
+            )
+
+    def _check_where_it_matters(self, loss: Any) -> None:
+        method = self._method
+        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
+        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
+            self.check_loss(loss)
 
     @property
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True.
-
-        >>> model = nn.Linear(3, 1)
-        >>> opt = fngd.NGD(model, lr=0.1, diagnostics=True)
-        >>> model(torch.randn(8, 3)).square().mean().backward()
-        >>> opt.step()
-        >>> sorted(opt.diagnostics[""])
-        ['cosine', 'damping', 'effective_rank', 'mean', 'share', 'spread']
-        """
-        if self._recorder is None:
+        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True."""
+        if self._policy.recorder is None:
             raise ValueError("nothing was recorded; construct the optimiser with diagnostics=True")
-        return self._recorder.figures()
+        return self._policy.recorder.figures()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted.
+        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted."""
+        return self._policy.exchange.bytes_sent
 
-        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1, gram="global").bytes_sent  # one process has nobody to send to
-        0
+    @property
+    def damping_factor(self) -> float:
+        """What `alpha` or `damping` is multiplied with: 1 but for adaptive damping."""
+        return self._policy.damping_factor
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the step just made was one that `adapt` is to be called for."""
+        return self._predicted is not None
+
+    def adapt(self, before: float | Tensor, after: float | Tensor) -> float:
+        """Changes the damping by how well the last step was predicted; returns the ratio ρ, see `fngd.adaptive`.
+
+        Arguments:
+            before, after: the training loss of the batch that made the step, before and after it, reduced as ever
+                (unscaled). The model should be in the same mode both times, and without dropout.
+
+        To be called where `measuring` is true. With several processes each gives its own losses. It waits for the
+        device. A predicted change that is no decrease (momentum can make one) says nothing: the damping stays.
+
+        Raises ValueError if there is nothing to compare with.
         """
-        return self._exchange.bytes_sent
+        if self._predicted is None or self._adaptive is None:
+            raise ValueError(
+                "there is no prediction to compare with: construct the optimiser with adapt_damping=AdaptiveDamping(), "
+                "and call adapt after those steps for which opt.measuring is true"
+            )
+        self._check_where_it_matters(before)
+        first, second = (float(loss.detach() if isinstance(loss, Tensor) else loss) for loss in (before, after))
+        changes = torch.stack([self._predicted.new_tensor(second - first), self._predicted])
+        actual, predicted = mean_over_processes(changes, self._group).tolist()
+        self._predicted = None
+        ratio = actual / predicted if predicted else float("nan")
+        if not predicted >= 0:  # NaN counts as a bad prediction
+            self._policy.damping_factor = self._adaptive.updated(self._policy.damping_factor, ratio)
+        return ratio
 
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
-        if self._method.kl_clip is None or not self._inner:
+        inner = self._policy.inner
+        if self._method.kl_clip is None or not inner:
             return {}
         passes: list[list[tuple[Any, Tensor]]] = []
-        params = []
-        for layer, values in self._inner.items():
+        for layer, values in inner.items():
             rate = self._option(layer, "lr", 0.0)
             for number, value in enumerate(values):
                 passes += [[] for _ in range(number + 1 - len(passes))]
                 passes[number].append((rate, value))
-            params += list(self._model.get_submodule(layer)._parameters.values())
-        scale = kl_clip_scale(passes, self._method.kl_clip, self._group)
-        return {p: _times(p.grad, scale) for p in params if p is not None and p.grad is not None}
+        scale = kl_clip_bound(passes, self._method.kl_clip, self._group)
+        params = [param for layer in inner for param in self._parameters(layer)]
+        return {p: _times(p.grad, scale) for p in params if p.grad is not None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -283,69 +256,113 @@ class NaturalSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._check_where_it_matters(loss)
+        if self._predicted is not None:
+            raise ValueError(
+                "the damping is to adapt, but adapt() was not called after the step that was measured. After each "
+                "step: if opt.measuring: opt.adapt(loss, the same loss computed again)"
+            )
+        sharded = any(hasattr(param, "to_local") for param in self.param_groups[0]["params"])
+        if self._completed % CHECK_EVERY == 0 and not sharded:
+            self._unchanged.check()
         clipped = self._clipped()
+        before = self._before()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
-                sgd_step(group, params, [clipped.get(param, param.grad) for param in params], self.state)
+                first_order_step(group, params, [clipped.get(param, param.grad) for param in params], self.state)
+        if before:
+            self._predicted = self._predict(before)
+        self._completed += 1
         self._end_batch()
         return loss
 
+    def _before(self) -> dict[Tensor, Tensor]:
+        """Copies of the parameters, where this step's change of the loss is to be predicted."""
+        if not self._policy.models:
+            return {}
+        moving = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if any(hasattr(param, "to_local") for param in moving):
+            raise ValueError("adapt_damping needs whole parameters, but these are sharded (FSDP); leave it out")
+        return {param: param.detach().clone() for param in moving}
+
+    def _predict(self, before: dict[Tensor, Tensor]) -> Tensor:
+        """M(δ) − M(0) of the step that led away from `before`."""
+        change = torch.zeros((), dtype=torch.float64, device=next(iter(before)).device)
+        inside: set[Tensor] = set()
+        for model in self._policy.models.values():
+            delta: dict[str, Pair] = {}
+            for path, plain in model.plain.items():
+                own = self._model.get_submodule(path)._parameters
+                weight, bias = (
+                    None if part is None else self._moved(own[name], before)
+                    for name, part in zip(("weight", "bias"), plain, strict=True)
+                )
+                delta[path] = weight, bias
+                inside.update(self._parameters(path))
+            change += model.change(delta).to(change.device)
+        for param, old in before.items():
+            if param not in inside and param.grad is not None:
+                change += (param.grad.double() * (param - old)).sum().to(change.device)
+        return change
+
+    @staticmethod
+    def _moved(param: Any, before: Mapping[Tensor, Tensor]) -> Tensor:
+        return param - before[param] if param in before else torch.zeros_like(param)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here."""
-        if self._met_batch:
+        if self._policy.met_batch:
             self._end_batch()
         super().zero_grad(set_to_none)
 
     def _end_batch(self) -> None:
-        self._met_batch = False
-        self._inner.clear()
-        if self._table is not None:
-            self._table.advance()
+        self._policy.end_batch()
+        self._policy.measuring = self._adaptive is not None and self._completed % self._adaptive.every == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns torch's optimiser state and, under "coefficients", the table and the place in the epoch."""
+        """Returns torch's optimiser state, and by name what else a run needs to go on.
+
+        "coefficients": the table and the place in the epoch; "adaptive": the factor on the damping and the steps
+        made; "sampling": the state of the random numbers.
+        """
         state = super().state_dict()
-        return state if self._table is None else {**state, "coefficients": self._table.state_dict()}
+        if self._table is not None:
+            state["coefficients"] = self._table.state_dict()
+        if self._adaptive is not None:
+            state["adaptive"] = {"factor": self.damping_factor, "completed": self._completed}
+        if self._random is not None:
+            state["sampling"] = self._random.get_state()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; tensors go to the device of the parameters.
 
         Raises ValueError if the state holds no coefficients, or those of a loader of another length.
         """
+        device = self.param_groups[0]["params"][0].device
         if self._table is not None:
             if "coefficients" not in state_dict:
                 raise ValueError("the state has no 'coefficients': it was not saved by an optimiser that shares them")
-            self._table.load_state_dict(state_dict["coefficients"], self.param_groups[0]["params"][0].device)
+            self._table.load_state_dict(state_dict["coefficients"], device)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._met_batch = False
-        self._inner.clear()
+        if self._adaptive is not None:
+            saved = state_dict.get("adaptive", {"factor": 1.0, "completed": 0})  # or it was not adaptive
+            self._policy.damping_factor, self._completed = saved["factor"], saved["completed"]
+        if "sampling" in state_dict:
+            self._random = torch.Generator(device)
+            self._random.set_state(state_dict["sampling"].cpu())
+        self._predicted = None
+        self._policy.clear()
+        self._policy.measuring = self._adaptive is not None and self._completed % self._adaptive.every == 0
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
-
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        >>> opt = fngd.NGD(model, lr=0.1)
-        >>> model(torch.randn(8, 3)).square().mean().backward()
-        >>> opt.explain()
-        {'0': 'reweighted, samples on axis 0 of its output'}
-        """
+        """Returns for each linear and convolution layer whether it is preconditioned, and why not."""
         return self._handle.explain()
 
     def remove(self) -> None:
-        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated.
-
-        >>> model = nn.Linear(3, 1)
-        >>> fngd.NGD(model, lr=0.1).remove()
-        >>> opt = fngd.NGD(model, lr=0.2)  # a second one, as the first is gone
-        """
+        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated."""
         self._handle.remove()
-
-
-def _dot(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -> Tensor:
-    """⟨first, second⟩ of the gradients of weight and bias together."""
-    parts = [(a * b).sum() for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    return torch.stack(parts).sum()
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:

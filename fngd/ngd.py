@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from torch import Tensor, nn
-
-from fngd.natural import Method, NaturalSGD
+from fngd.natural import NaturalSGD
 
 
 class NGD(NaturalSGD):
@@ -54,60 +49,11 @@ class NGD(NaturalSGD):
     Approximate: the empirical Fisher matrix, block-diagonal by layer. Through BatchNorm in training mode g_b
     is what flows through sample b's rows. A batch of one sample is scaled by α/(1 + α) under "absorb".
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Linear(3, 1)
     >>> opt = NGD(model, lr=0.1)
     >>> model(torch.randn(8, 3)).square().mean().backward()
     >>> opt.step()
     >>> opt.zero_grad()
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Iterable[Any] | None = None,
-        *,
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        alpha: float | None = 1e-2,
-        damping: float | None = None,
-        scale: str = "absorb",
-        reduction: str = "mean",
-        fisher: str = "empirical",
-        gram: str = "layer",
-        kl_clip: float | None = None,
-        output_axis: int = 0,
-        scaler: Any = None,
-        process_group: Any = None,
-        diagnostics: bool = False,
-        batch_axis: int | Mapping[str, int] | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(
-            model,
-            params,
-            defaults,
-            table=None,
-            method=Method(
-                alpha=alpha,
-                damping=damping,
-                scale=scale,
-                reduction=reduction,
-                fisher=fisher,
-                gram=gram,
-                kl_clip=kl_clip,
-                output_axis=output_axis,
-            ),
-            scaler=scaler,
-            process_group=process_group,
-            diagnostics=diagnostics,
-            batch_axis=batch_axis,
-        )

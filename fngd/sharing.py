@@ -17,6 +17,7 @@ What is stored is the factor B·c_b by which each sample's share of the plain gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class CoefficientTable:
         self._explicit = False  # whether the user announces epochs
         self._random = torch.Generator().manual_seed(seed)
         self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
-        self._ids: Tensor | None = None
+        self._asked = False  # whether a layer has used the latest ids
+        self._announced: list[Tensor] = []  # ids of each backward pass since the last step
         # by (layer, backward pass within the step): rows [steps, longest batch], their lengths, which to redo
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._lengths: dict[tuple[str, int], list[int]] = {}
@@ -104,24 +106,33 @@ class CoefficientTable:
         """Keeps the cosine of stored and fresh factors for the end of the epoch."""
         self.cosine = torch.nn.functional.cosine_similarity(stored, fresh, dim=0)
 
-    def store(self, layer: str, factors: Float[Tensor, " batch"], good: Tensor) -> Float[Tensor, " batch"]:
+    def store(
+        self, layer: str, factors: Float[Tensor, " batch"], good: Tensor, sizes: Sequence[int] | None = None
+    ) -> Float[Tensor, " batch"]:
         """Stores what was computed and returns what to use.
 
         good: a tensor holding one bool; where it is False the factors are used now but computed again next
             time. It is not looked at before the epoch ends, because that would wait for the device.
+        sizes: of the backward passes whose samples the factors are for, the present one last; default: it alone.
         """
+        sizes = [len(factors)] if sizes is None else list(sizes)
         if self.control == "permuted":
             order = torch.randperm(len(factors), generator=self._random)
             factors = factors[order.to(factors.device, non_blocking=True)]
         if self.share == "sample":
+            assert self.samples is not None, "the constructor has checked"
             key = layer, 0
-            assert self._ids is not None, "lookup has checked"
-            assert self.samples is not None, "so has the constructor"
             if key not in self._rows:
                 self._rows[key] = factors.new_full((self.samples,), torch.nan)
-            self._rows[key][self._ids.to(factors.device)] = torch.where(good, factors, torch.nan)
+            ids = torch.cat([ids.to(factors.device) for ids in self._announced[-len(sizes) :]])
+            self._rows[key][ids] = torch.where(good, factors, torch.nan)
             return factors
-        key = layer, self._calls[layer] - 1
+        first = self._calls[layer] - len(sizes)
+        for number, part in enumerate(factors.split(sizes)):
+            self._write((layer, first + number), part, good)
+        return factors
+
+    def _write(self, key: tuple[str, int], factors: Tensor, good: Tensor) -> None:
         rows = self._rows.get(key)
         if rows is None or rows.shape[1] < len(factors):
             wider = factors.new_ones(self.steps_per_epoch, len(factors))
@@ -134,7 +145,6 @@ class CoefficientTable:
         rows[self.index % self.steps_per_epoch, : len(factors)] = factors
         self._bad[key][self.index % self.steps_per_epoch] = ~good
         self._lengths[key][self.index % self.steps_per_epoch] = len(factors)
-        return factors
 
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces the ids (0 … samples − 1) of the coming backward pass's samples; for share="sample"."""
@@ -143,7 +153,11 @@ class CoefficientTable:
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"sample_ids must be integers [B], not {ids.dtype} of shape {list(ids.shape)}")
-        self._ids = ids
+        if self._asked or not self._announced:
+            self._announced.append(ids)
+        else:
+            self._announced[-1] = ids  # announced again before any layer has asked
+        self._asked = False
 
     def start_epoch(self) -> None:
         """Announces that an epoch begins. Optional: without it, an epoch is every steps_per_epoch steps."""
@@ -154,7 +168,7 @@ class CoefficientTable:
     def advance(self) -> None:
         """Ends a step: the next backward pass belongs to the next batch."""
         self._calls.clear()
-        self._ids = None
+        self._announced, self._asked = [], False
         self.index += 1
         if not self._explicit and self.index == self.steps_per_epoch:
             self._close_epoch()
@@ -194,7 +208,7 @@ class CoefficientTable:
         self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
         self._lengths = {key: list(lengths) for key, lengths in state["lengths"].items()}
         self._calls.clear()
-        self._ids = None
+        self._announced, self._asked = [], False
 
     def _by_position(self, layer: str, batch: int) -> Tensor | None:
         key = layer, self._calls.get(layer, 0)
@@ -213,14 +227,16 @@ class CoefficientTable:
         return self._rows[key][index, :length]
 
     def _by_sample(self, layer: str, batch: int) -> Tensor | None:
-        if self._ids is None:
+        if not self._announced:
             raise ValueError("share='sample' needs opt.next_batch(sample_ids) before loss.backward()")
-        if len(self._ids) != batch:
-            raise ValueError(f"next_batch got {len(self._ids)} sample ids, but layer '{layer}' has a batch of {batch}")
+        ids = self._announced[-1]
+        if len(ids) != batch:
+            raise ValueError(f"next_batch got {len(ids)} sample ids, but layer '{layer}' has a batch of {batch}")
+        self._asked = True
         if self.computing or (layer, 0) not in self._rows:
             return None
         rows = self._rows[layer, 0]
-        factors = rows[self._ids.to(rows.device)]
+        factors = rows[ids.to(rows.device)]
         # Samples that were never met take the plain gradient.
         return torch.where(factors.isnan(), 1.0, factors)
 

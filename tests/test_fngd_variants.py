@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import persample
 from fngd import FNGD, NGD, smw_coefficients
+from fngd.adaptive import AdaptiveDamping
 from fngd.diagnostics import effective_rank
-from fngd.natural import kl_clip_scale
+from fngd.kl_clip import kl_clip_bound
 
 Batch = tuple[Tensor, Tensor]
 LAYERS = ("conv", "inner", "head")
@@ -231,10 +232,10 @@ def test_kl_clip_bounds_accumulated_passes() -> None:
     d = metric * g  # a shared metric
     inner = [[(0.3, d[i] @ g[i])] for i in range(3)]
     exact = 0.09 * (d.sum(0) @ g.sum(0))
-    assert kl_clip_scale(inner, 1e-3) <= torch.sqrt(1e-3 / exact)
+    assert kl_clip_bound(inner, 1e-3) <= torch.sqrt(1e-3 / exact)
     same = [[(0.3, d[0] @ g[0])]] * 3  # equal passes: no slack
-    close(kl_clip_scale(same, 1e-3), torch.sqrt(1e-3 / (0.09 * 9 * d[0] @ g[0])))
-    assert kl_clip_scale([[(0.3, torch.zeros(()))]], 1e-3) == 1
+    close(kl_clip_bound(same, 1e-3), torch.sqrt(1e-3 / (0.09 * 9 * d[0] @ g[0])))
+    assert kl_clip_bound([[(0.3, torch.zeros(()))]], 1e-3) == 1
 
 
 def test_refresh_by_cosine() -> None:
@@ -368,7 +369,14 @@ def test_joint_gates_pass_over_layers_that_did_not_run() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fisher": "true"}, r"fisher='true' is unknown; choose one of \['empirical', 'improved'\]"),
+        ({"fisher": "x"}, r"fisher='x' is unknown; choose one of \['empirical', 'improved', 'true'\]"),
+        ({"fisher": "true"}, r"no coefficients to share. Use fngd.NGD, or share=None"),
+        ({"accumulate": "x"}, r"accumulate='x' is unknown; choose one of \['separate', 'joint'\]"),
+        ({"accumulate": "joint", "refresh_cosine": 0.5}, "compares the coefficients of single backward passes"),
+        ({"gram": "global", "accumulate": "joint"}, "neither fisher='true' nor accumulate='joint'"),
+        ({"gram": "global", "fisher": "true", "share": None}, "neither fisher='true' nor accumulate='joint'"),
+        ({"gram": "global", "adapt_damping": AdaptiveDamping()}, "adapt_damping does not go with gram='global'"),
+        ({"other": "x"}, r"other='x' is unknown; choose one of \['sgd', 'adamw'\]"),
         ({"scale": "x"}, r"scale='x' is unknown; choose one of \['absorb', 'per_layer', 'graft'\]"),
         ({"gram": "x"}, r"gram='x' is unknown; choose one of \['layer', 'network', 'global'\]"),
         ({"kl_clip": 0.0}, "kl_clip=0.0; it must be > 0"),

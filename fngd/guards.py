@@ -1,0 +1,53 @@
+"""Misuse that would train silently wrong: a model that was changed, a loss that is reduced in another way."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+_REDUCTIONS = {1: "mean", 2: "sum"}
+"""What torch's loss functions keep as `reduction` in their node of the graph."""
+
+
+class Unchanged:
+    """Remembers which parameters a model has, and tells when that is no longer so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._known = model, _parameters(model)
+
+    def check(self) -> None:
+        """Raises ValueError if parameters were added to, removed from or replaced in the model since."""
+        now = _parameters(self._model)
+        if now == self._known:
+            return
+        added, gone = sorted(set(now) - set(self._known)), sorted(set(self._known) - set(now))
+        replaced = sorted(name for name in set(now) & set(self._known) if now[name] != self._known[name])
+        found = {"added": added, "removed": gone, "replaced": replaced}
+        what = ", ".join(f"{names} {verb}" for verb, names in found.items() if names)
+        raise ValueError(
+            f"the model was changed after the optimiser was constructed: parameters {what}. Call the optimiser's "
+            "remove(), and construct a new one when the model is complete"
+        )
+
+
+def _parameters(model: nn.Module) -> dict[str, int]:
+    # Tensors themselves would be compared by value; the optimiser keeps them alive, so their ids stay theirs.
+    return {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def reduction_of(loss: Tensor) -> str | None:
+    """Returns "mean" or "sum" where a loss's graph tells how it was reduced, else None.
+
+    It looks at the last operation only: one of torch's losses, `.mean()` or `.sum()`. Of a loss that was multiplied or
+    divided afterwards, or that has further terms, nothing is known.
+
+
+    >>> import torch
+    >>> reduction_of(nn.functional.mse_loss(torch.zeros(3, requires_grad=True), torch.ones(3)))
+    'mean'
+    """
+    node = loss.grad_fn
+    if node is None:
+        return None
+    if node.name() in ("MeanBackward0", "SumBackward0"):
+        return "mean" if node.name() == "MeanBackward0" else "sum"
+    return _REDUCTIONS.get(getattr(node, "_saved_reduction", 0))

@@ -1,0 +1,313 @@
+"""What NGD and FNGD answer in each backward pass: the natural-gradient direction of a layer, or of the network.
+
+Symbols: `fngd.directions`. A policy in the sense of `persample.reweight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fngd.accumulation import Passes
+from fngd.adaptive import Model
+from fngd.diagnostics import Recorder, Solve
+from fngd.directions import (
+    Pair,
+    coefficient_factors,
+    combined,
+    dot,
+    inner_products,
+    relative_damping,
+    scaled,
+    true_fisher_weights,
+)
+from fngd.distributed import Exchange
+from fngd.method import Method
+from fngd.sharing import CoefficientTable
+from persample import LayerGrads
+from persample.reweight import Reweighting
+
+NETWORK = "(network)"
+"""The key of coefficients that hold for all layers."""
+
+
+class Policy:
+    """Answers by layer; keeps what the step wants to know about the backward passes since the last one.
+
+    Arguments:
+        method: the options.
+        table: shared coefficients; None computes them in every pass.
+        chosen: whether a layer, by path, is to be preconditioned.
+        scaler: the GradScaler of the loop, or None.
+        process_group: of gram="global".
+        diagnostics: whether to record figures.
+    """
+
+    handle: Reweighting
+
+    def __init__(
+        self,
+        method: Method,
+        table: CoefficientTable | None,
+        *,
+        chosen: Callable[[str], bool],
+        scaler: Any,
+        process_group: Any,
+        diagnostics: bool,
+    ) -> None:
+        self._method, self._table, self._chosen, self._scaler = method, table, chosen, scaler
+        self.exchange = Exchange(process_group)
+        self.recorder = Recorder() if diagnostics else None
+        self.damping_factor = 1.0
+        self.measuring = False  # whether to keep quadratic models of the loss
+        self.models: dict[str, Model] = {}
+        self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
+        self.met_batch = False
+        self._drawing = False
+        self._passes, self._sampled_passes = Passes(), Passes()
+        self._samples: dict[str, dict[str, LayerGrads]] = {}
+        self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
+
+    def end_batch(self) -> None:
+        """Ends a batch: a step was made, or skipped."""
+        self.clear()
+        if self._table is not None:
+            self._table.advance()
+
+    def clear(self) -> None:
+        """Forgets the backward passes since the last step."""
+        self.met_batch = False
+        for kept in (self.inner, self.models, self._passes, self._sampled_passes, self._samples, self._reused):
+            kept.clear()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within it, backward passes are those of sampled labels: they are kept, and give no gradients."""
+        self._drawing = True
+        try:
+            yield
+        finally:
+            self._drawing = False
+
+    def loss_scale(self) -> Tensor | None:
+        """Returns the GradScaler's scale."""
+        # The public get_scale() waits for the device.
+        return None if self._scaler is None else self._scaler._get_scale_async()
+
+    def of_layer(self, layer: str, grads: LayerGrads) -> Any:
+        """The policy where layers are asked one by one."""
+        return self.of_all({layer: grads}).get(layer)
+
+    def of_all(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
+        """The policy where layers are asked together."""
+        self.met_batch = True
+        method = self._method
+        grads = {path: each for path, each in grads.items() if self._chosen(path)}
+        if not grads:
+            return {}
+        key = NETWORK if method.gram == "network" else next(iter(grads))
+        sizes = {path: each.batch_size for path, each in grads.items()}
+        batch = next(iter(sizes.values()))
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"gram='network' needs the same samples in every layer, but batches are {sizes}")
+        if self._drawing:
+            return self._keep_samples(key, batch, grads)
+        factors: Tensor | None = None
+        solve: Solve | None
+        if method.fisher == "true":
+            pairs, solve, curvature = self._true_directions(key, batch, grads)
+        else:
+            factors, solve, grads = self._factors(key, batch, grads)
+            if not self._compares():
+                if method.accumulate == "separate" or self._reused[key]:
+                    return dict.fromkeys(grads, factors)
+                return self._answer({path: each.weighted_sum(factors) for path, each in grads.items()})
+            ones = torch.ones_like(factors)
+            pairs = {path: (each.weighted_sum(factors), each.weighted_sum(ones)) for path, each in grads.items()}
+            curvature = grads
+        if self.measuring and solve is not None:
+            self._keep_model(key, {path: plain for path, (_, plain) in pairs.items()}, curvature, solve)
+        return self._answer(self._finished(pairs, factors, solve))
+
+    def _compares(self) -> bool:
+        """Whether the direction is to be formed beside the plain gradient."""
+        method = self._method
+        return method.scale == "graft" or method.kl_clip is not None or self.recorder is not None or self.measuring
+
+    def _answer(self, directions: dict[str, Pair]) -> dict[str, Any]:
+        if self._method.accumulate == "separate":
+            return dict(directions)
+        return {path: self._passes.difference(path, direction) for path, direction in directions.items()}
+
+    def _factors(
+        self, key: str, batch: int, grads: dict[str, LayerGrads]
+    ) -> tuple[Tensor, Solve | None, dict[str, LayerGrads]]:
+        """Returns the factors, what is known of their Gram matrix, and the gradients that they are for."""
+        table, joint = self._table, self._method.accumulate == "joint"
+        stored = None if table is None else table.lookup(key, batch, next(iter(grads.values())).device)
+        if joint and self._reused.setdefault(key, stored is not None) != (stored is not None):
+            raise ValueError(
+                f"some backward passes of this step have stored coefficients at '{key}' and others have not, but with "
+                "accumulate='joint' they are those of the whole step. Make the same number of backward passes in "
+                "each step of every epoch, or use accumulate='separate'"
+            )
+        if stored is not None:
+            assert table is not None, "it has just answered"
+            if table.probing(key):
+                table.probe(stored, self._solve(grads, self._right_hand_side(batch), [batch])[0])
+            if joint and self._compares():
+                grads = self._joined(self._passes, key, batch, grads)
+                stored = self._passes.vector(key, stored)
+            return stored, None, grads
+        rhs = self._right_hand_side(batch)
+        sizes = [batch]
+        if joint:
+            grads = self._joined(self._passes, key, batch, grads)
+            rhs = None if rhs is None else self._passes.vector(key, rhs)
+            sizes = self._passes.sizes[key]
+        factors, good, solve = self._solve(grads, rhs, sizes)
+        return factors if table is None else table.store(key, factors, good, sizes), solve, grads
+
+    def _joined(self, passes: Passes, key: str, batch: int, grads: dict[str, LayerGrads]) -> dict[str, LayerGrads]:
+        return {path: each for path, each in passes.joined(key, batch, self.handle).items() if path in grads}
+
+    def _damping(self) -> dict[str, float | None]:
+        given = {"alpha": self._method.alpha, "damping": self._method.damping}
+        return {name: None if value is None else value * self.damping_factor for name, value in given.items()}
+
+    def _solve(
+        self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int]
+    ) -> tuple[Tensor, Tensor, Solve]:
+        method, first = self._method, next(iter(grads.values()))
+        batch, mean = sum(passes), method.reduction == "mean"
+        sizes, mine, share = [batch], slice(None), 1.0
+        if method.gram == "global":
+            sizes, mine = self.exchange.sizes(batch, first.device)
+            rhs = None if rhs is None else self.exchange.gather(rhs)
+            grads = self.handle.joined(self.exchange.gather)
+            share = len(sizes) * batch / sum(sizes) if mean else 1.0  # DDP and FSDP average means of batches
+        one, *others = (each.gram() for each in grads.values())
+        gram = sum(others, one)
+        if mean:  # the samples' own gradients are B times their shares, B the size of the batch they were in
+            own = torch.cat([gram.new_full((size,), size) for size in sizes])
+            gram, rhs = gram * (own[:, None] * own), None if rhs is None else rhs * own**2
+        scale = self.loss_scale()
+        if scale is not None:
+            gram = gram / scale**2
+            rhs = None if rhs is None else rhs / scale**2
+        damping = self._damping()
+        factors, good = coefficient_factors(gram, scale=method.solved_scale, reduction="sum", rhs=rhs, **damping)
+        return factors[mine] * share, good, Solve(gram, **damping)
+
+    def _right_hand_side(self, batch: int) -> Tensor | None:
+        """‖∂ℓ/∂output‖² by sample, of the shares of the training loss; None for 1."""
+        if self._method.fisher != "improved":
+            return None
+        grad = self.handle.output_grad
+        axis = self._method.output_axis
+        if grad is None or grad.dim() <= axis or grad.shape[axis] != batch:
+            found = "none was seen" if grad is None else f"it has shape {list(grad.shape)}"
+            raise ValueError(
+                f"fisher='improved' needs the gradient at the model's output, with {batch} samples on axis {axis}, "
+                f"but {found}. Call the model itself, compute the loss from what it returns, and give output_axis= "
+                "if samples are on another axis."
+            )
+        grad = grad.movedim(axis, 0).flatten(1)
+        return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum(1)
+
+    def _keep_samples(self, key: str, batch: int, grads: dict[str, LayerGrads]) -> dict[str, Any]:
+        if self._method.accumulate == "joint":
+            grads = self._joined(self._sampled_passes, key, batch, grads)
+        self._samples[key] = grads
+        return dict.fromkeys(grads, (None, None))
+
+    def _true_directions(
+        self, key: str, batch: int, grads: dict[str, LayerGrads]
+    ) -> tuple[dict[str, tuple[Pair, Pair]], Solve, dict[str, LayerGrads]]:
+        """Returns (d, g) of each layer, what is known of the Gram matrix, and V."""
+        joint = self._method.accumulate == "joint"
+        samples = self._samples.get(key, {}) if joint else self._samples.pop(key, {})
+        if not set(grads) <= set(samples):
+            raise ValueError(
+                f"fisher='true' has no gradients of sampled labels for layers {sorted(set(grads) - set(samples))}. "
+                "Call opt.sample(outputs) after every forward pass and before its loss.backward(), with the outputs "
+                "that the loss is computed from"
+            )
+        sampled = {path: samples[path] for path in grads}
+        ones = {path: torch.ones(each.batch_size, device=each.device) for path, each in grads.items()}
+        plain = {path: each.weighted_sum(ones[path]) for path, each in grads.items()}
+        sizes = [batch]
+        if joint:
+            plain = {path: self._passes.plain(path, pair) for path, pair in plain.items()}
+            sizes = self._passes.sizes.setdefault(key, [])
+            sizes.append(batch)
+        drawn = self._sampled_passes.sizes[key] if joint else [next(iter(sampled.values())).batch_size]
+        if drawn != sizes:
+            raise ValueError(
+                f"the labels that opt.sample drew are for batches of {drawn} samples, but the backward passes had "
+                f"{sizes}. Call opt.sample(outputs) once for every forward pass, before its loss.backward()"
+            )
+        scale = self.loss_scale()
+        unit = 1 if scale is None else 1 / scale  # the sampled losses were scaled, too
+        one, *others = (each.gram() for each in sampled.values())
+        gram = sum(others, one) * unit**2
+        products = torch.stack([inner_products(sampled[path], plain[path]) for path in sampled]).sum(0) * unit
+        damping = self._damping()
+        weights, nu, good = true_fisher_weights(
+            gram, products.to(gram.dtype), scale=self._method.solved_scale, **damping
+        )
+        pairs = {}
+        for path, g in plain.items():
+            d = scaled(combined(g, sampled[path].weighted_sum(weights * unit), -1.0), nu)
+            # Where the samples' gradients are not finite, 0 times them is neither.
+            weight, bias = (
+                None if a is None or b is None else torch.where(good, a, b) for a, b in zip(d, g, strict=True)
+            )
+            pairs[path] = (weight, bias), g
+        return pairs, Solve(gram, **damping), sampled
+
+    def _keep_model(self, key: str, plain: dict[str, Pair], curvature: dict[str, LayerGrads], solve: Solve) -> None:
+        """Keeps the quadratic model of the loss until the step is known."""
+        method = self._method
+        if key in self.models and method.accumulate == "separate":
+            raise ValueError(
+                "adapt_damping measures the step of one backward pass, and this is the second since the last step. "
+                "With gradient accumulation give accumulate='joint'"
+            )
+        scale = self.loss_scale()
+        unit = torch.ones((), device=solve.gram.device) if scale is None else 1 / scale
+        batch = solve.gram.shape[-1]
+        own = batch if method.reduction == "mean" and method.fisher != "true" else 1
+        self.models[key] = Model(
+            plain={path: scaled(pair, unit) for path, pair in plain.items()},
+            grads=curvature,
+            multiple=own * unit,
+            damping=relative_damping(solve.gram, solve.alpha, solve.damping),
+            weight=1.0 if method.reduction == "mean" else float(batch),
+        )
+
+    def _finished(
+        self, pairs: dict[str, tuple[Pair, Pair]], factors: Tensor | None, solve: Solve | None
+    ) -> dict[str, Pair]:
+        """Returns the directions, grafted if that is wanted; notes what the KL clip and diagnostics want to know."""
+        graft = self._method.scale == "graft"
+        products = {path: (dot(d, d), dot(d, g), dot(g, g)) for path, (d, g) in pairs.items()}
+        ratio = torch.ones_like(next(iter(products.values()))[0])
+        if graft:  # the layer, or with gram="network" all of them together
+            dd, gg = (torch.stack([each[i] for each in products.values()]).sum() for i in (0, 2))
+            ratio = torch.where(dd > 0, (gg / torch.where(dd > 0, dd, 1)).sqrt(), 1)
+        scale = self.loss_scale()
+        for path, (dd, dg, gg) in products.items():
+            true = ratio * dg if scale is None else ratio * dg / scale**2
+            if self._method.kl_clip is not None:
+                if self._method.accumulate == "joint":
+                    self.inner[path] = []  # d and g are those of all passes
+                self.inner.setdefault(path, []).append(true)
+            if self.recorder is not None:
+                used = None if factors is None else factors * ratio
+                self.recorder.add(path, used, solve, ratio**2 * dd, ratio * dg, gg)
+        return {path: scaled(d, ratio) if graft else d for path, (d, _) in pairs.items()}
