@@ -1,0 +1,348 @@
+"""Gauss–Newton for least squares and physics-informed networks: a closure of residuals, one linear solve, one search.
+
+    closure ─▶ residuals ─▶ Jacobian ─▶ K = J Jᵀ or JᵀJ ─▶ damping, solve ─▶ direction ─▶ line search ─▶ the step
+               residuals.py  jacobian.py        systems.py, sample_solve.py, damping.py    line_search.py
+
+    symbol   meaning                                                                      shape
+    s        scaled residuals, L = ½‖s‖² (fngd.residuals)                                 [B]
+    J        ∂s/∂θ                                                                        [B, P]
+    λ, μ     damping, momentum
+    φ        the step taken last, before the learning rate                                [P]
+    d        the direction; θ ← θ − lr·t·d                                                [P]
+
+    d = μφ + Jᵀ(J Jᵀ + λI)⁻¹(s − μJφ)
+
+is the minimiser of ‖J d − s‖² + λ‖d − μφ‖²: the damped Gauss–Newton step for μ = 0 (Levenberg 1944, Marquardt 1963; in
+sample space it is MinSR, Chen and Heyl 2023, and ENGD-W, Guzmán-Cordero et al. 2025), and SPRING for μ > 0
+(Goldshlager, Abrahamsen, Lin 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from fngd.damping import Adaptive, Damping, damping_of
+from fngd.jacobian import FORMS, Jacobian, flatten
+from fngd.line_search import FACTOR, Found, geometric_search
+from fngd.residuals import Residuals, check_weights, read_residuals
+from fngd.systems import SOLVES, SketchOptions, Solved, System, choose, form
+
+CHECK_EVERY = 16
+"""Of the steps, one in this many verifies that the rows of J add up."""
+HELD_BYTES = 2**29
+"""gram="auto" forms J as a whole up to this size."""
+RETRIES = 4
+"""Larger dampings tried, each RAISE times the one before, where no step size lowers the loss."""
+RAISE = 10.0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did: `opt.info`."""
+
+    loss: float
+    """L before the step."""
+    loss_after: float | None
+    """L after it; None where nothing asked for it."""
+    step_size: float
+    """t; 0 where the step was rejected."""
+    damping: float
+    gain: float | None
+    """Actual over foretold decrease; None unless damping is adaptive."""
+    method: str
+    error: float | None
+    """Relative residual of the linear system, where the solve is approximate."""
+    iterations: int
+    evaluations: int
+    """Closure calls of the search."""
+    retries: int
+    accepted: bool
+    """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
+
+
+class GaussNewton(Optimizer):
+    """Damped Gauss–Newton with SPRING momentum and a line search; a `torch.optim.Optimizer` for residuals.
+
+    `opt.step(closure)` minimises L = ½ Σ_g w_g·mean_b r_gb² over the residual groups g that the closure returns: one
+    tensor [B], a dict name -> [B_g], or a tuple of tensors. The residuals may contain derivatives of the network
+    with respect to its inputs, by `torch.autograd.grad(..., create_graph=True)` or `torch.func`. The closure neither
+    zeroes nor computes gradients, and gives the same residuals when it is called again within a step: draw new
+    points between steps.
+
+    Arguments:
+        params: a model, parameters, or parameter groups.
+        lr: the largest step, > 0; the direction is multiplied by it and then by the search's t ≤ 1. One is the
+            Gauss–Newton step. A parameter group's own lr holds for its part.
+        damping: λ ≥ 0 on J Jᵀ of the *scaled* residuals; a function step -> λ; "adaptive" for Levenberg–Marquardt, or
+            `fngd.damping.Adaptive(...)` with its options. Small and fixed with a line search is best on the
+            differential equations of `experiments/pinn.py`; λ ≈ 1e-3 or "adaptive" for noisy data.
+        momentum: μ in [0, 1).
+        line_search: choose t among 1, ½, ¼, … by the loss (two or three closure calls a step, started where the
+            last step ended); False takes t = 1.
+        weights: w_g ≥ 0 by name of the group; 1 for those not named.
+        gram: "rows" forms J [B, P]; "factored" forms K from per-sample factors, parameter by parameter, for wide
+            layers; "auto" is "rows" up to 512 MiB of J, after which rows are formed in chunks.
+        chunk_size: rows of J held at once. Peak memory beside the graph is then three chunks of J and the matrix;
+            the time grows with the number n of chunks as n(n + 1)/2 for K, n for JᵀJ. None: all.
+        solve: "samples" (B × B), "parameters" (P × P), "sketch" (neither), or "auto": the smaller matrix, and
+            the sketch where both B and P exceed `max_samples`.
+        max_samples: largest matrix that is formed.
+        sketch: rank, tolerance and iterations of the randomised solve; its error is `opt.info.error`.
+        check: verify rows against the gradient of their sum, in one of 16 steps.
+
+    Raises:
+        ValueError: an option out of range; in `step`, residuals of a wrong shape, or NaN at the current parameters.
+
+    Linear systems are solved in float64 whatever the parameters' precision. With float32 parameters K has rounding
+    errors of ε·tr(K), so smaller λ are raised to that; accuracies beyond 1e-4 need float64 parameters. A step waits for
+    the device several times.
+
+    >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(1)
+    >>> opt = GaussNewton(model, damping=1e-6)
+    >>> for _ in range(20):
+    ...     loss = opt.step(lambda: (model(x) - x.sin()).squeeze(1))
+    >>> bool(loss < 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *,
+        lr: float = 1.0,
+        damping: Damping = 1e-8,
+        momentum: float = 0.0,
+        line_search: bool = True,
+        weights: Mapping[str, float] | None = None,
+        gram: str = "auto",
+        chunk_size: int | None = None,
+        solve: str = "auto",
+        max_samples: int = 8192,
+        sketch: SketchOptions | None = None,
+        check: bool = True,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}; it must be in [0, 1)")
+        for name, value, allowed in (("gram", gram, FORMS), ("solve", solve, SOLVES)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}")
+        if gram == "factored" and solve not in ("auto", "samples"):
+            raise ValueError(f"gram='factored' forms J Jᵀ, not what solve={solve!r} needs; leave one of them out")
+        for name, number in (("chunk_size", chunk_size), ("max_samples", max_samples)):
+            if number is not None and not (isinstance(number, int) and number >= 1):
+                raise ValueError(f"{name}={number!r}; it must be an integer ≥ 1")
+        check_weights(weights)
+        self.damping = damping_of(damping)
+        super().__init__(params.parameters() if isinstance(params, nn.Module) else params, {"lr": lr})
+        self.momentum, self.line_search, self.weights = momentum, line_search, dict(weights or {})
+        self.gram, self.chunk_size, self.solve, self.max_samples = gram, chunk_size, solve, max_samples
+        self.sketch, self.check = sketch or SketchOptions(), check
+        self.info: StepInfo | None = None
+        self._steps, self._start = 0, 1.0
+        self._adapted = self.damping.initial if isinstance(self.damping, Adaptive) else 0.0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as any optimiser does. Raises ValueError for lr ≤ 0 or parameters that are not real."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not 0 < group["lr"] < math.inf:
+            raise ValueError(f"lr={group['lr']}; it must be > 0 (1 is the full Gauss–Newton step)")
+        kinds = {(p.dtype, p.device) for each in self.param_groups for p in each["params"]}
+        if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
+            raise ValueError(
+                f"parameters are {sorted(map(str, kinds))}; Gauss–Newton needs one real floating-point dtype and one "
+                "device for all"
+            )
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def direction(self, closure: Callable[[], Any]) -> tuple[Tensor, ...]:
+        """Returns d for each parameter that requires a gradient, and changes nothing."""
+        residuals = self._residuals(closure)
+        jacobian, system = self._linearise(residuals, closure)
+        solved = self._solve(jacobian, system, self._previous(), self._damping())
+        return tuple(part.clone() for part in self._split(solved.direction))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step and returns the loss before it, a scalar tensor; `info` tells the rest.
+
+        Where no step size lowers the loss, momentum is dropped and up to four dampings, each ten times the last,
+        are tried; if none helps the parameters stay and `info.accepted` is False.
+        """
+        if closure is None:
+            raise ValueError("GaussNewton needs residuals: call opt.step(closure) with a closure that returns them")
+        residuals = self._residuals(closure)
+        loss = residuals.loss()
+        jacobian, system = self._linearise(residuals, closure)
+        damping, previous = self._damping(), self._previous()
+        params = self._params
+        before = [p.clone() for p in params]
+        rates = self._split(torch.cat([p.new_full((p.numel(),), lr) for p, lr in self._rates()]))
+        evaluations = retries = 0
+        while True:
+            solved = self._solve(jacobian, system, previous, damping)
+            parts = self._split(solved.direction)
+            moves = [part * rate for part, rate in zip(parts, rates, strict=True)]
+            found = self._search(closure, params, before, moves, loss, solved)
+            evaluations += found.evaluations
+            if found.step or retries == RETRIES:
+                break
+            retries, previous = retries + 1, None
+            damping = RAISE * max(damping, torch.finfo(torch.float64).eps)
+        self._put(params, before, moves, found.step)
+        gain = self._gain(jacobian, moves, loss, found)
+        self._remember(parts, found, damping, gain)
+        self.info = StepInfo(
+            loss, found.loss if self._looks_ahead else None, found.step, damping, gain, solved.method, solved.error,
+            solved.iterations, evaluations, retries, found.step > 0,
+        )  # fmt: skip
+        return jacobian.scaled.new_tensor(loss)
+
+    # --- the linear system ------------------------------------------------------------------------------------
+
+    def _residuals(self, closure: Callable[[], Any]) -> Residuals:
+        with torch.enable_grad():
+            residuals = read_residuals(closure(), self.weights)
+        if not residuals.finite:
+            bad = {name: int((~group.isfinite()).sum()) for name, group in residuals.groups.items()}
+            raise ValueError(
+                f"residuals are not finite at the current parameters (entries by group: {bad}), so there is no "
+                "direction. Look for a division by zero or a square root at zero in the closure; if earlier steps "
+                "diverged, use line_search=True or a larger damping"
+            )
+        if not residuals.scaled.requires_grad:
+            raise ValueError(
+                "no residual depends on a parameter: they have no graph. Do not use torch.no_grad() or detach() in the "
+                "closure, and compute the residuals with this model"
+            )
+        return residuals
+
+    def _linearise(self, residuals: Residuals, closure: Callable[[], Any]) -> tuple[Jacobian, System]:
+        params = self._params
+        batch, size = residuals.count, sum(p.numel() for p in params)
+        kind = choose("samples" if self.gram == "factored" else self.solve, batch, size, self.max_samples)
+        chunk = self.chunk_size
+        fitting = max(1, HELD_BYTES // (size * params[0].element_size()))
+        if self.gram == "auto" and chunk is None and batch > fitting:
+            chunk = max(1, fitting // 3)
+        jacobian = Jacobian(
+            residuals,
+            params,
+            lambda: read_residuals(closure(), self.weights),
+            chunk=chunk,
+            factored=self.gram == "factored",
+            check=self.check and self._steps % CHECK_EVERY == 0,
+        )
+        return jacobian, form(kind, jacobian, self.sketch, self._steps)
+
+    def _solve(self, jacobian: Jacobian, system: System, previous: Tensor | None, damping: float) -> Solved:
+        rhs = jacobian.scaled.detach()
+        if previous is None:
+            return system.solve(rhs, damping)
+        solved = system.solve(rhs - jacobian.apply(previous), damping)
+        return Solved(previous + solved.direction, solved.method, solved.error, solved.iterations)
+
+    def _previous(self) -> Tensor | None:
+        """μφ; None where there is none."""
+        params = self._params
+        steps = [self.state[p].get("momentum_buffer") for p in params]
+        if not self.momentum or all(step is None for step in steps):
+            return None
+        return self.momentum * flatten(steps, params)
+
+    # --- the step ---------------------------------------------------------------------------------------------
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self.line_search or isinstance(self.damping, Adaptive)
+
+    def _search(
+        self,
+        closure: Callable[[], Any],
+        params: list[Tensor],
+        before: list[Tensor],
+        moves: list[Tensor],
+        loss: float,
+        solved: Solved,
+    ) -> Found:
+        if not bool(solved.direction.isfinite().all()):
+            return Found(0.0, loss, 0)
+        if not self._looks_ahead:
+            return Found(1.0, loss, 0)
+
+        def evaluate(step: float) -> float:
+            self._put(params, before, moves, step)
+            with torch.enable_grad():
+                return read_residuals(closure(), self.weights).loss()
+
+        try:
+            if self.line_search:
+                return geometric_search(evaluate, loss, start=min(1.0, self._start / FACTOR))
+            reached = evaluate(1.0)
+            return Found(1.0 if reached < loss else 0.0, min(reached, loss), 1)
+        finally:
+            self._put(params, before, moves, 0.0)
+
+    def _gain(self, jacobian: Jacobian, moves: list[Tensor], loss: float, found: Found) -> float | None:
+        if not isinstance(self.damping, Adaptive):
+            return None
+        if not found.step:
+            return -math.inf
+        scaled = jacobian.scaled.detach()
+        foretold = scaled - found.step * jacobian.apply(torch.cat([move.reshape(-1) for move in moves]))
+        decrease = loss - foretold.double().square().sum().item() / 2
+        return (loss - found.loss) / decrease if decrease > 0 else -math.inf
+
+    def _remember(self, parts: list[Tensor], found: Found, damping: float, gain: float | None) -> None:
+        self._steps += 1
+        self._start = found.step or 1.0
+        if isinstance(self.damping, Adaptive) and gain is not None:
+            self._adapted = self.damping.next(damping, gain)
+        if self.momentum:
+            for param, part in zip(self._params, parts, strict=True):
+                self.state[param]["momentum_buffer"] = part * found.step if found.step else torch.zeros_like(part)
+
+    def _damping(self) -> float:
+        if isinstance(self.damping, Adaptive):
+            return self._adapted
+        value = float(self.damping(self._steps) if callable(self.damping) else self.damping)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"damping gave {value} in step {self._steps}; it must be ≥ 0 and finite")
+        return value
+
+    def _rates(self) -> list[tuple[Tensor, float]]:
+        return [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        params = self._params
+        return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(params: list[Tensor], before: list[Tensor], moves: list[Tensor], step: float) -> None:
+        for param, start, move in zip(params, before, moves, strict=True):
+            param.copy_(start) if step == 0 else torch.sub(start, move, alpha=step, out=param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""
+        scalars = {"steps": self._steps, "start": self._start, "damping": self._adapted}
+        return {**super().state_dict(), "gauss_newton": scalars}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError for the state of another kind of optimiser."""
+        if "gauss_newton" not in state_dict:
+            raise ValueError("the state has no 'gauss_newton': it was not saved by GaussNewton")
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        scalars = state_dict["gauss_newton"]
+        self._steps, self._start, self._adapted = scalars["steps"], scalars["start"], scalars["damping"]

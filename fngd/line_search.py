@@ -1,0 +1,56 @@
+"""A step size from a few evaluations of the loss at geometric distances along a direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FACTOR = 0.5
+"""Ratio of neighbouring step sizes."""
+SMALLEST = 2.0**-30
+
+
+@dataclass(frozen=True)
+class Found:
+    """The step size, 0 where none lowers the loss; the loss there; how often the loss was evaluated."""
+
+    step: float
+    loss: float
+    evaluations: int
+
+
+def geometric_search(evaluate: Callable[[float], float], loss: float, *, start: float = 1.0) -> Found:
+    """Returns the best step size of 1, ½, ¼, … that is found by going downhill from `start`.
+
+    From the start the search goes on in the direction that improves until it no longer does: two or three evaluations
+    where `start` is the step size of the step before, and never past 1. A start that does not lower the loss is
+    halved until one does, 2⁻³⁰ at most.
+
+    Arguments:
+        evaluate: step size -> loss; NaN and inf count as worse than anything.
+        loss: where the step size is 0.
+        start: a power of ½; the first to be tried.
+
+    >>> geometric_search(lambda t: (1 - 4 * t) ** 2, 1.0)  # the least of a parabola at t = 1/4
+    Found(step=0.25, loss=0.0, evaluations=4)
+    """
+    tried: dict[float, float] = {}
+
+    def at(step: float) -> float:
+        if step not in tried:
+            value = evaluate(step)
+            tried[step] = math.inf if math.isnan(value) else value
+        return tried[step]
+
+    step = start
+    while at(step) >= loss:
+        step *= FACTOR
+        if step < SMALLEST:
+            return Found(0.0, loss, len(tried))
+    while step * FACTOR >= SMALLEST and at(step * FACTOR) < at(step):
+        step *= FACTOR
+    if step == start:  # otherwise the next larger one is known to be worse
+        while step / FACTOR <= 1 and at(step / FACTOR) < at(step):
+            step /= FACTOR
+    return Found(step, at(step), len(tried))
