@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Extra arguments for the command a target runs: make test ARGS="-k conv -x"
 ARGS ?=
+# The folder of cifar-10-batches-py, FashionMNIST and multi30k, for the experiments: make experiments DATA=DIR
+DATA ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,11 +19,11 @@ READY_BENCH := $(VENV)/.ready-bench
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test slow lint format notebooks docs bench conformance clean
+.PHONY: help install demo test slow lint format notebooks docs bench conformance experiments experiments-smoke verdicts clean
 
 help: ## show this list
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.11]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with everything but the benchmark extras
 
@@ -55,8 +57,19 @@ bench: $(READY_BENCH) ## speed and memory beside plain training and other librar
 conformance: $(READY_BENCH) ## every backend and other libraries on every case: exact, refused or wrong
 	$(BIN)/python -m persample conformance --peers --out docs/conformance.md $(ARGS)
 
+experiments: $(READY_BENCH) ## the papers' tables and figures at small scale, DATA=DIR; goes on where it stopped
+	$(BIN)/python -m experiments all --scale small $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
+	$(BIN)/python -m experiments verdicts
+
+experiments-smoke: $(READY_BENCH) ## each experiment for a minute at most, on data that need no folder
+	rm -rf results/tmp/smoke
+	$(BIN)/python -m experiments all --scale smoke --minutes 1 --out results/tmp/smoke $(ARGS)
+
+verdicts: $(READY) ## fill the table of experiments/README.md from the results
+	$(BIN)/python -m experiments verdicts
+
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info results/demo .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info results/demo results/tmp .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

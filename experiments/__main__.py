@@ -1,6 +1,7 @@
 """`python -m experiments NAME`: measures a table or figure of the papers; goes on where it stopped.
 
 python -m experiments NAME --scale small     results, tables and figures in experiments/results
+python -m experiments all --scale small      every experiment, one after the other
 python -m experiments draw [NAME …]          figures and tables again, from the results alone
 python -m experiments verdicts               fills the table of experiments/README.md from the results
 """
@@ -24,10 +25,11 @@ import torch
 from experiments import record as records
 from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
+from fngd.data import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 130 where units are left to do. Exits with 2 on a mistake."""
+    """Runs the command line; returns 0, 130 where units are left, 1 where `all` met a failure. Exits with 2 on a mistake."""
     known = records.experiments()
     parser = _parser(known)
     options = parser.parse_args(arguments)
@@ -39,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if unknown:
                 raise ValueError(f"{', '.join(unknown)}: unknown; the experiments are {', '.join(known)}")
             return _draw_all([known[name] for name in options.names or known], options.out)
+        if options.command == "all":
+            return _run_all(known, options)
         return _run(known[options.command], options)
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         parser.error(str(error))
 
 
@@ -52,16 +56,14 @@ def _parser(known: dict[str, Experiment]) -> argparse.ArgumentParser:
     for experiment in known.values():
         command = commands.add_parser(experiment.name, help=f"{experiment.source}: {experiment.help}")
         command.description = f"{experiment.source}: {experiment.help}."
+        _add_common(command, [scale for scale in SCALES if scale in experiment.scales])
         add = command.add_argument
-        scales = [scale for scale in SCALES if scale in experiment.scales]
-        add("--scale", choices=scales, default="small", help="small fits 2 CPU cores, full is the paper's (for a GPU)")
-        add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
-        add("--threads", type=_positive, default=None, metavar="N", help="threads of torch (default: torch's)")
-        add("--data-dir", type=Path, default=None, metavar="DIR", help="the folder of the data sets")
         add("--only", default="*", metavar="A,B,…", help="units to run, by patterns such as 'fngd/*' (default all)")
-        add("--minutes", type=float, default=None, metavar="M", help="stop after about M minutes; go on later")
         add("--set", action="append", default=[], metavar="NAME=JSON", help="another setting than the scale's")
         add("--list", action="store_true", help="print the settings and the units, and which are finished")
+    every = commands.add_parser("all", help="every experiment; what cannot run is told at the end")
+    every.set_defaults(only="*", set=[], list=False)
+    _add_common(every, list(SCALES))
     draw = commands.add_parser("draw", help="figures and tables from the results alone")
     draw.add_argument("names", nargs="*", metavar="NAME", help="default all")
     verdict = commands.add_parser("verdicts", help="fill the claim-by-claim table of README.md from the results")
@@ -69,6 +71,34 @@ def _parser(known: dict[str, Experiment]) -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="where results are kept")
     return parser
+
+
+def _add_common(command: argparse.ArgumentParser, scales: list[str]) -> None:
+    add = command.add_argument
+    add("--scale", choices=scales, default="small", help="small fits 2 CPU cores, full is the paper's (for a GPU)")
+    add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
+    add("--threads", type=_positive, default=None, metavar="N", help="threads of torch (default: torch's)")
+    add("--data-dir", type=Path, default=None, metavar="DIR", help="the folder of the data sets")
+    add("--minutes", type=float, default=None, metavar="M", help="stop each experiment after about M minutes")
+
+
+def _run_all(known: dict[str, Experiment], options: argparse.Namespace) -> int:
+    """Runs what has this scale. An experiment that --minutes cut short is no failure, one that cannot run is."""
+    outcomes, failed = {}, False
+    for name, experiment in known.items():
+        if options.scale not in experiment.scales:
+            continue
+        print(f"== {name}", file=sys.stderr)
+        try:
+            code = _run(experiment, options)
+            outcomes[name] = "finished" if code == 0 else "unfinished; the same command goes on"
+            if code and options.minutes is None:  # Ctrl-C
+                break
+        except (ValueError, DataError) as error:
+            outcomes[name], failed = f"FAILED: {error}", True
+    print("\n".join(f"{name:14}{outcome}" for name, outcome in outcomes.items()))
+    unfinished = options.minutes is None and any(outcome.startswith("unfinished") for outcome in outcomes.values())
+    return 1 if failed else 130 if unfinished else 0
 
 
 def _run(experiment: Experiment, options: argparse.Namespace) -> int:

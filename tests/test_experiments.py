@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from experiments import __main__ as command
 from experiments import record as records
 from experiments import verdicts
 from experiments.record import Claim, Experiment, Record, Verdict
+from fngd import data
 
 RAN: list[str] = []
 
@@ -127,6 +129,18 @@ def test_a_unit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 def test_the_time_limit_ends_the_command_and_keeps_what_is_finished(tmp_path):
     assert _call(tmp_path, "toy", "--minutes", "0") == 130
     assert RAN == []
+
+
+def test_all_goes_on_after_a_failure_and_tells_it(tmp_path, monkeypatch, capsys):
+    broken = dataclasses.replace(TOY, name="broken", run=lambda *_: data.load("cifar10"))
+    monkeypatch.setattr(records, "experiments", lambda: {"broken": broken, "toy": TOY})
+    assert _call(tmp_path, "all", "--scale", "smoke", "--minutes", "1") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("broken        FAILED: cifar10 needs --data-dir")
+    assert lines[-1] == "toy           finished"
+    monkeypatch.setattr(records, "experiments", lambda: {"toy": TOY})
+    assert _call(tmp_path, "all", "--scale", "small", "--minutes", "0") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "toy           unfinished; the same command goes on"
 
 
 def test_two_processes_add_to_one_file(tmp_path):
