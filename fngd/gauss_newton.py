@@ -167,7 +167,12 @@ class GaussNewton(Optimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def direction(self, closure: Callable[[], Any]) -> tuple[Tensor, ...]:
-        """Returns d for each parameter that requires a gradient, and changes nothing."""
+        """Returns d for each parameter that requires a gradient, and changes nothing.
+
+        >>> w = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+        >>> GaussNewton([w]).direction(lambda: (2 * w).sum().view(1))  # a linear residual: all the way to its zero
+        (tensor([3.0000], dtype=torch.float64),)
+        """
         residuals = self._residuals(closure)
         jacobian, system = self._linearise(residuals, closure)
         solved = self._solve(jacobian, system, self._previous(), self._damping())
