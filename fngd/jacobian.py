@@ -10,6 +10,7 @@ the network with respect to its inputs make a graph in which every weight is use
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -66,14 +67,16 @@ class Jacobian:
     def rows(self, piece: tuple[str, int, int], out: Tensor | None = None) -> Float[Tensor, "rows size"]:
         """Rows of one piece, written into `out` if it is given."""
         name, start, stop = piece
+        tilt = generic(stop - start, self.scaled)
         with torch.enable_grad():
-            part = self.residuals.groups[name][start:stop]
+            part = self.residuals.groups[name][start:stop] * tilt
         grads = persample.grad(part, self.params, check=self.check)
+        scale = (self.residuals.factors[name] / tilt).unsqueeze(1)
         if out is None:
             out = self.scaled.new_empty(stop - start, self.size, requires_grad=False)
         place = 0
         for grad, param in zip(grads, self.params, strict=True):
-            torch.mul(grad.flatten(1), self.residuals.factors[name], out=out[:, place : place + param.numel()])
+            torch.mul(grad.flatten(1), scale, out=out[:, place : place + param.numel()])
             place += param.numel()
         return out
 
@@ -164,15 +167,29 @@ class Jacobian:
 
     def _factors(self, piece: tuple[str, int, int]) -> persample.PerSampleGrads:
         name, start, stop = piece
-        module = _Closure(self.params, lambda: self.again().groups[name][start:stop])
+        tilt = generic(stop - start, self.scaled)
+        module = _Closure(self.params, lambda: self.again().groups[name][start:stop] * tilt)
         found = persample.per_sample(module, _residuals_themselves, (), check=self.check)
         if not isinstance(found, persample.PerSampleGrads):  # only with chunk_size, which is not given
             raise TypeError(f"per_sample returned {type(found).__name__}")
         return found
 
     def _factored_product(self, first: Any, piece: Any, second: Any, other: Any) -> Tensor:
-        scale = self.residuals.factors[piece[0]] * self.residuals.factors[other[0]]
-        return first.gram(other=None if second is first else second) * scale
+        left, right = (
+            self.residuals.factors[name] / generic(stop - start, self.scaled) for name, start, stop in (piece, other)
+        )
+        return first.gram(other=None if second is first else second) * torch.outer(left, right)
+
+
+def generic(count: int, like: Tensor) -> Float[Tensor, " count"]:
+    """Fixed irregular numbers in [1, 2): rows are formed of residuals times these, and divided by them again.
+
+    What reads rows off the graph looks at the gradient of their sum, and takes what it does not reach for unused. Sums
+    vanish by design where residuals are centred, r − mean(r); irregular sums do not.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    ramp = torch.arange(1, count + 1, dtype=torch.float64) * golden
+    return (1 + ramp - ramp.floor()).to(like)
 
 
 class _Closure(nn.Module):

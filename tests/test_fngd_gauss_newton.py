@@ -104,8 +104,11 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("derivatives", DERIVATIVES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "derivatives"),
+    [(form, "autograd") for form in FORMS]
+    + [(form, kind) for form in ("rows", "factored") for kind in ("hessian", "jvp")],
+)
 def test_direction_is_dense_gauss_newton(form: str, derivatives: str) -> None:
     net, closure = problem(DERIVATIVES[derivatives])
     opt = GaussNewton(net, damping=DAMPING, weights=WEIGHTS, **FORMS[form])
@@ -192,9 +195,9 @@ def test_groups_have_their_own_rate() -> None:
 def test_loss_never_rises_with_a_search(damping: Any, momentum: float) -> None:
     net, closure = problem(interior=20)
     opt = GaussNewton(net, damping=damping, momentum=momentum, weights=WEIGHTS)
-    losses = [opt.step(closure).item() for _ in range(12)]
+    losses = [opt.step(closure).item() for _ in range(8)]
     assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
-    assert losses[-1] < 1e-2 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]
     assert opt.info is not None
     assert opt.info.loss == losses[-1]
     assert opt.info.loss_after is not None
@@ -203,7 +206,7 @@ def test_loss_never_rises_with_a_search(damping: Any, momentum: float) -> None:
 def test_adaptive_damping_without_a_search_rejects_bad_steps() -> None:
     w = nn.Parameter(torch.tensor([3.0]).double())
     opt = GaussNewton([w], damping="adaptive", line_search=False)
-    for _ in range(60):
+    for _ in range(20):
         opt.step(lambda: torch.atan(w))  # the undamped step from 3 overshoots and diverges
         assert abs(w.item()) <= 3.0
     assert abs(w.item()) < 1e-6
