@@ -194,17 +194,17 @@ def _hadamard_is_cheaper(block: Conv) -> bool:
 
 
 def layer_grads(
-    module: nn.Module, uses: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int
+    module: nn.Module | None, uses: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int
 ) -> LayerGrads:
     """Returns the per-sample gradients of a layer that was called once or several times.
 
     Arguments:
-        module: a linear or convolution layer.
+        module: a linear or convolution layer; None: a linear function, given its weight.
         uses: (x, z) of each call, as the module received and returned them.
         needed: whether the weight, and whether the bias, needs a gradient.
         axis: which axis of x and z counts samples (for a convolution 0).
     """
-    if isinstance(module, nn.Linear):
+    if module is None or isinstance(module, nn.Linear):
         pairs = [(_rows(x, axis), _rows(z, axis)) for x, z in uses]
         # Several calls are more positions: Σ_t runs over all of them, cross terms included.
         x, z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True))

@@ -395,10 +395,15 @@ def test_rows_as_samples_where_asked_for() -> None:
     assert_same(got, weighted(rows_of(inner, x.flatten(0, 1)), FACTORS))
 
 
+class Coupled(TimeMajor):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "message"),
     [
-        (TimeMajor, (B, B, 3), r"layer 'out' counts samples: its output has shape \[4, 4, 2\].*\[0, 1\] all have"),
+        (Coupled, (B, B, 3), r"layer 'out' counts samples: its output has shape \[4, 4, 2\].*\[0, 1\] all have"),
         (lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2)), (B, 5, 3), "no axis before the last has that size"),
     ],
 )
@@ -417,7 +422,7 @@ def test_misuse_is_met_with_a_sentence() -> None:
             reweight(nn.Sequential(model[0]), fixed)
         with pytest.raises(ValueError, match=r"layer '0'.*forward was not called with a tensor.*Call the model itself"):
             model[0](torch.randn(B, 3)).sum().backward()
-    with pytest.raises(ValueError, match=r"names \['1'\].*\['0', '2'\]"):
+    with pytest.raises(ValueError, match=r"names \['1'\].*\['0', '0.weight', '2'\]"):
         reweight(model, fixed, batch_axis={"1": 0})
     with pytest.raises(ValueError, match="has its samples on axis 0"):
         reweight(model, fixed, batch_axis={"2": 1})

@@ -1,0 +1,149 @@
+"""A weight that `reweight` reweights: a module's own, or one that a function is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample.layers import LayerGrads
+from persample.taps import Pass, Uses
+
+Parameters = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(eq=False)
+class Layer:
+    """A layer by its path; the state that its calls in training share.
+
+    For a function `module` is None, `source` returns its (weight, bias), which may be parts of parameters, and
+    `owners` are the parameters themselves.
+    """
+
+    path: str
+    module: nn.Module | None
+    axis: int | None
+    source: Callable[[], Parameters] | None = None
+    owners: tuple[Tensor, ...] = ()
+    off: list[nn.Parameter] = field(default_factory=list)
+    called: bool = False
+    opaque: bool = False
+    """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is linear, so that any axis but the last may count samples."""
+        return self.module is None or isinstance(self.module, nn.Linear)
+
+    def parameters(self) -> list[Tensor | None]:
+        """[weight, bias], or an empty list where the layer is to take the plain gradient."""
+        if self.why_plain() is not None:
+            return []
+        weight, bias = self._own()
+        return [weight, bias if bias is not None and bias.requires_grad else None]
+
+    def _own(self) -> Parameters:
+        if self.module is None:
+            assert self.source is not None, "a function's layer is made with one"
+            return self.source()
+        return self.module._parameters.get("weight"), self.module._parameters.get("bias")
+
+    def members(self) -> list[Tensor]:
+        """The parameters that the layer's gradient belongs to, frozen ones included."""
+        return list(self.owners) if self.module is None else [each for each in self._own() if each is not None]
+
+    def why_plain(self) -> str | None:
+        """Why the layer takes the plain gradient, None if it does not."""
+        own = self._own()[0]
+        if own is None:
+            return "its weight is computed from other parameters (parametrised)"
+        if not own.requires_grad and all(own is not parameter for parameter in self.off):
+            return "its weight is frozen"
+        return None
+
+    def explain(self) -> str:
+        """What happens to its gradient, and why."""
+        plain = self.why_plain()
+        if plain is not None:
+            return f"plain: {plain}"
+        if not self.called:
+            return "plain so far: its forward has not been called (another module may use its weight)"
+        return "reweighted" + ("" if self.axis is None else f", samples on axis {self.axis} of its output")
+
+    def switch_off(self) -> None:
+        """While the layer runs, its parameters need no gradient."""
+        self.switch_on()  # left over from a forward pass that Ctrl-C ended
+        for parameter in self.parameters():
+            if isinstance(parameter, nn.Parameter):
+                parameter.requires_grad_(False)
+                self.off.append(parameter)
+
+    def switch_on(self) -> None:
+        """Ends `switch_off`."""
+        while self.off:
+            self.off.pop().requires_grad_(True)
+
+    def candidates(self, shape: tuple[int, ...], batch: int) -> list[int]:
+        """The axes of an output of that shape that may count samples."""
+        if self.module is None or isinstance(self.module, nn.Linear):
+            return [axis for axis, size in enumerate(shape[:-1]) if size == batch]
+        spatial: Any = self.module.kernel_size
+        return [0] if len(shape) == len(spatial) + 2 and shape[0] == batch else []
+
+    def check(self, uses: Uses) -> list[tuple[Tensor, Tensor]]:
+        """Returns the uses, emptied, when it is certain which of their axes counts samples."""
+        found, uses.found = uses.found, []
+        if self.axis is None:
+            self.axis = self._find_axis(tuple(found[-1][1].shape), uses.forward)
+        sizes = {z.shape[self.axis] for _, z in found}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
+                "its calls make one gradient per sample only if each has the same samples. Call the model "
+                "once per batch."
+            )
+        return found
+
+    def _find_axis(self, shape: tuple[int, ...], forward: Pass) -> int:
+        """The axis of the output that counts samples; raises ValueError where that is not certain."""
+        batch, remedy = forward.batch, f"give reweight(..., batch_axis={{'{self.path}': axis}})"
+        if batch is None:
+            raise ValueError(
+                f"the batch size is unknown at layer '{self.path}' (output of shape {list(shape)}): the model's own "
+                f"forward was not called with a tensor. Call the model itself, or {remedy}."
+            )
+        found = self.candidates(shape, batch)
+        if len(found) == 1:
+            return found[0]
+        if not self.linear:
+            raise ValueError(
+                f"layer '{self.path}' has an output of shape {list(shape)}, but the model's input {batch} samples, "
+                f"and axis 0 must count samples. If each of its {shape[0]} rows is to be a sample of its own, "
+                f"{remedy.replace('axis}', '0}')}."
+            )
+        what = "no axis before the last has that size"
+        if found:
+            what = f"axes {found} all have that size, and a trial with other samples did not tell them apart"
+        raise ValueError(
+            f"cannot tell which axis of layer '{self.path}' counts samples: its output has shape {list(shape)}, the "
+            f"model's input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
+            "layers."
+        )
+
+    def combine(self, grads: LayerGrads, answer: Any) -> Parameters:
+        """Returns the (weight, bias) gradients that the policy's answer stands for."""
+        if answer is None:
+            return grads.weighted_sum(torch.ones(grads.batch_size, device=grads.device))
+        if isinstance(answer, tuple) and len(answer) == 2:
+            return answer
+        if not isinstance(answer, Tensor) or answer.shape != (grads.batch_size,):
+            returned = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise ValueError(
+                f"the policy returned {returned} for layer '{self.path}'; allowed are None (the plain "
+                f"gradient), a tensor of shape [{grads.batch_size}], one factor per sample, and a pair of "
+                "the gradients of weight and bias themselves."
+            )
+        return grads.weighted_sum(answer)
