@@ -31,7 +31,7 @@ from fngd.statistics import (
     own_scale,
     position_count,
     sample_count,
-    summed_positions,
+    summed_samples,
 )
 
 PRESETS = (None, "eva")
@@ -70,9 +70,8 @@ class MeanVectors:
         if self.preset is not None:
             factors = [(x[:PRESET_SAMPLES], z[:PRESET_SAMPLES]) for x, z in factors]
         samples, times = sample_count(factors), position_count(factors)
-        x, z = summed_positions(factors, bias=bias)
-        z = z.sum(1) if self.preset is None else z.sum(1) / times
-        return Statistics(x.sum(1) / times, z, samples, samples, convolution)
+        x, z = summed_samples(factors, bias=bias)
+        return Statistics(x / times, z if self.preset is None else z / times, samples, samples, convolution)
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the sums over both batches."""

@@ -26,16 +26,19 @@ from torch import Tensor, nn
 from fngd.groups import fraction
 from fngd.joint import Found, Ranks, joined_sums
 from fngd.preconditioned import LayerPreconditioned, State
-from fngd.statistics import Factors, Statistics, added, all_positions, moving_average, own_scale, sample_count
+from fngd.statistics import (
+    Factors,
+    Statistics,
+    added,
+    moving_average,
+    own_scale,
+    position_count,
+    sample_count,
+    second_moments,
+)
 
 INVERSES = ("eigen", "cholesky")
 PRESETS = (None, "kfac-pytorch")
-
-
-def second_moment(rows: Float[Tensor, "groups batch time features"]) -> Float[Tensor, "groups features features"]:
-    """Returns Σ_bt r_bt r_btᵀ."""
-    flat = rows.flatten(1, 2)
-    return flat.mT @ flat
 
 
 def kfac_factors(
@@ -131,9 +134,9 @@ class KroneckerFactors:
 
     def collect(self, factors: Factors, *, bias: bool, convolution: bool, random: torch.Generator) -> Statistics:
         """Returns Σ x xᵀ and Σ z zᵀ."""
-        x, z = all_positions(factors, bias=bias)
         samples = sample_count(factors)
-        return Statistics(second_moment(x), second_moment(z), samples, samples * x.shape[2], convolution)
+        inputs, outputs = second_moments(factors, bias=bias, convolution=convolution)
+        return Statistics(inputs, outputs, samples, samples * position_count(factors), convolution)
 
     def combine(self, first: Statistics, second: Statistics) -> Statistics:
         """Returns the sums over both batches."""

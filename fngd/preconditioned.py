@@ -131,6 +131,7 @@ class LayerPreconditioned(Preconditioned):
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
         self._random = torch.Generator().manual_seed(seed)
+        self._drawn_from = self._random.get_state()
         self._process_group, self._exchange = process_group, Exchange(process_group)
         self._model = model
         self._plain = _never_preconditioned(model)
@@ -174,6 +175,8 @@ class LayerPreconditioned(Preconditioned):
             # A public way to learn the scale that does not wait for the device.
             scale = self._scaler.scale(torch.ones((), device=grads.device))
             factors = [(x, z / scale) for x, z in factors]
+        if not self._pending:
+            self._drawn_from = self._random.get_state()
         convolution = not isinstance(self._layers[layer], nn.Linear)
         found = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
@@ -222,8 +225,10 @@ class LayerPreconditioned(Preconditioned):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, and the statistics of a step that a GradScaler has skipped."""
-        self._pending.clear()
+        """Clears the gradients, and the statistics of a step that a GradScaler has skipped, as if it had not been."""
+        if self._pending:
+            self._random.set_state(self._drawn_from)
+            self._pending.clear()
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

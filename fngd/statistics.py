@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fngd.patches import patch_moment, summed_patches, with_ones
+
 Factors = Sequence[tuple[Tensor, Tensor]]
 """(x [batch, groups, inp, *kernel, *time], z [batch, groups, out, *time]) of each call; `LayerGrads.factors`."""
 
@@ -97,14 +99,52 @@ def some_positions(factors: Factors, index: Sequence[int], *, bias: bool) -> Row
 def summed_positions(
     factors: Factors, *, bias: bool
 ) -> tuple[Float[Tensor, "groups batch inp"], Float[Tensor, "groups batch out"]]:
-    """Returns Σ_t x_bt and Σ_t z_bt; patches are added where they lie and never copied out."""
+    """Returns Σ_t x_bt and Σ_t z_bt; no patches are formed."""
     inputs, outputs = [], []
     for x, z in factors:
-        time = tuple(range(3 - z.dim(), 0))
-        inputs.append(x.sum(time).flatten(2).transpose(0, 1))
-        outputs.append(z.sum(time).transpose(0, 1))
+        inputs.append(summed_patches(x).flatten(2).transpose(0, 1))
+        outputs.append(z.sum(tuple(range(3 - z.dim(), 0))).transpose(0, 1))
     x_sum, z_sum = sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0])
     return (F.pad(x_sum, (0, 1), value=float(position_count(factors))) if bias else x_sum), z_sum
+
+
+def summed_samples(factors: Factors, *, bias: bool) -> tuple[Float[Tensor, "groups inp"], Float[Tensor, "groups out"]]:
+    """Returns Σ_bt x_bt and Σ_bt z_bt; no patches are formed."""
+    inputs = [summed_patches(x, batch=True).flatten(1) for x, _ in factors]
+    outputs = [z.sum((0, *range(3 - z.dim(), 0))) for _, z in factors]
+    x_sum, z_sum = sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0])
+    count = float(position_count(factors) * sample_count(factors))
+    return (F.pad(x_sum, (0, 1), value=count) if bias else x_sum), z_sum
+
+
+def second_moments(
+    factors: Factors, *, bias: bool, convolution: bool
+) -> tuple[Float[Tensor, "groups inp inp"], Float[Tensor, "groups out out"]]:
+    """Returns Σ_bt x_bt x_btᵀ and Σ_bt z_bt z_btᵀ; no more patches are formed than the cache holds."""
+    if convolution:
+        inputs = [patch_moment(x) for x, _ in factors]
+        outputs = [_batched_moment(z.flatten(3)) for _, z in factors]
+    else:  # rows in memory one after the other: [batch, 1, features, time] is the transposed view
+        inputs, outputs = (
+            [_row_moment(part.permute(1, 0, 3, 2).flatten(1, 2)) for part in parts]
+            for parts in zip(*factors, strict=True)
+        )
+    a, g = sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0])
+    if bias:
+        a = with_ones(a, summed_samples(factors, bias=False)[0], position_count(factors) * sample_count(factors))
+    return a, g
+
+
+def _row_moment(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
+
+
+def _batched_moment(z: Float[Tensor, "batch groups out time"]) -> Float[Tensor, "groups out out"]:
+    """Products of single samples where they are no larger than z; there they save a copy of it."""
+    if z.shape[3] >= z.shape[2]:
+        return (z @ z.mT).sum(0)
+    columns = z.permute(1, 2, 0, 3).flatten(2)
+    return columns @ columns.mT
 
 
 def moving_average(
