@@ -38,7 +38,7 @@ METHODS = ("sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd")
 MODELS = ("resnet32", "resnet110", "resnet18", "resnet34", "transformer")
 STEPS = 391
 """Steps of an epoch of 50,000 images in batches of 128."""
-_TEXT = {"words": 8000, "time": 16}
+_TEXT = {"words": 8000, "time": 16, "width": 512, "hidden": 2048, "heads": 8}
 FULL: Settings = {
     "models": MODELS,
     "methods": METHODS,
@@ -52,10 +52,10 @@ FULL: Settings = {
 }
 SMALL: Settings = {
     **FULL,
-    "batch": {"resnet32": 64, "resnet110": 16, "resnet18": 16, "resnet34": 8, "transformer": 32},
-    "rounds": dict.fromkeys(MODELS, 7),
+    "batch": {"resnet32": 128, "resnet110": 64, "resnet18": 32, "resnet34": 32, "transformer": 64},
+    "rounds": dict.fromkeys(MODELS, 5),
     "rare": {"resnet32": 2, "resnet110": 1, "resnet18": 0, "resnet34": 0, "transformer": 0},
-    "breakdowns": 3,
+    "breakdowns": 2,
     "transformer": {**_TEXT, "layers": 2},
 }
 SMOKE: Settings = {
@@ -65,7 +65,7 @@ SMOKE: Settings = {
     "rounds": {"resnet32": 2, "transformer": 2},
     "rare": {"resnet32": 0, "transformer": 0},
     "breakdowns": 1,
-    "transformer": {"words": 200, "time": 5, "layers": 1},
+    "transformer": {"words": 200, "time": 5, "width": 128, "hidden": 512, "heads": 8, "layers": 1},
     "image": 16,
 }
 LR = 1e-4
@@ -129,7 +129,8 @@ def task(name: str, settings: Settings, device: str) -> tuple[nn.Module, Callabl
         own = settings["transformer"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: nn.Module = Transformer(own["words"], own["words"], layers=own["layers"])
+            sizes = {name: own[name] for name in ("width", "hidden", "heads", "layers")}
+            model: nn.Module = Transformer(own["words"], own["words"], **sizes)
         words = torch.randint(1, own["words"], (3, batch, own["time"]), generator=generator).to(device)
         source, target, labels = words
         return model.to(device), lambda net: F.cross_entropy(
