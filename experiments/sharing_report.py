@@ -48,7 +48,7 @@ def _describe(record: Record) -> str:
     size = "" if s["train_size"] is None else f", {s['train_size']} training images"
     return (
         f"{s['model']} on {s['data']}{size}, batch {s['batch_size']}, {s['epochs']} epochs, lr {s['lr']:g} "
-        f"(schedule {s['schedule']}), {len(s['seeds'])} seeds"
+        f"(schedule {s['schedule']}), {len({parsed(unit)[2] for unit in record.units})} seeds"
     )
 
 
@@ -148,6 +148,8 @@ def draw(record: Record, stem: Path) -> list[Path]:
             axes[1, 0].fill_between(x, low, high, color=COLOURS[method], alpha=0.10, lw=0)
     axes[1, 0].set(xlabel="epoch", ylabel=f"correlation of stored and fresh factors\nα = {middle:g}", ylim=(-1, 1))
     axes[1, 0].axhline(0, color="black", lw=0.6)
+    for axis in axes[1]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for method in methods:
         runs = [
             result["epochs"]
