@@ -144,3 +144,29 @@ def test_matrices_survive_packing():
     found = inspect(_tiny(), torch.randn(6, 1, 5, 5), torch.tensor([1, 0, 2, 0, 1, 2]))
     matrix = correlation.unpacked(correlation._packed(found, "0"), 6)
     torch.testing.assert_close(matrix, sorted_cosines(found, "0"), atol=0.006, rtol=0)
+
+
+def test_verdicts_follow_from_the_times():
+    def result(**seconds: float) -> dict:
+        times = {}
+        for method in step_time.METHODS:
+            for kind in step_time.shares(method, 100):
+                times[f"{method}/{kind}"] = {"round": [0, 1], "wall": [seconds[method]] * 2, "process": [1.0, 1.0]}
+        parts = {key: [dict.fromkeys(REGIONS, entry["wall"][0] / 6)] for key, entry in times.items()}
+        return {**_result(times, parts), "batch": 8}
+
+    good = {"sgd": 1.0, "adamw": 1.1, "kfac": 2.0, "shampoo": 1.8, "eva": 1.6, "skfac": 1.7, "ngd": 2.4, "fngd": 1.1}
+    units = {model: {"result": result(**good)} for model in step_time.MODELS}
+    settings = {**step_time.SMALL, "models": list(step_time.MODELS)}
+    record = Record("step_time", "small", "cpu", settings, [], units)
+    judgements = [claim.judge(record).judgement for claim in step_time_report.CLAIMS]  # type: ignore[union-attr]
+    assert judgements == ["holds"] * 5 + ["does not hold"]  # the backward pass takes 1.1 of SGD's
+    slow = result(**{**good, "fngd": 1.75})
+    record.units["resnet34"] = {"result": slow}
+    verdicts = [claim.judge(record) for claim in step_time_report.CLAIMS[:3]]
+    assert [verdict.judgement for verdict in verdicts if verdict] == ["holds in part", "holds in part", "holds in part"]
+    assert "resnet34: FNGD 1.75 (1.75–1.75), lowest eva 1.60" in verdicts[0].measured  # type: ignore[union-attr]
+    for model in step_time.MODELS:
+        record.units[model] = {"result": slow}
+    judgements = [claim.judge(record).judgement for claim in step_time_report.CLAIMS[:5]]  # type: ignore[union-attr]
+    assert judgements == ["does not hold", "does not hold", "holds in part", "holds in part", "holds in part"]
