@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import tuning
+from experiments.curves import draw_curves
 from experiments.record import Claim, Record, Verdict
 from experiments.runs import first_epoch, spent
 from experiments.statistics import mean, paired, spread, standard_error
@@ -53,7 +54,8 @@ def report(record: Record) -> str:
             f"## {name}: {task['model']} on {task['data']}{pooled}, {size} training images, batch "
             f"{task['batch_size']}, {task['epochs']} epochs"
         )
-        lines += [_table(record, name, task["targets"]), "### Trials", _trials(record, name)]
+        lines += [_table(record, name, task["targets"]), "### Trials: validation accuracy, %"]
+        lines.append(tuning.table(record.results, record.settings["methods"], f"tune/{name}/", figure="accuracy"))
     return "\n\n".join(lines)
 
 
@@ -87,75 +89,15 @@ def _reached(found: dict[int, list[dict[str, Any]]], target: float) -> str:
     return f"{mean(hits):.1f}, {mean([t for t in times if t is not None]):.1f} s ({len(hits)} of {len(counts)})"
 
 
-def _trials(record: Record, task: str) -> str:
-    rows = ["| method | trials: validation accuracy, % | chosen |", "| --- | --- | --- |"]
-    for method in record.settings["methods"]:
-        prefix = f"tune/{task}/{method}/"
-        found = {unit: result for unit, result in sorted(record.results.items()) if unit.startswith(prefix)}
-        if found:
-            cells = "; ".join(f"{tuning.in_words(r['options'])}: {_outcome(r)}" for r in found.values())
-            rows.append(f"| {method} | {cells} | {_chosen(record, prefix, found)} |")
-    return "\n".join(rows)
-
-
-def _outcome(result: dict[str, Any]) -> str:
-    return "diverged" if result["diverged"] else f"{result['epochs'][-1]['accuracy']:.1f}"
-
-
-def _chosen(record: Record, prefix: str, found: dict[str, Any]) -> str:
-    try:
-        options = tuning.best(record.results, prefix, figure="accuracy")
-    except ValueError:
-        return "none"
-    edge = tuning.at_edge(options, [result["options"] for result in found.values()])
-    return tuning.in_words(options) + (f" (edge of the grid: {', '.join(edge)})" if edge else "")
-
-
-COLOURS = {
-    "sgd": "#7f7f7f", "sgd-long": "#000000", "adamw": "#1f77b4", "kfac": "#ff7f0e", "shampoo": "#8c564b",
-    "eva": "#17becf", "skfac": "#e377c2", "ngd": "#2ca02c", "fngd": "#d62728", "fngd-per-layer": "#9467bd",
-}  # fmt: skip
-
-
 def draw(record: Record, stem: Path) -> list[Path]:
-    """A figure for each task: loss and accuracy against epochs and seconds, mean over seeds and their range."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """A figure for each task: loss and accuracy against epochs and seconds."""
     written = []
-    for task in record.settings["tasks"]:
-        if not any(runs(record, task, method) for method in methods(record)):
-            continue
-        figure = Figure(figsize=(11, 7.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 2, sharey="row")
-        for method in methods(record):
-            found = [*runs(record, task, method).values()]
-            if not found:
-                continue
-            length = min(map(len, found))
-            seconds = [mean([spent(epochs, end) or 0.0 for epochs in found]) for end in range(1, length + 1)]
-            for row, key in enumerate(("train_loss", "accuracy")):
-                values = [[epochs[count][key] for epochs in found] for count in range(length)]
-                for column, x in enumerate((range(1, length + 1), seconds)):
-                    style = {"color": COLOURS.get(method, "#bcbd22"), "lw": 2.2 if method == "fngd" else 1.3}
-                    dashes = "--" if method.endswith("-long") else "-"
-                    axes[row, column].plot(x, [mean(v) for v in values], dashes, label=method, **style)
-                    low, high = [min(v) for v in values], [max(v) for v in values]
-                    axes[row, column].fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
-        axes[0, 0].set(ylabel="training loss", yscale="log")
-        axes[1, 0].set(ylabel="test accuracy, %", xlabel="epoch")
-        axes[1, 1].set(xlabel="training time, CPU seconds" if record.device == "cpu" else "training time, s")
-        for axis in axes.flat:
-            axis.grid(alpha=0.3, lw=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0, 1].legend(frameon=False, fontsize=8, ncols=2)
-        seeds = max(len(runs(record, task, method)) for method in methods(record))
-        one = record.settings["tasks"][task]
-        figure.suptitle(f"{one['model']} on {task}, {record.scale} scale: mean and range of {seeds} seeds")
-        path = stem.with_name(f"{stem.name}-{task}.png")
-        figure.savefig(path, dpi=130)
-        written.append(path)
+    for task, options in record.settings["tasks"].items():
+        found = {method: [*runs(record, task, method).values()] for method in methods(record)}
+        if any(found.values()):
+            figures = {"train_loss": "training loss", "accuracy": "test accuracy, %"}
+            path = stem.with_name(f"{stem.name}-{task}.png")
+            written.append(draw_curves(path, found, figures, f"{options['model']} on {task}", record))
     return written
 
 
