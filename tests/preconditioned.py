@@ -45,8 +45,8 @@ class Positions:
         else:
             groups = layer.groups
             padded = F.pad(self.x, [p for p in reversed(layer.padding) for _ in range(2)])
-            for axis, (k, s) in enumerate(zip(layer.kernel_size, layer.stride, strict=True)):
-                padded = padded.unfold(2 + axis, k, s)
+            for axis, (k, s, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+                padded = padded.unfold(2 + axis, (k - 1) * d + 1, s)[..., ::d]
             dims = len(layer.kernel_size)  # [N, in, *time, *kernel]
             time = padded.shape[2 : 2 + dims].numel()
             x = padded.movedim(1, 1 + dims).reshape(count, time, groups, -1).transpose(1, 2)
@@ -95,12 +95,14 @@ def problems(draw: st.DrawFn, *, kinds: tuple[str, ...] = ("linear", "positions"
     size = [draw(st.integers(3, 5 if dims < 3 else 3)) for _ in range(dims)]
     kind_of = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
+    dilation = tuple(draw(st.integers(1, 2 if k == 2 else 1)) for k in kernel)
     layer = kind_of(
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 2)),
         kernel,
         stride=draw(st.integers(1, 2)),
         padding=draw(st.integers(0, 1)),
+        dilation=dilation,
         groups=groups,
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,8 +14,10 @@ from preconditioned import Net, Positions, batch, check_resume, close, double, p
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fngd.eva import Eva
 from fngd.kfac import KFAC, damped_inverse, symmetric_eigen
 from fngd.preconditioned import kl_clip_factor
+from fngd.skfac import SKFAC
 
 __all__ = ["double"]
 
@@ -332,6 +335,40 @@ def test_explain_says_what_stays_plain() -> None:
     opt.step()
     assert "transposed" in opt.explain()["0"]
     assert list(opt._running) == ["1"]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+def test_what_has_no_factors_takes_the_plain_gradient(build: Any) -> None:
+    """Tied weights, a weight used without its layer, and a transposed convolution step as SGD does, and are named."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(2, 3, 3, stride=2, groups=1)
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.loose = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x).mean(2)
+            return F.linear(self.second(self.first(y).tanh()), self.loose.weight)
+
+    model = Mixed()
+    sgd = copy.deepcopy(model)
+    opts = [build(model, lr=0.1), torch.optim.SGD(sgd.parameters(), lr=0.1, momentum=0.9)]
+    for _ in range(3):
+        x = torch.randn(5, 2, 4)
+        for net, opt in zip((model, sgd), opts, strict=True):
+            opt.zero_grad()
+            net(x).square().sum(1).mean().backward()
+            opt.step()
+    for name, value in sgd.named_parameters():
+        close(model.get_parameter(name), value, 1e-12)
+    reasons = opts[0].explain()
+    assert "transposed" in reasons["up"]
+    assert reasons["first"] == "plain: its weight is shared: first.weight, second.weight"
+    assert reasons["loose"].startswith("plain")
 
 
 def test_gradients_are_not_touched() -> None:

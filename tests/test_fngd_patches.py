@@ -14,7 +14,7 @@ from fngd.patches import patch_moment, summed_patches
 
 @st.composite
 def views(draw: st.DrawFn) -> Tensor:
-    """[batch, groups, inp, *kernel, *time] of an input with any stride, dilation and kernel, as `LayerGrads.factors`."""
+    """[batch, groups, inp, *kernel, *time] of an input, with any stride and dilation, as `LayerGrads.factors`."""
     torch.manual_seed(draw(st.integers(0, 10**6)))
     dims = draw(st.integers(1, 3))
     axes = [[draw(st.integers(1, 3)) for _ in range(4)] for _ in range(dims)]  # kernel, time, stride, dilation
