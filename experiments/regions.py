@@ -87,7 +87,7 @@ def _everywhere(function: Callable[..., Any], clock: Clock) -> list[tuple[Any, s
 
 
 @contextmanager
-def watched(optimizer: Optimizer, clock: Clock) -> Iterator[None]:
+def watched(optimizer: Any, clock: Clock) -> Iterator[None]:
     """Times the parts of one of our optimisers; torch's own have nothing but their update."""
     places: list[tuple[Any, str, Any]] = []
     if hasattr(optimizer, "_moments"):  # Shampoo

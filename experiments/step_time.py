@@ -97,16 +97,15 @@ def optimizer(method: str, model: nn.Module) -> Optimizer:
         rest = [parameter for parameter in model.parameters() if all(parameter is not other for other in out)]
         groups = [{"params": rest}] + ([{"params": out, "precondition": False}] if out else [])
         return KFAC(model, groups, statistics_every=10, inverse_every=100, batch_axis=0, **options)
-    # The Transformer's batch may be as long as its sentences: axis 0 counts samples.
-    axis = {"batch_axis": 0}
+    # batch_axis: a batch of sentences may be as long as the sentences, and which axis is which is not left to chance.
     build: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(model.parameters(), **options),
         "adamw": lambda: AdamW(model.parameters(), lr=LR, weight_decay=0.01),
         "shampoo": lambda: Shampoo(model.parameters(), statistics_every=10, inverse_every=100, **options),
-        "eva": lambda: Eva(model, **axis, **options),
-        "skfac": lambda: SKFAC(model, every=STEPS // 48, **axis, **options),
-        "ngd": lambda: NGD(model, **axis, **options),
-        "fngd": lambda: FNGD(model, steps_per_epoch=STEPS, **axis, **options),
+        "eva": lambda: Eva(model, batch_axis=0, **options),
+        "skfac": lambda: SKFAC(model, every=STEPS // 48, batch_axis=0, **options),
+        "ngd": lambda: NGD(model, batch_axis=0, **options),
+        "fngd": lambda: FNGD(model, steps_per_epoch=STEPS, batch_axis=0, **options),
     }
     return build[method]()
 
