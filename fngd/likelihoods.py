@@ -41,7 +41,7 @@ def sampled_losses(
     something other than one number per sample. Nothing waits for the device; NaN in the outputs gives NaN.
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
-    >>> sampled_losses(logits)  # the model is sure of its labels
+    >>> sampled_losses(logits).abs()  # the model is sure of its labels
     tensor([0., 0.])
     """
     if callable(likelihood):

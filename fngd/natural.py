@@ -144,6 +144,13 @@ class NaturalSGD(Optimizer):
 
         Raises ValueError if the Fisher matrix is not the true one, the outputs have no graph, or for a likelihood
         that `fngd.likelihoods` refuses.
+
+        >>> model = nn.Linear(3, 4)
+        >>> opt = fngd.NGD(model, lr=0.1, fisher="true")
+        >>> logits = model(torch.randn(8, 3))
+        >>> opt.sample(logits)
+        >>> nn.functional.cross_entropy(logits, torch.arange(8) % 4).backward()
+        >>> opt.step()
         """
         if self._method.fisher != "true":
             raise ValueError(f"sample(outputs) is for fisher='true', but fisher is {self._method.fisher!r}")
@@ -171,6 +178,13 @@ class NaturalSGD(Optimizer):
         """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
 
         `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.NGD(model, lr=0.1, reduction="sum")
+        >>> opt.check_loss(nn.functional.mse_loss(model(torch.randn(8, 3)), torch.zeros(8, 1)))
+        Traceback (most recent call last):
+        ...
+        ValueError: the training loss is a mean over the batch...
         """
         found = reduction_of(loss)
         if found is not None and found != self._method.reduction:
@@ -187,24 +201,49 @@ class NaturalSGD(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True."""
+        """For each layer what the latest backward pass did to it, see `fngd.diagnostics`; needs diagnostics=True.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.NGD(model, lr=0.1, diagnostics=True)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.step()
+        >>> sorted(opt.diagnostics[""])
+        ['cosine', 'damping', 'effective_rank', 'mean', 'share', 'spread']
+        """
         if self._policy.recorder is None:
             raise ValueError("nothing was recorded; construct the optimiser with diagnostics=True")
         return self._policy.recorder.figures()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted."""
+        """Bytes that this process has sent to gather factors, with gram='global'; DDP's own are not counted.
+
+        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1, gram="global").bytes_sent  # one process has nobody to send to
+        0
+        """
         return self._policy.exchange.bytes_sent
 
     @property
     def damping_factor(self) -> float:
-        """What `alpha` or `damping` is multiplied with: 1 but for adaptive damping."""
+        """What `alpha` or `damping` is multiplied with: 1 but for adaptive damping.
+
+        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1).damping_factor
+        1.0
+        """
         return self._policy.damping_factor
 
     @property
     def measuring(self) -> bool:
-        """Whether the step just made was one that `adapt` is to be called for."""
+        """Whether the step just made was one that `adapt` is to be called for.
+
+        >>> model, x = nn.Linear(3, 1), torch.randn(8, 3)
+        >>> opt = fngd.NGD(model, lr=0.1, adapt_damping=AdaptiveDamping(every=1))
+        >>> before = model(x).square().mean()
+        >>> before.backward()
+        >>> opt.step()
+        >>> opt.measuring
+        True
+        """
         return self._predicted is not None
 
     def adapt(self, before: float | Tensor, after: float | Tensor) -> float:
@@ -218,6 +257,15 @@ class NaturalSGD(Optimizer):
         device. A predicted change that is no decrease (momentum can make one) says nothing: the damping stays.
 
         Raises ValueError if there is nothing to compare with.
+
+        >>> model, x = nn.Linear(3, 1), torch.randn(8, 3)
+        >>> opt = fngd.NGD(model, lr=0.1, adapt_damping=AdaptiveDamping(every=1))
+        >>> before = model(x).square().mean()
+        >>> before.backward()
+        >>> opt.step()
+        >>> ratio = opt.adapt(before, model(x).square().mean())
+        >>> opt.damping_factor in (0.95, 1.0, 1 / 0.95)
+        True
         """
         if self._predicted is None or self._adaptive is None:
             raise ValueError(
@@ -357,11 +405,23 @@ class NaturalSGD(Optimizer):
         self._policy.measuring = self._adaptive is not None and self._completed % self._adaptive.every == 0
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not."""
+        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        >>> opt = fngd.NGD(model, lr=0.1)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.explain()
+        {'0': 'reweighted, samples on axis 0 of its output'}
+        """
         return self._handle.explain()
 
     def remove(self) -> None:
-        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated."""
+        """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated.
+
+        >>> model = nn.Linear(3, 1)
+        >>> fngd.NGD(model, lr=0.1).remove()
+        >>> opt = fngd.NGD(model, lr=0.2)  # a second one, as the first is gone
+        """
         self._handle.remove()
 
 
