@@ -50,7 +50,13 @@ class Hook:
 
 
 class Reweighting:
-    """What `reweight` returns: ends the reweighting by `remove()` or at the end of a `with` block."""
+    """What `reweight` returns: ends the reweighting by `remove()` or at the end of a `with` block.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> handle = persample.reweight(model, lambda layer, grads: None)
+    >>> model(torch.randn(5, 3)).sum().backward()  # None: the plain gradient
+    >>> handle.remove()
+    """
 
     def __init__(
         self,
@@ -100,13 +106,25 @@ class Reweighting:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the layers that are reweighted now; "" is the model itself."""
+        """Paths of the layers that are reweighted now; "" is the model itself.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> handle = persample.reweight(model, lambda layer, grads: None)
+        >>> handle.layers
+        ('0', '2')
+        """
         return tuple(path for path, layer in self._layers.items() if layer.why_plain() is None)
 
     def explain(self) -> dict[str, str]:
         """Returns for each linear and convolution layer what happens to its gradient, and why.
 
         A weight that functions use is known from the first forward pass on, under the parameter's name.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> handle = persample.reweight(model, lambda layer, grads: None)
+        >>> model(torch.randn(5, 3)).sum().backward()
+        >>> handle.explain()["2"]
+        'reweighted, samples on axis 0 of its output'
         """
         result = {path: layer.explain() for path, layer in self._layers.items()}
         for path, first in self._tied.items():
@@ -122,6 +140,11 @@ class Reweighting:
         """Returns the parameters that a layer's gradient belongs to, by a path of `explain()`; weight first.
 
         Raises KeyError if there is no such path.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> handle = persample.reweight(model, lambda layer, grads: None)
+        >>> [tuple(parameter.shape) for parameter in handle.parameters("2")]
+        [(1, 4), (1,)]
         """
         layer = self._layers.get(self._tied.get(path, path))
         if layer is not None:
@@ -132,7 +155,14 @@ class Reweighting:
         return found
 
     def remove(self) -> None:
-        """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated."""
+        """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> handle = persample.reweight(model, lambda layer, grads: None)
+        >>> handle.remove()
+        >>> model[0]._forward_hooks
+        OrderedDict()
+        """
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers.values():
@@ -148,7 +178,17 @@ class Reweighting:
 
     @property
     def output_grad(self) -> Tensor | None:
-        """While a policy runs, with `outputs=True`: the gradient at the output of the model, in that forward pass."""
+        """While a policy runs, with `outputs=True`: the gradient at the output of the model, in that forward pass.
+
+        >>> model, seen = nn.Linear(3, 1), []
+        >>> def policy(layer, grads):
+        ...     seen.append(handle.output_grad)
+        >>> handle = persample.reweight(model, policy, outputs=True)
+        >>> model(torch.randn(2, 3)).sum().backward()
+        >>> seen
+        [tensor([[1.],
+                [1.]])]
+        """
         return None if self._asked is None else self._asked[0].output_grad
 
     def joined(self, gather: Callable[[Tensor, int], Tensor]) -> dict[str, LayerGrads]:
@@ -156,6 +196,15 @@ class Reweighting:
 
         gather(tensor, axis) is called with the x and the z of every use of every layer, in the same order in
         every process, and returns them with more samples along `axis`: its own and those of other processes.
+
+        >>> model, seen = nn.Linear(3, 1), []
+        >>> def policy(layer, grads):
+        ...     twice = handle.joined(lambda tensor, axis: torch.cat([tensor, tensor], axis))  # a second process
+        ...     seen.append(twice[layer].batch_size)
+        >>> handle = persample.reweight(model, policy)
+        >>> model(torch.randn(2, 3)).sum().backward()
+        >>> seen
+        [4]
         """
         if self._asked is None:
             raise ValueError("joined(gather) is for policies; no backward pass is asking one now")
