@@ -20,23 +20,13 @@ from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.first_order import ADAMW, adamw_step, sgd_step
 from fngd.groups import check_group, first_order_groups, positive, whole
 from fngd.joint import Found, Ranks
+from fngd.kl_clip import kl_clip_factor
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, reweight
 
 REDUCTIONS = ("mean", "sum")
 State = dict[str, Tensor]
 """Tensors of one layer by name."""
-
-
-def kl_clip_factor(inner: list[Tensor], rates: list[Any], kappa: float) -> Tensor:
-    """Returns ν = min(1, √(κ / Σ_l lr_l²·|⟨v_l, g_l⟩|)), a tensor holding one number.
-
-    (Ba, Grosse, Martens 2017, Section 5; in this form in kfac-pytorch.) `inner`: ⟨v_l, g_l⟩ of each layer's
-    direction and gradient; `rates`: the learning rates lr_l of this very step; `kappa`: κ > 0. Nothing
-    waits for the device; ν is 1 where the sum is 0.
-    """
-    total = torch.stack([rate**2 * value for rate, value in zip(rates, inner, strict=True)]).sum().abs()
-    return (kappa / total).sqrt().clamp(max=1.0)
 
 
 @runtime_checkable

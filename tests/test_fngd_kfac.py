@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fngd.eva import Eva
 from fngd.kfac import KFAC, damped_inverse, symmetric_eigen
-from fngd.preconditioned import kl_clip_factor
+from fngd.kl_clip import kl_clip_factor
 from fngd.skfac import SKFAC
 
 __all__ = ["double"]
