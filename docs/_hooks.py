@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -37,6 +37,9 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
         for name, content in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
+    for path in sorted((ROOT / "experiments" / "results").glob("*.md")):  # the page of experiments links to them
+        target = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, target, content=path.read_text(), inclusion=InclusionLevel.NOT_IN_NAV))
     for folder in ("benchmarks/results", "experiments/results"):
         for path in sorted((ROOT / folder).glob("**/*.png")):
             target = path.relative_to(ROOT).as_posix()
@@ -48,6 +51,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Includes what the page asks for, and makes the links those of the site."""
     here = page.file.src_uri
     origin = next((source for source, target in PAGES.items() if target == here), None)
+    if origin is None and here.startswith("experiments/"):
+        origin = here
     if origin is None:
         origin = here.replace(".md", ".ipynb") if here.startswith("notebooks/") else f"docs/{here}"
 
