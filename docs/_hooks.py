@@ -27,6 +27,13 @@ INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def on_config(config: Any) -> Any:
+    """Puts every notebook into the navigation, by its own title."""
+    pages = [f"notebooks/{path.stem}.md" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    config.nav = [{"Notebooks": pages} if "Notebooks" in entry else entry for entry in config.nav]
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds generated pages and the pictures they show."""
     for source, target in PAGES.items():
