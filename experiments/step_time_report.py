@@ -170,7 +170,7 @@ def draw(record: Record, stem: Path) -> list[Path]:
 
     models = [name for name in record.settings["models"] if name in record.results]
     methods, epochs = record.settings["methods"], record.settings["epochs"]
-    figure = Figure(figsize=(3.1 * len(models) + 1.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(max(3.1 * len(models) + 1.2, 7.4), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axis, model in zip(axes, models, strict=True):
@@ -182,17 +182,16 @@ def draw(record: Record, stem: Path) -> list[Path]:
             for region in REGIONS if own else ():
                 axis.barh(place, own[region] / whole, left=left, color=COLOURS[region], height=0.72)
                 left += own[region] / whole
-            found = ratio(result, method, epochs)
+            found, paper = ratio(result, method, epochs), PAPER.get(model, {}).get(method)
+            edge = max(left, paper or 0.0, found.high if found else 0.0)
+            if paper:
+                axis.plot(paper, place, "D", mfc="none", mec="#6a3d9a", ms=6)
             if found is not None:
                 error = [[found.median - found.low], [found.high - found.median]]
                 axis.errorbar(found.median, place, xerr=error, fmt="o", color="black", ms=3.5, capsize=2, lw=1)
-                axis.annotate(f"{found.median:.2f}", (max(left, found.high), place), (4, 0), textcoords="offset points",
-                              va="center", fontsize=8)  # fmt: skip
-                top = max(top, left, found.high)
-            paper = PAPER.get(model, {}).get(method)
-            if paper:
-                axis.plot(paper, place, "D", mfc="none", mec="#6a3d9a", ms=6)
-                top = max(top, paper)
+                axis.annotate(f"{found.median:.2f}", (edge, place), (6, 0), textcoords="offset points", va="center",
+                              fontsize=8)  # fmt: skip
+            top = max(top, edge)
         axis.set(title=f"{model}, batch {result['batch']}", xlabel="time / SGD", xlim=(0, 1.16 * top))
         axis.set_yticks(range(len(methods)), methods)
         axis.axvline(1, color="black", lw=0.6, ls=":")
@@ -200,7 +199,7 @@ def draw(record: Record, stem: Path) -> list[Path]:
         axis.grid(axis="x", alpha=0.3, lw=0.6)
     axes[0].invert_yaxis()
     handles = [axes[0].barh([0], [0], color=COLOURS[region], label=region) for region in REGIONS]
-    handles += axes[0].plot([], [], "o", color="black", ms=3.5, label="whole step, median and quartiles")
+    handles += axes[0].plot([], [], "o", color="black", ms=3.5, label="whole step, median (number) and quartiles")
     handles += axes[0].plot([], [], "D", mfc="none", mec="#6a3d9a", label="paper, Table III")
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * len(models)), frameon=False, fontsize=8
