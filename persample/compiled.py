@@ -161,15 +161,14 @@ def claim(root: int, number: int) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
-def claimed(root: int, number: int) -> bool:
-    """While tracing: whether `claim` said yes."""
-    return number in Target.get(root).claimed
+def trainable(module: Any) -> bool:
+    """Whether there is a weight gradient to replace."""
+    return "weight" in module._parameters and module.weight.requires_grad
 
 
 def traceable(module: Any, args: tuple, kwargs: dict) -> bool:
     """Whether `call` can stand for the module's forward."""
-    if "weight" not in module._parameters or not module.weight.requires_grad or len(args) + len(kwargs) != 1:
+    if len(args) + len(kwargs) != 1:
         return False
     if isinstance(module, nn.Linear):
         return True

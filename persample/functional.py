@@ -118,6 +118,7 @@ def base_of(weight: Tensor) -> Tensor:
     return weight if weight._base is None else weight._base
 
 
+@torch.compiler.disable(reason="persample.reweight watches this weight; only calls of layers join a compiled graph")
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _tapped(input, weight, bias, None)
 
@@ -133,6 +134,7 @@ def _tapped(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int | None) ->
     return owner.watcher.linear(x, weight, bias, name, axis)
 
 
+@torch.compiler.disable(reason="persample.reweight watches this attention; only calls of layers join a compiled graph")
 def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """torch's function, [T, B, E] → [T, B, E], with its linear layers watched."""
     time_batch = query.shape[:2] if query.dim() == 3 else None

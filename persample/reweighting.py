@@ -397,7 +397,11 @@ class Reweighting:
         return None
 
     def _before_traced(self, layer: Layer, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.is_grad_enabled() and not self._in_graph(layer, number, module, args, kwargs):
+        if (
+            torch.is_grad_enabled()
+            and compiled.trainable(module)
+            and not self._in_graph(layer, number, module, args, kwargs)
+        ):
             _outside(self._before, layer, module, args, kwargs)
 
     def _in_graph(self, layer: Layer, number: int, module: nn.Module, args: tuple, kwargs: dict) -> bool:
@@ -410,8 +414,10 @@ class Reweighting:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        if layer.opaque or not compiled.claimed(self._root.number, number):
+        if layer.off:
             return _outside(self._after, layer, module, args, kwargs, output)
+        if not compiled.trainable(module):
+            return None
         layer.called = True
         x = args[0] if args else kwargs["input"]
         batch = self._forward.batch
@@ -419,7 +425,10 @@ class Reweighting:
         return compiled.call(module, x, batch, number)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="persample.reweight puts a layer into a compiled graph only if it is called once in a forward pass, in the "
+    "graph that the model's forward begins in, with zero padding, and without joint=True"
+)
 def _outside(function: Callable[..., Any], *args: Any) -> Any:
     """Calls the function as it is: a break in a compiled graph."""
     return function(*args)

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-@dataclass(eq=False)
 class Pass:
     """One forward pass of the model: its batch size and, once known, the gradient at its output."""
 
-    batch: int | None = None
-    output_grad: Tensor | None = None
+    def __init__(self, batch: int | None = None) -> None:
+        self.batch = batch
+        self.output_grad: Tensor | None = None
 
 
 @dataclass(eq=False)
