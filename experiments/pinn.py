@@ -37,7 +37,7 @@ SMALL: Settings = {
     },
     "gauss_newton": {
         "poisson2": {"damping": 1e-9, "momentum": 0.9},
-        "burgers": {"damping": 1e-9, "momentum": 0.9},
+        "burgers": {"damping": 1e-4},
         "poisson5": {"damping": 1e-8, "momentum": 0.9},
         "diabetes": {"damping": 1e-1},
     },

@@ -313,7 +313,7 @@ class GaussNewton(Optimizer):
         self._steps += 1
         self._start = found.step or 1.0
         if isinstance(self.damping, Adaptive) and gain is not None:
-            self._adapted = self.damping.next(damping, gain)
+            self._adapted = self.damping.next(damping, gain, found.step)
         if self.momentum:
             for param, part in zip(self._params, parts, strict=True):
                 self.state[param]["momentum_buffer"] = part * found.step if found.step else torch.zeros_like(part)
