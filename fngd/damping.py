@@ -18,8 +18,8 @@ class Adaptive:
 
     Arguments:
         initial: λ of the first step, > 0.
-        decrease: factor on λ where ρ > `good` and at least a quarter of the step was taken, in (0, 1].
-        increase: factor where ρ < `poor`, less than 1/16 of the step was taken, or none, > 1.
+        decrease: factor on λ where ρ > `good` and the full step was taken, in (0, 1].
+        increase: factor where ρ < `poor`, less than a quarter of the step was taken, or none, > 1.
         good, poor: bounds of the gain ratio, 0 ≤ poor ≤ good.
         low, high: λ stays between them.
     """
@@ -45,18 +45,18 @@ class Adaptive:
     def next(self, damping: float, gain: float, step: float = 1.0) -> float:
         """Returns λ for the next step, from this one's, its gain ratio and size; NaN and −inf count as poor.
 
-        The gain ratio of a tiny step is near 1 whatever λ is, so λ falls where at least a quarter of the step was
-        taken, and rises where less than a sixteenth was.
+        The gain ratio of a tiny step is near 1 whatever λ is, so λ falls after full steps alone, and rises where
+        less than a quarter of the step was taken.
 
         >>> Adaptive().next(1.0, 0.9), Adaptive().next(1.0, 0.3), Adaptive().next(1.0, -1.0)
         (0.3, 1.0, 3.0)
-        >>> Adaptive().next(1.0, 0.9, step=0.125), Adaptive().next(1.0, 0.9, step=0.03125)
+        >>> Adaptive().next(1.0, 0.9, step=0.5), Adaptive().next(1.0, 0.9, step=0.125)
         (1.0, 3.0)
         """
-        if not gain >= self.poor or step < 1 / 16:
+        if not gain >= self.poor or step < 0.25:
             factor = self.increase
         else:
-            factor = self.decrease if gain > self.good and step >= 0.25 else 1.0
+            factor = self.decrease if gain > self.good and step == 1 else 1.0
         return min(max(damping * factor, self.low), self.high)
 
 
