@@ -29,7 +29,7 @@ from fngd.data import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 130 where units are left, 1 where `all` met a failure. Exits with 2 on a mistake."""
+    """Runs the command line; returns 0, 130 where units are left, 1 where `all` failed. Exits with 2 on a mistake."""
     known = records.experiments()
     parser = _parser(known)
     options = parser.parse_args(arguments)

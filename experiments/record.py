@@ -21,8 +21,8 @@ there is no list to be kept. It cuts its work into **units** (one method with on
 [--only 'ngd/*,fngd/*'] [--minutes M] [--set name=JSON …]` runs the units that DIR/NAME-SCALE.json (for a GPU
 NAME-SCALE-cuda.json) does not hold yet, writes the file after each of them, whole or not at all, then writes tables
 (.md) and figures (.png) beside it. Settings other than the stored ones are refused with a sentence. Several processes
-may work on one file at a time if `--only` gives each units of its own. Ctrl-C, or `--minutes`, keeps what is finished. A unit that raises
-ends the command; one that diverges should say so in its result.
+may work on one file at a time if `--only` gives each units of its own. Ctrl-C, or `--minutes`, keeps what is
+finished. A unit that raises ends the command; one that diverges should say so in its result.
 
 `context` (a `Context`) gives a unit the device, the data folder, `context.progress(done, total, "text")` for the bar,
 and `context.checkpoint`, a path that is this unit's own: what `torch.save` leaves there (through `context.save`)
