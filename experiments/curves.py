@@ -59,7 +59,9 @@ def draw_curves(
     for axis in axes.flat:
         axis.grid(alpha=0.3, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 1].legend(frameon=False, fontsize=8, ncols=2)
-    figure.suptitle(f"{title}, {record.scale} scale: mean and range of {max(map(len, found.values()))} seeds")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    seeds = max(map(len, found.values()))
+    how = "one seed" if seeds == 1 else f"mean and range of {seeds} seeds"
+    figure.suptitle(f"{title}, {record.scale} scale: {how}")
     figure.savefig(path, dpi=130)
     return path

@@ -17,6 +17,8 @@ CIFAR-10 averaged to 16 × 16 pixels (10,000 images, ResNet-20) 6 s, where 32 ×
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,7 +106,7 @@ def units(settings: Settings) -> list[str]:
 
 def splits(task: Settings, context: Context, *, tuning_split: bool) -> tuple[data.Split, data.Split]:
     """Returns what is trained on and what is tested on: the test images, or for a trial the validation images."""
-    dataset = data.load(task["data"], context.data_dir)
+    dataset = _load(task["data"], context.data_dir)
     train_images, held = dataset.train, task["validation_size"]
     rest = len(train_images.labels) - (held if tuning_split or not task["validation_included"] else 0)
     size = task["trial_size" if tuning_split else "train_size"] or rest
@@ -112,6 +114,12 @@ def splits(task: Settings, context: Context, *, tuning_split: bool) -> tuple[dat
         raise ValueError(f"{size} training images of {task['data']}; there are {rest} beside the validation images")
     tested = _part(train_images, -held, None) if tuning_split else _part(dataset.test, 0, task["test_size"])
     return _pooled(_part(train_images, 0, size), task["pool"]), _pooled(tested, task["pool"]).to(context.device)
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, data_dir: Path | None) -> data.Dataset:
+    """Read once for all units of a command."""
+    return data.load(name, data_dir)
 
 
 def run(unit: str, settings: Settings, context: Context) -> Result:

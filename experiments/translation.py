@@ -22,6 +22,8 @@ parameters); with 8 methods, 3 seeds and 6 epochs about 65 minutes, 17 for the 3
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +103,15 @@ def units(settings: Settings) -> list[str]:
     return trials + [f"{method}/seed={seed}" for seed in settings["seeds"] for method in settings["methods"]] + best
 
 
+@lru_cache(maxsize=1)
+def _load(
+    name: str, data_dir: Path | None, source: str, target: str, words: int
+) -> tuple[text.Corpus, list[text.Vocabulary]]:
+    """Read and learnt once for all units of a command."""
+    corpus = text.load(name, data_dir, source, target)
+    return corpus, [text.Vocabulary([pair[side] for pair in corpus.train], words) for side in (0, 1)]
+
+
 def word_loss(logits: Tensor, targets: Tensor, label_smoothing: float, reduction: str = "mean") -> Tensor:
     """Returns the cross-entropy of the words that are no padding, [B, T, V] against [B, T]: their mean, or their sum.
 
@@ -135,8 +146,9 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
         seed = int(number.removeprefix("seed="))
         options = tuning.best(tuning.finished(context), f"tune/{method}/", figure="loss", smallest=True)
         settings = {**settings, **(settings["best"] if kind == "best" else {})}
-    corpus = text.load(settings["corpus"], context.data_dir, settings["source"], settings["target"])
-    vocabularies = [text.Vocabulary([pair[side] for pair in corpus.train], settings["words"]) for side in (0, 1)]
+    corpus, vocabularies = _load(
+        settings["corpus"], context.data_dir, settings["source"], settings["target"], settings["words"]
+    )
     pairs = text.encode(corpus.train[: settings["train_size"]], *vocabularies)
     held = text.encode(corpus.validation, *vocabularies)
     steps, size = len(pairs) // settings["batch_size"], settings["batch_size"]

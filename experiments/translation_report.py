@@ -79,11 +79,12 @@ def _seconds(result: dict[str, Any]) -> float:
 
 def _best(record: Record, result: dict[str, Any]) -> str:
     bleus = ", ".join(f"{entry['bleu']:.1f}" for entry in result["epochs"])
+    seconds = sum(entry["process_seconds"] for entry in result["epochs"])
     lines = [
         f"{result['pairs']:,} training pairs, {len(result['epochs'])} epochs, {result['parameters']:,} parameters, "
         f"{tuning.in_words(result['options'])}: BLEU **{result['test']['greedy']:.1f}** greedy, "
         f"**{result['test']['beam']:.1f}** with {record.settings['beams']} beams on the test sentences; "
-        f"validation BLEU by epoch: {bleus}; {sum(entry['process_seconds'] for entry in result['epochs']):.0f} process seconds.",
+        f"validation BLEU by epoch: {bleus}; {seconds:.0f} process seconds.",
         "| source | reference | translation |\n| --- | --- | --- |\n"
         + "\n".join(f"| {' | '.join(_cell(part) for part in row)} |" for row in result["test"]["examples"]),
     ]
@@ -101,7 +102,9 @@ def draw(record: Record, stem: Path) -> list[Path]:
     if not any(found.values()):
         return []
     figures = {"train_loss": "training loss, label smoothed", "bleu": "validation BLEU, greedy"}
-    return [draw_curves(stem.with_suffix(".png"), found, figures, "Transformer on Multi30K", record)]
+    return [
+        draw_curves(stem.with_suffix(".png"), found, figures, f"Transformer on {record.settings['corpus']}", record)
+    ]
 
 
 def _complete(record: Record, *names: str) -> bool:
