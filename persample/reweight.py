@@ -26,6 +26,7 @@ def reweight(
     batch_axis: int | Mapping[str, int] | None = None,
     joint: bool = False,
     outputs: bool = False,
+    functions: bool = False,
 ) -> Reweighting:
     """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of
     `model`.
@@ -51,6 +52,9 @@ def reweight(
             Until then x and z of every layer are kept: the backward pass frees no activations on the way.
         outputs: keep the gradient at the model's output for the policy, as `output_grad` of the handle. The
             output is what the model's own forward returns, or its first tensor with an axis.
+        functions: reweight the projections of `nn.MultiheadAttention` and weights given to `F.linear`, too. The
+            policy is asked about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
+            "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
 
     Raises:
         ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis.
@@ -75,11 +79,12 @@ def reweight(
                 "remove() on the earlier handle, or on the optimiser that made it, first."
             )
     modules = dict(_layers(model))
-    names = {*modules, *watchable(model).values()}
+    weights = watchable(model) if functions else {}
+    names = {*modules, *weights.values()}
     axis_of = _axes(modules, names, batch_axis)
     tied = _tied(modules)
     layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
-    return Reweighting(model, policy, layers, tied, axis_of, joint=joint, outputs=outputs)
+    return Reweighting(model, policy, layers, tied, axis_of, weights, joint=joint, outputs=outputs)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persample import compiled, trial
 from persample.compiled import Target
-from persample.functional import Watcher, base_of, owners, watchable
+from persample.functional import Watcher, base_of, owners
 from persample.layers import LayerGrads, layer_grads
 from persample.taps import Gate, Pass, Tap, Uses
 from persample.weights import Layer
@@ -65,6 +65,7 @@ class Reweighting:
         layers: dict[str, Layer],
         tied: dict[str, str],
         axis_of: Callable[[str], int | None],
+        weights: dict[nn.Parameter, str],
         *,
         joint: bool,
         outputs: bool,
@@ -79,7 +80,7 @@ class Reweighting:
         self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
         self._call: tuple[tuple, dict] = (), {}
         self._met = False  # whether a forward pass for training has been seen
-        self._watcher = Watcher(watchable(model), self._linear)
+        self._watcher = Watcher(weights, self._linear)
         self._watched = list(self._watcher.names)
         self._entered: list[list[nn.Parameter]] = []
         self._root = Target(self)

@@ -232,7 +232,7 @@ def test_attention_and_functions(joint: bool) -> None:
         return dict.fromkeys(args[0], FACTORS) if joint else FACTORS
 
     for each, call in ((model, model), (other, torch.compile(other, backend="aot_eager"))):
-        with reweight(each, policy, joint=joint):
+        with reweight(each, policy, joint=joint, functions=True):
             call(x).sin().sum().backward()
     half = len(asked) // 2
     assert half == (1 if joint else 4)

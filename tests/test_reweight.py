@@ -422,7 +422,7 @@ def test_misuse_is_met_with_a_sentence() -> None:
             reweight(nn.Sequential(model[0]), fixed)
         with pytest.raises(ValueError, match=r"layer '0'.*forward was not called with a tensor.*Call the model itself"):
             model[0](torch.randn(B, 3)).sum().backward()
-    with pytest.raises(ValueError, match=r"names \['1'\].*\['0', '0.weight', '2'\]"):
+    with pytest.raises(ValueError, match=r"names \['1'\].*\['0', '2'\]"):
         reweight(model, fixed, batch_axis={"1": 0})
     with pytest.raises(ValueError, match="has its samples on axis 0"):
         reweight(model, fixed, batch_axis={"2": 1})

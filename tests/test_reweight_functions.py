@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from persample import LayerGrads, reweight
+from persample import LayerGrads
+from persample import reweight as layers_only
 from persample.functional import Watched
+
+reweight = partial(layers_only, functions=True)
 
 B = 4
 FACTORS = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
