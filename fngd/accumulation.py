@@ -43,17 +43,16 @@ class Passes:
 
         def gather(tensor: Tensor, axis: int) -> Tensor:
             number = len(taken)
-            if before is not None and number < len(before):
+            if before is not None:
+                if number == len(before):
+                    raise _other_uses(key, "more")
                 tensor = _cat(key, before[number], tensor, axis)
             taken.append(tensor)
             return tensor
 
         grads = handle.joined(gather)
-        if before is not None and len(taken) != len(before):
-            raise ValueError(
-                f"'{key}' was used {len(taken) // 2} times in this backward pass and {len(before) // 2} times in an "
-                "earlier one of the same step; accumulate='joint' needs the same uses in each. Use 'separate'"
-            )
+        if before is not None and len(taken) < len(before):
+            raise _other_uses(key, "less")
         self._tensors[key], self._versions[key] = taken, [tensor._version for tensor in taken]
         self.sizes.setdefault(key, []).append(batch)
         return grads
@@ -79,6 +78,13 @@ class Passes:
     def clear(self) -> None:
         """Forgets everything: a step was made."""
         self.__init__()  # type: ignore[misc]
+
+
+def _other_uses(key: str, how: str) -> ValueError:
+    return ValueError(
+        f"'{key}' was used {how} often in this backward pass than in an earlier one of the same step; "
+        "accumulate='joint' needs the same uses in each. Use accumulate='separate'"
+    )
 
 
 def _cat(key: str, before: Tensor, tensor: Tensor, axis: int) -> Tensor:

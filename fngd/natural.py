@@ -70,6 +70,7 @@ class NaturalSGD(Optimizer):
         if adapt_damping is not None and gram == "global":
             raise ValueError("adapt_damping does not go with gram='global'; use gram='layer' or 'network'")
         self._model, self._method, self._group, self._seed = model, method, process_group, seed
+        self._scaler = scaler
         self._adaptive, self._completed = adapt_damping, 0
         self._predicted: Tensor | None = None  # M(δ) − M(0) of the last step, until adapt()
         self._random: torch.Generator | None = None
@@ -169,8 +170,8 @@ class NaturalSGD(Optimizer):
             losses = sampled_losses(
                 outputs, likelihood, axis=self._method.output_axis, class_axis=class_axis, generator=self._random
             )
-            scale = self._policy.loss_scale()
-            total = losses.sum() if scale is None else losses.sum() * scale
+            # Not loss_scale(): before the loop has scaled its first loss there is no scale yet.
+            total = losses.sum() if self._scaler is None else self._scaler.scale(losses.sum())
             with self._policy.drawing():
                 torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
 
