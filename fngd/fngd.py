@@ -36,14 +36,16 @@ class FNGD(NaturalSGD):
             smaller cosine to the stored ones, in one layer: `probe_layer`, or the first that is met.
         control: "constant" or "permuted", to test what the coefficients bring; see `fngd.sharing`.
         seed: of the permutations.
-        Others: as for `NGD`.
+        Others: as for `NGD`; fisher="true" with share=None only. adapt_damping measures the steps that
+            compute coefficients; a changed damping takes effect when they are computed next.
 
     Raises:
         ValueError: an argument out of range, or a model that is reweighted already. In the backward pass: a
             batch of another size than the stored one, more batches than steps_per_epoch, missing sample ids.
 
     Approximate: as `NGD`, and the coefficients are those of an earlier epoch: with share="position" of
-        other samples. With gradient accumulation each backward pass within a step has its own coefficients.
+        other samples. With gradient accumulation each backward pass within a step has its own row of
+        coefficients; with accumulate="joint" the rows of a step come from one solve.
 
     >>> model = nn.Linear(3, 1)
     >>> opt = FNGD(model, lr=0.1, steps_per_epoch=1)

@@ -24,22 +24,37 @@ class NGD(NaturalSGD):
             length of the layer's plain gradient, at the cost of one more weight gradient a layer).
         reduction: how the training loss is reduced over the batch, "mean" or "sum"; with "absorb" and alpha
             it makes no difference.
-        fisher: "empirical", or "improved" (iEF): c = (K + λB·I)⁻¹ s with s_b = ‖∂ℓ_b/∂output‖², so that samples
+        fisher: "empirical"; "improved" (iEF): c = (K + λB·I)⁻¹ s with s_b = ‖∂ℓ_b/∂output‖², so that samples
             that are fitted already do not dominate. The output is what the model's own forward returns (its first
             tensor with an axis): return logits, not probabilities. s has the scale of the loss squared; with
-            "graft" that does not matter.
+            "graft" that does not matter. Or "true": F = VVᵀ/B from labels drawn from the model, which takes one more
+            backward pass: `opt.sample(outputs)` between the forward pass and `loss.backward()`; then
+            d = (1/λ)(g − V(VᵀV + λB·I)⁻¹Vᵀg) with λ = α‖VᵀV‖_F. It keeps x and z of every layer until
+            `loss.backward()`, and is not for sharded weights (FSDP).
         gram: "layer"; "network", one K and one c for all layers, for which x and z of every layer are kept until
             the backward pass has met the last one (about the memory of all activations and their gradients); or
             "global", K by layer over the samples of all processes, see `fngd.distributed`.
+        accumulate: with several backward passes a step: "separate" (each has coefficients of its own), or "joint"
+            (one Gram matrix over the samples of all passes: the direction of the joined batch, if the losses add up to
+            the joined batch's: divide means by the number of passes). "joint" keeps x and z of every layer and
+            pass, and one more gradient, until the step; see `fngd.accumulation` for the cost.
+        adapt_damping: an `fngd.adaptive.AdaptiveDamping`; `alpha` or `damping` is then multiplied by a factor
+            that follows how well steps are predicted. After `step()`: `if opt.measuring: opt.adapt(loss,
+            the same loss computed again)`. Keeps x and z of every layer until the steps that are measured.
         kl_clip: κ > 0; the directions of the preconditioned layers are multiplied by
             ν = min(1, √(κ/Σ_l lr²⟨d_l, g_l⟩)) in `step`, with the learning rates of that moment. With several
             backward passes a step, or several processes, an upper bound of the sum is used.
-        output_axis: which axis of the model's output counts samples; for fisher="improved".
+        other, other_options: the rule for parameters that are not preconditioned: "sgd", with the options above, or
+            "adamw" with its own lr (1e-3), betas, eps and weight_decay (1e-2), in parameter groups that a
+            scheduler sees.
+        output_axis: which axis of the model's output counts samples; for fisher="improved" and "true".
         scaler: the GradScaler of the training loop, so that "per_layer", "improved", damping= and kl_clip see
             unscaled gradients; the rest does not depend on it.
         process_group: of gram="global" and kl_clip; default: all processes.
         diagnostics: keep figures for the property `diagnostics`; costs one more weight gradient a layer.
         batch_axis: see `persample.reweight`.
+        foreach: torch's implementation of the first-order rule; None: torch chooses.
+        seed: of the labels that `sample` draws; each process adds its rank.
 
     A parameter group with precondition=False takes the plain gradient.
 
