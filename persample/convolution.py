@@ -13,14 +13,14 @@ All are exact. float16 and bfloat16 inputs are accumulated, and returned, in flo
 
 import math
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, pad, patches, weight_gradient
+from persample import memory
+from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, patches, weight_gradient
 from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, force, product_costs, ranges
-from persample.products import LONGEST, row_products
+from persample.products import LONGEST, gram_of_rows
 
 __all__ = ["ConvSpec", "choose", "force", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
 
@@ -73,12 +73,12 @@ def per_sample_grads(
     temporary = {"result": result, "columns": columns, "nothing": 0}[chosen.temporary]
     elements = (x.numel() + z.numel()) // batch + temporary
     parts = ranges(batch, elements * x.element_size(), CACHE)
-    if chosen.temporary == "nothing" or len(parts) == 1:
+    if out is None and (chosen.temporary != "result" or len(parts) > 1):
+        out = memory.empty((batch, *spec.weight_shape), x)
+    if out is None or chosen.temporary == "nothing" or len(parts) == 1:
         return chosen.compute(x, z, spec, out)
     # In parts whose temporaries stay in the cache, and come from memory that has been touched before: oneDNN
     # works in layouts of its own, and for 64 → 64 channels the batch at once took three times as long.
-    if out is None:
-        out = x.new_empty(batch, *spec.weight_shape)
     for part in parts:
         chosen.compute(x[part], z[part], spec, out[part])
     return out
@@ -125,26 +125,43 @@ def _position_products(x: Tensor, other: Tensor | None, spec: ConvSpec, time: tu
     """patch_at·patch_bs for every pair of samples, [batch, *time, batch', *time]; other None: each with itself.
 
     From pixels: patch_t·patch_s = Σ_k x_{t+k}·x_{s+k}, so the kernel's elements are added after the product of
-    the images, which takes as many times fewer multiplications as the kernel has elements.
+    the images, which takes as many times fewer multiplications as the kernel has elements; and one axis of the
+    kernel after the other, so that 3 × 3 elements take 3 + 3 additions. Padding is zeros, which are left out.
     """
     positions = math.prod(time)
-    second = () if other is None else (slice(None),)
-    others = () if other is None else (other.shape[0],)
-    shape = (x.shape[0], *time, *others, *time)
-    from_pixels, from_patches = product_costs(x, spec, positions)
+    from_pixels, from_patches = product_costs(x, spec, time)
     if from_patches < from_pixels:
+        others = () if other is None else (other.shape[0],)
         left = patches(x, spec, time).reshape(x.shape[0], -1, positions)
         right = None if other is None else patches(other, spec, time).reshape(other.shape[0], -1, positions)
-        return _pair_products(left, right).view(shape)
-    images = pad(x, spec)
-    size = images.shape[2:]
-    right = None if other is None else pad(other, spec).flatten(2)
-    products = _pair_products(images.flatten(2), right).view(x.shape[0], *size, *others, *size)
-    total = x.new_zeros(shape)
-    for element in product(*map(range, spec.kernel)):
-        axes = zip(element, spec.dilation, spec.stride, time, strict=True)
-        where = [slice(k * d, k * d + (n - 1) * s + 1, s) for k, d, s, n in axes]
-        total += products[(slice(None), *where, *second, *where)]
+        return _pair_products(left, right).view(x.shape[0], *time, *others, *time)
+    products = _pair_products(x.flatten(2), None if other is None else other.flatten(2))
+    products = products.view(x.shape[0], *x.shape[2:], 1 if other is None else other.shape[0], *x.shape[2:])
+    dims = len(time)
+    for axis in reversed(range(dims)):
+        products = _diagonal_sums(products, spec, axis, time[axis], (1 + axis, 2 + dims + axis))
+    return products.squeeze(1 + dims) if other is None else products
+
+
+def _diagonal_sums(products: Tensor, spec: ConvSpec, axis: int, time: int, dims: tuple[int, int]) -> Tensor:
+    """Σ_k products[s t + d k - p, s t' + d k - p] for t, t' in range(time), along two dimensions, zero outside."""
+    stride, padding, size = spec.stride[axis], spec.padding[axis], products.shape[dims[0]]
+    shape = list(products.shape)
+    shape[dims[0]] = shape[dims[1]] = time
+    total = products.new_zeros(shape)
+    for element in range(spec.kernel[axis]):
+        offset = element * spec.dilation[axis] - padding
+        first = max(0, -(offset // stride))
+        last = min(time - 1, (size - 1 - offset) // stride)
+        if last < first:
+            continue
+        target, source = total, products
+        for dim in dims:
+            target = target.narrow(dim, first, last - first + 1)
+            begin = first * stride + offset
+            source = source.narrow(dim, begin, (last - first) * stride + 1)
+            source = source[(slice(None),) * dim + (slice(None, None, stride),)]
+        target += source
     return total
 
 
@@ -177,8 +194,7 @@ def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: Co
     for group in ranges(spec.groups, per_channel * out, budget):
         for part in ranges(out, per_channel * (group.stop - group.start), budget, 16):
             rows = _partial_grads(*first, spec, group, part)
-            columns = rows if second is None else _partial_grads(*second, spec, group, part)
-            result += row_products(rows, columns)
+            result += gram_of_rows(rows, None if second is None else _partial_grads(*second, spec, group, part))
 
 
 def _partial_grads(x: Tensor, z: Tensor, spec: ConvSpec, group: slice, part: slice) -> Tensor:

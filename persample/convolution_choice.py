@@ -72,16 +72,20 @@ def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: int | None) -> str
     time, out = math.prod(z.shape[2:]), z.shape[1] // spec.groups
     rows = out * math.prod(spec.weight_shape[1:])
     materialise = time * rows + (0 if others is None else others * rows)
-    hadamard = (1 if others is None else others) * (time**2 * out + min(product_costs(x, spec, time)))
+    hadamard = (1 if others is None else others) * (time**2 * out + min(product_costs(x, spec, tuple(z.shape[2:]))))
     return "hadamard" if hadamard < materialise else "materialise"
 
 
-def product_costs(x: Tensor, spec: ConvSpec, time: int) -> tuple[int, int]:
+def product_costs(x: Tensor, spec: ConvSpec, time: tuple[int, ...]) -> tuple[int, int]:
     """Operations for the products of the patches of one pair of samples: from pixels, from patches."""
-    padded = math.prod(size + 2 * amount for size, amount in zip(x.shape[2:], spec.padding, strict=True))
-    elements = math.prod(spec.kernel)
+    pixels, positions = math.prod(x.shape[2:]), math.prod(time)
+    size, added = pixels, 0
+    for axis in reversed(range(len(time))):  # the products shrink, or grow, from one axis to the next
+        size = size // x.shape[2 + axis] * time[axis]
+        added += spec.kernel[axis] * size**2
     # Adding costs about eight times what a multiplication inside a matmul does: it is bound by memory.
-    return padded**2 * spec.weight_shape[1] + 8 * elements * time**2, time**2 * spec.weight_shape[1] * elements
+    elements = math.prod(spec.kernel)
+    return pixels**2 * spec.weight_shape[1] + 8 * added, positions**2 * spec.weight_shape[1] * elements
 
 
 def ranges(size: int, bytes_each: int, budget: int, multiple: int = 1) -> list[slice]:

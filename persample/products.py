@@ -22,6 +22,8 @@ LONGEST = 2**17
 off (and five times as slow). Longer rows are to be cut and the products added."""
 SMALLEST = 2**21
 """Multiplications below which a call to oneDNN costs more than it saves."""
+NARROWEST = 64
+"""Rows in a block of a symmetric product, at least."""
 
 
 def _by_onednn(left: Tensor, right: Tensor) -> bool:
@@ -52,11 +54,30 @@ def weight_product(z: Float[Tensor, "rows out"], x: Float[Tensor, "rows inp"]) -
 
 
 def gram_of_rows(rows: Float[Tensor, "batch entries"], columns: Float[Tensor, "other entries"] | None = None) -> Tensor:
-    """Returns rows @ columns.T for rows of any length; columns default to the rows."""
-    columns = rows if columns is None else columns
+    """Returns rows @ columns.T for rows of any length; columns default to the rows, which takes half the products."""
     if rows.shape[1] <= LONGEST:
-        return row_products(rows, columns)
-    result = rows.new_zeros(rows.shape[0], columns.shape[0])
-    for left, right in zip(rows.split(LONGEST, 1), columns.split(LONGEST, 1), strict=True):
-        result += row_products(left, right)
+        return _symmetric(rows) if columns is None else row_products(rows, columns)
+    result = rows.new_zeros(rows.shape[0], (rows if columns is None else columns).shape[0])
+    for start in range(0, rows.shape[1], LONGEST):
+        part = slice(start, start + LONGEST)
+        result += gram_of_rows(rows[:, part], None if columns is None else columns[:, part])
+    return result
+
+
+def _symmetric(rows: Float[Tensor, "batch entries"]) -> Float[Tensor, "batch batch"]:
+    """Returns rows @ rows.T from the blocks on and below the diagonal.
+
+    Of 64 rows and more at a time, or the narrow products lose what the missing ones save: 128 rows of 36,864 entries
+    take 0.82 of the time, 512 rows 0.63; 32 rows in halves would take 1.1.
+    """
+    batch = rows.shape[0]
+    if batch < 2 * NARROWEST or batch * rows.shape[1] < SMALLEST:
+        return row_products(rows, rows)
+    result = rows.new_empty(batch, batch)
+    step = max(NARROWEST, -(-batch // 4))
+    for start in range(0, batch, step):
+        end = min(start + step, batch)
+        block = row_products(rows[:end], rows[start:end])
+        result[:end, start:end] = block
+        result[start:end, :start] = block[:start].mT
     return result

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persample import convolution
+from persample import convolution, memory
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
 from persample.precision import full_precision
 from persample.products import LONGEST, gram_of_rows, row_products, weight_product
@@ -69,7 +69,8 @@ def materialise(block: Block, out: Tensor | None = None) -> Tensor:
 
 @materialise.register
 def _(block: Outer, out: Tensor | None = None) -> Tensor:
-    x, z = full_precision(block.x), full_precision(block.z)
+    x, z = full_precision(block.x).detach(), full_precision(block.z).detach()  # a graph refuses `out=`
+    out = memory.empty((block.batch, *block.shape), x) if out is None and x.dtype == z.dtype else out
     if x.shape[1] == 1:
         return torch.mul(z.transpose(1, 2), x, out=out)  # an outer product: no sum, so no matmul
     return torch.bmm(z.transpose(1, 2), x, out=out)
@@ -273,8 +274,8 @@ def _(a: Outer, b: Outer) -> Tensor:
     budget = min(consumed_budget(ax.device), max(batch, other) * LONGEST * size)
     for s in chunks(out, max(batch, other) * inp * size, budget):
         rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
-        rows_b = rows if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
-        result += row_products(rows, rows_b)
+        rows_b = None if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
+        result += gram_of_rows(rows, rows_b)
     return result
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from persample import reductions
 from persample.blocks import Block, Dense, Outer, Pulled, Rows
+from persample.products import LONGEST, gram_of_rows
 from persample.reductions import materialise, real_rows
 
 sizes = st.integers(1, 5)
@@ -98,3 +99,12 @@ def test_complex_rows_have_real_inner_products() -> None:
 def test_unknown_block_says_how_to_register() -> None:
     with pytest.raises(TypeError, match=r"materialise\.register"):
         materialise(Block())
+
+
+@pytest.mark.parametrize("batch", [3, 127, 128, 300])
+def test_symmetric_products_from_blocks_on_one_side_of_the_diagonal(batch: int) -> None:
+    torch.manual_seed(batch)
+    rows = torch.randn(batch, 2 * LONGEST + 5 if batch == 128 else 20_000, dtype=torch.float32)
+    exact = rows.double() @ rows.double().T
+    torch.testing.assert_close(gram_of_rows(rows).double(), exact, rtol=1e-4, atol=1e-5 * exact.max().item())
+    torch.testing.assert_close(gram_of_rows(rows), gram_of_rows(rows).T)
