@@ -10,10 +10,10 @@ from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from persample.backends import BACKENDS, Capture, Problem
-from persample.backends.outputs import capture_losses
+from persample.backends.outputs import capture_losses, hold_graph
 from persample.chunked import ChunkedPerSampleGrads, batch_of
 from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
-from persample.result import PerSampleGrads
+from persample.result import GraphPerSampleGrads, PerSampleGrads
 
 
 def per_sample(
@@ -27,6 +27,7 @@ def per_sample(
     check: bool = True,
     chunk_size: int | None = None,
     randomness: str = "error",
+    hold: str = "factors",
 ) -> PerSampleGrads | ChunkedPerSampleGrads:
     """Returns the per-sample gradients g_b = ∂ℓ_b/∂θ of every trainable parameter, as factors.
 
@@ -44,6 +45,10 @@ def per_sample(
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, and captured anew for each reduction (`persample.chunked`).
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
+        hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
+            parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and
+            every reduction is one more backward pass that frees each layer's factors when they are used: the least
+            memory, that of the plain step. Backend "outputs" alone.
 
     Raises:
         CoupledSamplesError: samples influence each other; the message names the operation.
@@ -69,6 +74,10 @@ def per_sample(
             "chunk_size and coupled='rows' exclude each other: where samples influence each other, the rows of a chunk "
             "are not those of the whole batch. Leave one of them out"
         )
+    if hold not in ("factors", "graph"):
+        raise ValueError(f"hold must be 'factors' or 'graph'; got {hold!r}")
+    if hold == "graph" and backend != "outputs":
+        raise ValueError(f"hold='graph' needs backend='outputs'; got backend={backend!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "
@@ -81,6 +90,8 @@ def per_sample(
         problem = Problem(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
         )
+        if hold == "graph":
+            return GraphPerSampleGrads(hold_graph(problem), parameters, backend)
         name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
         return PerSampleGrads(captured, parameters, name)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from persample.backends import Captured
 from persample.blocks import Block
 from persample.errors import CheckError
 from persample.reductions import full_precision, weighted_sum
@@ -38,6 +39,69 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
+def distinct_weights(losses: Tensor) -> Tensor:
+    """Weights [B] between 1/2 and 3/2, all different and in no simple relation: multiples of the golden ratio."""
+    numbers = torch.arange(1, losses.shape[0] + 1, dtype=torch.float64, device=losses.device)
+    return (0.5 + (numbers * 0.6180339887498949) % 1).to(losses.dtype)
+
+
+def binary_weights(losses: Tensor) -> Tensor:
+    """Weights [B] among 1/4, 1/2, 1 and 2 in no regular order: they scale without rounding, in any precision."""
+    return torch.exp2(torch.floor(4 * (distinct_weights(losses.double()) - 0.5)) - 2).to(losses.dtype)
+
+
+class SumCheck:
+    """Compares Σ_b w_b g_b with the gradient of Σ_b w_b ℓ_b, parameter by parameter as their blocks come.
+
+    With weights w all different it sees more than the plain sum, at the same price: rows that add up and yet are mixed
+    up among the samples, or that vanish in the sum because a mean over the batch is subtracted.
+    Rounding is relative to what is summed, not to what cancellation leaves (the bias of attention keys has a
+    gradient of zero, and z there is noise of larger terms elsewhere), so a small part of the largest sum in the
+    model is allowed as well.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._sums: dict[str, Tensor] = {}
+        self._largest = torch.zeros((), dtype=torch.float64)
+
+    def add(self, name: str, uses: Sequence[Block | Captured]) -> None:
+        """Takes the blocks of one parameter, all of them."""
+        for use in uses:
+            block = use if isinstance(use, Block) else use.block
+            part = weighted_sum(block, self._weights.to(device=block.device, dtype=block.dtype.to_real()))
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+            bound = upper_bound(block).to(self._largest.device)
+            # a factor may hold NaN or infinity where its partner is zero, or belong to a sample whose loss is NaN
+            self._largest = torch.maximum(self._largest, torch.where(bound.isfinite(), bound, 0.0))
+
+    def compare(self, batch_gradient: Mapping[str, Tensor | None], *, precision: torch.dtype, backend: str) -> None:
+        """Raises `CheckError` unless the sums are the gradient of the weighted losses."""
+        absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
+        misses: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, gradient in batch_gradient.items():
+            total = self._sums.get(name)
+            if gradient is not None:
+                expected = full_precision(gradient.to_dense())
+            elif total is not None:
+                expected = torch.zeros_like(total)
+            else:
+                continue
+            if not bool(expected.isfinite().all()):
+                continue  # NaN in a sample's loss: its row is NaN, the others are right
+            norm = torch.linalg.vector_norm(expected).double().cpu()
+            miss = norm if total is None else torch.linalg.vector_norm(total - expected).double().cpu()
+            self._largest = torch.maximum(self._largest, norm)
+            misses[name] = miss, norm
+        for name, (miss, norm) in misses.items():
+            if not bool(miss <= absolute * self._largest + relative * norm):
+                raise CheckError(
+                    f"backend {backend!r} found per-sample gradients of {name!r} that do not add up to the batch "
+                    f"gradient (norm of the difference {float(miss):.3g}, of the batch gradient {float(norm):.3g}); "
+                    f"the result would be wrong. {_advice(backend)}"
+                )
+
+
 def check_sum(
     blocks: Mapping[str, Sequence[Block]],
     batch_gradient: Mapping[str, Tensor | None],
@@ -45,43 +109,11 @@ def check_sum(
     precision: torch.dtype,
     backend: str,
 ) -> None:
-    """Raises `CheckError` unless Σ_b g_b equals the batch gradient for every parameter.
-
-    Rounding is relative to what is summed, not to what cancellation leaves (the bias of attention keys has a
-    gradient of zero, and z there is noise of larger terms elsewhere), so a small part of the largest sum in the
-    model is allowed as well. One gradient of the summed loss is spent.
-    """
-    absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
-    misses: dict[str, tuple[Tensor, Tensor]] = {}
-    largest = torch.zeros((), dtype=torch.float64)
-    for name, expected in batch_gradient.items():
-        uses = blocks.get(name, ())
-        if expected is None and not uses:
-            continue
-        total = None
-        for block in uses:
-            ones = torch.ones(block.batch, device=block.device, dtype=block.dtype.to_real())
-            part = weighted_sum(block, ones)
-            total = part if total is None else total + part
-            bound = upper_bound(block).to(largest.device)
-            # a factor may hold NaN or infinity where its partner is zero, or belong to a sample whose loss is NaN
-            largest = torch.maximum(largest, torch.where(bound.isfinite(), bound, 0.0))
-        if expected is None:
-            expected = torch.zeros(uses[0].shape, dtype=uses[0].dtype, device=uses[0].device)
-        expected = full_precision(expected.to_dense())
-        if not bool(expected.isfinite().all()):
-            continue  # NaN in a sample's loss: its row is NaN, the others are right
-        norm = torch.linalg.vector_norm(expected).double().cpu()
-        miss = norm if total is None else torch.linalg.vector_norm(total - expected).double().cpu()
-        largest = torch.maximum(largest, norm)
-        misses[name] = miss, norm
-    for name, (miss, norm) in misses.items():
-        if not bool(miss <= absolute * largest + relative * norm):
-            raise CheckError(
-                f"backend {backend!r} found per-sample gradients of {name!r} that do not add up to the batch "
-                f"gradient (norm of the difference {float(miss):.3g}, of the batch gradient {float(norm):.3g}); "
-                f"the result would be wrong. {_advice(backend)}"
-            )
+    """Raises `CheckError` unless Σ_b g_b equals the batch gradient for every parameter, see `SumCheck`."""
+    check = SumCheck(torch.ones(next((found[0].batch for found in blocks.values() if found), 0)))
+    for name, found in blocks.items():
+        check.add(name, found)
+    check.compare(batch_gradient, precision=precision, backend=backend)
 
 
 def upper_bound(block: Block) -> Tensor:

@@ -16,10 +16,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from persample.attribution import Owner
-from persample.graph import Edge, Graph, Node, Route, shape_of
+from persample.graph import Graph, Node, Route, shape_of
 from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
-from persample.streaming import ends
 from persample.uses import Separation, Use
 
 PLANS_PER_MODEL = 16
@@ -40,10 +39,6 @@ class Plan:
 
     uses: Mapping[str, tuple[UsePositions, ...]]
     """By parameter."""
-    outputs: tuple[tuple[int, int], ...]
-    """(node, output) of every z that is needed."""
-    ends: tuple[int, ...]
-    """Nodes at which the backward pass may end, see `persample.streaming`."""
     owners: Mapping[int, tuple[Owner | None, ...]] | None
     """Owners by node, where proven; None: to be asked of each batch."""
     rules: Mapping[str, Rule | None]
@@ -85,8 +80,6 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     )
     return Plan(
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
-        outputs=tuple((order[node], k) for node in cuts for k, z in enumerate(known.zs[node]) if z is not None),
-        ends=tuple(order[node] for node in ends(graph, uses)),
         owners={order[node]: known.owners[node] for node in cuts} if regular else None,
         rules={node.name(): RULES.get(node.name()) for node in cuts},
     )
@@ -167,9 +160,3 @@ def plans_of(model: nn.Module) -> Plans:
     if model not in _OF_MODEL:
         _OF_MODEL[model] = Plans()
     return _OF_MODEL[model]
-
-
-def edges(plan: Plan, graph: Graph) -> list[Edge]:
-    """The edges at which z is needed."""
-    nodes = list(graph.order)
-    return [(nodes[node], output) for node, output in plan.outputs]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from itertools import combinations
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from persample import reductions
 from persample.algorithms import algorithm
-from persample.backends import Capture
+from persample.backends import Capture, Captured
+from persample.backends.outputs import HeldGraph
 from persample.blocks import Block
-from persample.reductions import full_precision, real_rows
+from persample.gradient import Gradient, add
+from persample.precision import full_precision
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,21 @@ class PerSampleGrads:
         self.losses: Float[Tensor, " batch"] = capture.losses
         self.backend = backend
         self.notes = capture.notes
-        self._uses = capture.uses
-        self._blocks = capture.blocks
         self._parameters = dict(parameters)
+        self._gradients = {
+            name: Gradient(parameter, capture.uses.get(name, ()), capture.losses)
+            for name, parameter in parameters.items()
+        }
         self._versions = [
             (factor, factor._version)
-            for blocks in self._blocks.values()
-            for block in blocks
+            for gradient in self._gradients.values()
+            for block in gradient.blocks
             for factor in block.factors
             if not factor.is_inference()
         ]
 
     def __repr__(self) -> str:
-        held = sum(block.nbytes for blocks in self._blocks.values() for block in blocks)
+        held = sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
         return (
             f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, backend={self.backend!r}, "
             f"factors={held / 2**20:.1f} MiB)"
@@ -109,7 +112,7 @@ class PerSampleGrads:
         >>> [type(block).__name__ for block in psg.blocks["weight"]]
         ['Outer']
         """
-        return {name: tuple(blocks) for name, blocks in self._blocks.items()}
+        return {name: gradient.blocks for name, gradient in self._held().items()}
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -120,7 +123,7 @@ class PerSampleGrads:
         >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 2)).unused
         ('spare.weight',)
         """
-        return tuple(name for name in self._parameters if not self._blocks.get(name))
+        return tuple(name for name, gradient in self._gradients.items() if not gradient.uses)
 
     @property
     def layers(self) -> dict[str, tuple[str, ...]]:
@@ -132,7 +135,7 @@ class PerSampleGrads:
         """
         found: dict[str, list[str]] = {}
         for name in self._parameters:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
+            found.setdefault(layer_of(name), []).append(name)
         return {layer: tuple(names) for layer, names in found.items()}
 
     @reduction
@@ -153,7 +156,7 @@ class PerSampleGrads:
                 [[0., 1.]]])
         """
         buffers = self._checked(out or {})
-        return {name: self._materialise(name, buffers.get(name)) for name in self._parameters}
+        return self._each(lambda name, gradient: gradient.materialise(buffers.get(name)))
 
     @reduction
     def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
@@ -194,7 +197,11 @@ class PerSampleGrads:
                 f"against {len(self._parameters)}: differing names "
                 f"{sorted(set(right._parameters) ^ set(self._parameters))[:5]}"
             )
-        matrices = {name: self._gram(name, right) for name in self._parameters}
+        if other is None:
+            matrices = self._each(lambda _, gradient: gradient.gram(gradient))
+        else:
+            theirs = other._held()
+            matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
         return _total(self._group(matrices, per, (self.batch, right.batch)), per)
 
     @reduction
@@ -221,13 +228,7 @@ class PerSampleGrads:
             if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
-        result = {}
-        for layer, names in self.layers.items():
-            for name in names:
-                blocks = self._blocks.get(name, ())
-                parts = [reductions.weighted_sum(block, by_layer[layer].to(block.device)) for block in blocks]
-                result[name] = _add(parts) if parts else self._zeros(name)
-        return result
+        return self._weighted_sum(by_layer)
 
     @reduction
     def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
@@ -246,16 +247,17 @@ class PerSampleGrads:
         unknown = set(vectors) - set(self._parameters)
         if unknown:
             raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
-        result = self.losses.new_zeros(self.batch, dtype=self._dtype)
         for name, vector in vectors.items():
             if vector.shape != self._parameters[name].shape:
                 raise ValueError(
                     f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
                     f"got {tuple(vector.shape)}"
                 )
-            for block in self._blocks.get(name, ()):
-                result = result + reductions.dot(block, vector.to(block.device)).to(result)
-        return result
+        parts = self._each(lambda name, gradient: gradient.dot(vectors[name]) if name in vectors else None)
+        total = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
+        for part in parts.values():
+            total = total if part is None else total + part.to(total.device)
+        return total
 
     @reduction
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
@@ -288,103 +290,104 @@ class PerSampleGrads:
         ...     print(use.parameter, use.operation, use.block)
         weight Mm Outer
         """
-        rows = []
-        for name, uses in self._uses.items():
-            for use in uses:
-                form, kind = algorithm(use.block), type(use.block).__name__
-                rows.append(Explanation(name, use.operation, use.rule, kind, form, use.block.nbytes))
-            if not uses:
-                rows.append(Explanation(name, "unused", "zero", "none", "none", 0))
-        return rows
+        return [row for rows in self._each(_explained).values() for row in rows]
 
-    # --- one parameter, all its uses ------------------------------------------------------------------------
+    # --- what depends on how the gradients are held ---------------------------------------------------------
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return full_precision(self.losses).dtype
+    def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
+        """`form` of every parameter's gradient, by name."""
+        return {name: form(name, gradient) for name, gradient in self._held().items()}
 
-    def _zeros(self, name: str, *leading: int) -> Tensor:
-        parameter = self._parameters[name]
-        return full_precision(parameter.new_zeros(*leading, *parameter.shape))
+    def _held(self) -> Mapping[str, Gradient]:
+        """Every parameter's gradient, all at once."""
+        return self._gradients
+
+    # --- all parameters -------------------------------------------------------------------------------------
 
     def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         for name, buffer in out.items():
             if name not in self._parameters:
                 raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
-            expected = self._zeros(name, 0)
-            wanted = (self.batch, *self._parameters[name].shape)
-            if buffer.shape != wanted or buffer.dtype != expected.dtype or buffer.device != expected.device:
+            parameter = self._parameters[name]
+            wanted, dtype = (self.batch, *parameter.shape), full_precision(parameter.new_empty(0)).dtype
+            if buffer.shape != wanted or buffer.dtype != dtype or buffer.device != parameter.device:
                 raise ValueError(
-                    f"out[{name!r}] must be {wanted}, {expected.dtype} on {expected.device}; got "
+                    f"out[{name!r}] must be {wanted}, {dtype} on {parameter.device}; got "
                     f"{tuple(buffer.shape)}, {buffer.dtype} on {buffer.device}"
                 )
             if not buffer.is_contiguous():
                 raise ValueError(f"out[{name!r}] must be contiguous; got strides {buffer.stride()}")
         return out
 
-    def _materialise(self, name: str, out: Tensor | None = None) -> Tensor:
-        blocks = self._blocks.get(name, ())
-        if not blocks:
-            return self._zeros(name, self.batch) if out is None else out.zero_()
-        total = reductions.materialise(blocks[0], out)
-        for block in blocks[1:]:
-            rows = reductions.materialise(block)
-            total = total + rows if out is None else total.add_(rows)
-        return total
-
-    def _squared_norms(self, name: str) -> Tensor:
-        blocks: Sequence[Block] = self._blocks.get(name, ())
-        if not blocks:
-            return self.losses.new_zeros(self.batch, dtype=self._dtype)
-        if len(blocks) == 1 or _all_fast(blocks):
-            squares = [reductions.squared_norms(block) for block in blocks]
-            crosses = [2 * reductions.inner(a, b) for a, b in combinations(blocks, 2)]
-            return _add([*squares, *crosses])
-        return real_rows(self._materialise(name)).square().sum(1)
-
-    def _gram(self, name: str, right: PerSampleGrads) -> Tensor:
-        left_blocks, right_blocks = self._blocks.get(name, ()), right._blocks.get(name, ())
-        if not left_blocks or not right_blocks:
-            return self.losses.new_zeros(self.batch, right.batch, dtype=self._dtype)
-        if (len(left_blocks) == len(right_blocks) == 1) or _all_fast([*left_blocks, *right_blocks]):
-            if right is self:
-                crosses = [reductions.gram(a, b) for a, b in combinations(left_blocks, 2)]
-                return _add([*(reductions.gram(a) for a in left_blocks), *(k + k.T for k in crosses)])
-            return _add([reductions.gram(a, b) for a in left_blocks for b in right_blocks])
-        rows = real_rows(self._materialise(name))
-        return rows @ (rows if right is self else real_rows(right._materialise(name))).T
-
     def _norms(self, per: Per) -> dict[str, Tensor]:
-        squares = {name: self._squared_norms(name) for name in self._parameters}
+        squares = self._each(lambda _, gradient: gradient.squared_norms())
         # cross terms of several uses may leave a rounding error below zero
         return {key: value.clamp(min=0).sqrt() for key, value in self._group(squares, per, (self.batch,)).items()}
+
+    def _weighted_sum(self, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)]))
 
     def _group(self, values: Mapping[str, Tensor], per: Per, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Values of parameters, added up as `per` says; the total under the name ""."""
         if per == "param":
             return dict(values)
         if per == "layer":
-            return {layer: _add([values[name] for name in names]) for layer, names in self.layers.items()}
+            return {layer: add([values[name] for name in names]) for layer, names in self.layers.items()}
         if per == "total":
             parts = [value.to(self.losses.device) for value in values.values()]
-            return {"": _add(parts) if parts else self.losses.new_zeros(shape, dtype=self._dtype)}
+            return {"": add(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)}
         raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+
+
+class GraphPerSampleGrads(PerSampleGrads):
+    """Per-sample gradients of which nothing is held but the autograd graph: every reduction is a backward pass.
+
+    Each parameter's factors are consumed when the pass has formed them, so the peak is that of the plain backward
+    pass. `blocks`, and being the `other` of a Gram matrix, need all factors at once.
+    """
+
+    def __init__(self, graph: HeldGraph, parameters: Mapping[str, Tensor], backend: str) -> None:
+        reading = graph.reading
+        super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
+        self._graph = graph
+
+    def __repr__(self) -> str:
+        return f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, graph held)"
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of trainable parameters that no loss depends on; their gradients are zero."""
+        return tuple(name for name in self._parameters if not self._graph.reading.uses.get(name))
+
+    def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
+        formed: dict[str, T] = {}
+
+        def take(name: str, uses: tuple[Captured, ...]) -> None:
+            formed[name] = form(name, Gradient(self._parameters[name], uses, self.losses))
+
+        self._graph.stream(take)
+        return {name: formed[name] for name in self._parameters}
+
+    def _held(self) -> Mapping[str, Gradient]:
+        return self._each(lambda _, gradient: gradient)
+
+
+def layer_of(name: str) -> str:
+    """The path of the module that owns a parameter; "" is the model."""
+    return name.rpartition(".")[0]
+
+
+def _explained(name: str, gradient: Gradient) -> list[Explanation]:
+    if not gradient.uses:
+        return [Explanation(name, "unused", "zero", "none", "none", 0)]
+    return [
+        Explanation(name, use.operation, use.rule, type(use.block).__name__, algorithm(use.block), use.block.nbytes)
+        for use in gradient.uses
+    ]
 
 
 def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
     return values[""] if per == "total" else values
-
-
-def _add(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _all_fast(blocks: Sequence[Block]) -> bool:
-    """True where every pair of blocks has a form that materialises nothing."""
-    return all(reductions.has_pair_form(a, b) for a, b in combinations(blocks, 2))
 
 
 def _clip(norms: Tensor, max_norm: float | int) -> Tensor:

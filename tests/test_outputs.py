@@ -447,3 +447,17 @@ def test_saved_tensors_behind_hooks_are_read_once(hooked: str) -> None:
         expected = loop_grads(model, lambda out, _: out.square().sum(1), x, None)
         for name, rows in expected.items():
             torch.testing.assert_close(grads[name], rows, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["outputs", "vmap"])
+def test_losses_centred_over_the_batch_are_refused(backend: str) -> None:
+    """Their sum is constant: every gradient of it vanishes, and rows of zeros would add up."""
+
+    def centred(outputs: Tensor, _: Any) -> Tensor:
+        return outputs[:, 0] - outputs[:, 0].mean()
+
+    with pytest.raises((persample.CheckError, persample.CoupledSamplesError, persample.UnsupportedError)):
+        persample.per_sample(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), centred, torch.randn(5, 3), backend=backend)
+    model = nn.Linear(3, 2)
+    with pytest.raises(persample.CheckError):
+        persample.grad(centred(model(torch.randn(5, 3)), None), model.parameters())

@@ -12,23 +12,25 @@ from the graph (`persample.layout`), later batches cost one backward pass to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, register
 from persample.blocks import Block
 from persample.captured import capture_use, merged
-from persample.checks import check_losses, check_sum
-from persample.errors import CheckError
-from persample.graph import Graph, call_node, sum_to, trace
-from persample.plans import Plan, Plans, edges, make, plans_of, signature
+from persample.checks import SumCheck, binary_weights, check_losses, check_sum
+from persample.errors import CheckError, UnsupportedError
+from persample.graph import Graph, Node, call_node, sum_to, trace
+from persample.plans import Plan, Plans, make, plans_of, signature
 from persample.precision import coarsest
 from persample.provenance import Provenance
 from persample.rules import Site, build
-from persample.streaming import Stream, unpacked_by_hooks
+from persample.streaming import Stream, Take, ends, unpacked_by_hooks
 from persample.uses import Separation, Use, find_uses
 
 PROBED = (
@@ -37,6 +39,54 @@ PROBED = (
 )
 CHECK_EVERY = 8
 """Of the batches with a proven plan, one in this many verifies one use against autograd."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of a batch's graph: by the plan of an earlier batch, or by attribution."""
+
+    losses: Tensor
+    """[B], with their graph."""
+    graph: Graph
+    uses: Mapping[str, list[Use]]
+    owners: Mapping[Node, tuple[Owner | None, ...]]
+    plan: Plan | None
+    known: Separation | None
+    """z where the graph was attributed; None where a plan was followed."""
+    key: Hashable
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return () if self.plan is None or self.plan.owners is not None else (PROBED,)
+
+    @property
+    def turn(self) -> int | None:
+        """Which use of a plan is to be verified with this batch, None for none."""
+        calls = 0 if self.plan is None else self.plan.calls
+        return None if self.known is not None or calls % CHECK_EVERY else calls // CHECK_EVERY
+
+
+def read(
+    losses: Tensor,
+    parameters: Mapping[str, Tensor],
+    *,
+    provenance: Provenance | None = None,
+    plans: Plans | None = None,
+    coupled: str = "error",
+) -> Reading:
+    """Returns the reading of losses that are already there."""
+    losses = check_losses(losses)
+    graph = trace(losses)
+    key = (signature(graph), coupled, tuple(parameters)) if plans is not None else None
+    plan = plans.find(key) if plans is not None else None
+    if plan is not None and plan.owners is not None and plan.current():
+        nodes = list(graph.order)
+        owners = {nodes[position]: each for position, each in plan.owners.items()}
+        return Reading(losses, graph, plan.restore(graph), owners, plan, None, key)
+    uses, known = find_uses(graph, losses, parameters, coupled, provenance)
+    plan = make(graph, uses, known, losses.shape[0]) if plans is not None else None
+    return Reading(losses, graph, uses, known.owners, plan, known, key)
 
 
 def capture_losses(
@@ -53,33 +103,66 @@ def capture_losses(
     Without `provenance` nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed. Without
     `plans` the graph of the losses is kept; with them it is consumed, as by `backward()`.
     """
-    losses = check_losses(losses)
-    graph = trace(losses)
-    key = (signature(graph), coupled, tuple(parameters)) if plans is not None else None
-    plan = plans.find(key) if plans is not None else None
-    if plan is not None and plan.owners is not None and plan.current():
-        turn = plan.calls // CHECK_EVERY if check and plan.calls % CHECK_EVERY == 0 else None
-        return Capture(losses.detach(), captured_by_plan(plan, graph, losses, turn))
-    uses, known = find_uses(graph, losses, parameters, coupled, provenance)
-    if plans is not None:
-        plan = make(graph, uses, known, losses.shape[0])
+    reading = read(losses, parameters, provenance=provenance, plans=plans, coupled=coupled)
+    if reading.known is None:
+        return Capture(losses.detach(), captured_by_plan(reading, reading.turn if check else None))
     with torch.no_grad():
-        captured = build_uses(uses, known, losses.shape[0])
-    result = Capture(losses.detach(), captured, notes=() if plan is None or plan.owners is not None else (PROBED,))
+        captured = build_uses(reading.uses, reading.known, losses.shape[0])
     if check:
-        check_batch(result, losses, parameters, known)
-    if plans is not None and plan is not None:
-        plans.keep(key, plan)  # only what the check has passed
-    return result
+
+        def each(take: Take) -> None:
+            for name, found in captured.items():
+                take(name, found)
+
+        check_batch(each, reading, parameters, coupled)
+    if plans is not None and reading.plan is not None:
+        plans.keep(reading.key, reading.plan)  # only what the check has passed
+    return Capture(losses.detach(), captured, notes=reading.notes)
 
 
-def captured_by_plan(plan: Plan, graph: Graph, losses: Tensor, turn: int | None) -> dict[str, tuple[Captured, ...]]:
+@dataclass(frozen=True)
+class HeldGraph:
+    """A batch whose autograd graph is held; every `stream` is one backward pass through it."""
+
+    reading: Reading
+    check: bool
+
+    def stream(self, take: Take) -> None:
+        """Hands over the uses of one parameter after another and keeps none."""
+        reading, turn = self.reading, self.reading.turn if self.check else None
+        check = None if turn is None else check_site
+        stream = Stream(reading.graph, reading.uses, reading.owners, len(reading.losses), take, check, turn or 0)
+        stream.run(reading.losses, ends(reading.graph, reading.uses), retain_graph=True)
+
+
+def hold_graph(problem: Problem) -> HeldGraph:
+    """Runs the model and finds the uses of its parameters, checked; what is held is the graph alone.
+
+    Raises:
+        UnsupportedError: saved tensors that can be read only once (checkpointing, offloading).
+    """
+    losses, provenance = losses_of(problem)
+    plans = plans_of(problem.model)
+    with torch.inference_mode(False), torch.enable_grad():
+        found = read(losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled)
+        if unpacked_by_hooks(list(found.owners)):
+            raise UnsupportedError(
+                "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
+                "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
+            )
+        held = HeldGraph(replace(found, known=None), problem.check)
+        if found.known is not None and found.plan is not None:
+            if problem.check:
+                check_batch(held.stream, found, problem.parameters, problem.coupled)
+            plans.keep(found.key, found.plan)
+    return held
+
+
+def captured_by_plan(reading: Reading, turn: int | None) -> dict[str, tuple[Captured, ...]]:
     """Every use of every parameter, from one backward pass; `turn`: the use to verify, None for no check."""
-    batch, uses = losses.shape[0], plan.restore(graph)
-    nodes = list(graph.order)
-    owners = {nodes[position]: each for position, each in (plan.owners or {}).items()}
-    if unpacked_by_hooks(list(owners)):
-        known = outputs_by_plan(plan, graph, losses)
+    graph, uses, batch = reading.graph, reading.uses, len(reading.losses)
+    if unpacked_by_hooks(list(reading.owners)):
+        known = outputs_by_plan(reading)
         with torch.no_grad():
             if turn is not None:
                 check_use(uses, known, batch, turn)
@@ -92,8 +175,7 @@ def captured_by_plan(plan: Plan, graph: Graph, losses: Tensor, turn: int | None)
         versions.extend((name, f, f._version) for each in found for f in each.block.factors if not f.is_inference())
 
     check = None if turn is None else check_site
-    stream = Stream(graph, uses, owners, batch, take, check, turn or 0)
-    stream.run(losses, [nodes[position] for position in plan.ends])
+    Stream(graph, uses, reading.owners, batch, take, check, turn or 0).run(reading.losses, ends(graph, uses))
     for name, factor, version in versions:
         if factor._version != version:
             raise CheckError(
@@ -103,22 +185,17 @@ def captured_by_plan(plan: Plan, graph: Graph, losses: Tensor, turn: int | None)
     return {name: captured[name] for name in uses}
 
 
-def outputs_by_plan(plan: Plan, graph: Graph, losses: Tensor) -> Separation:
-    """z at the plan's edges, with the plan's owners: one backward pass, after which the graph is still there."""
-    wanted = edges(plan, graph)
-    known = Separation()
+def outputs_by_plan(reading: Reading) -> Separation:
+    """z at every use, with the plan's owners: one backward pass, after which the graph is still there."""
+    known = Separation(owners=dict(reading.owners))
+    wanted = [(node, output) for node in reading.owners for output in reading.graph.outputs(node)]
     if not wanted:
         return known
-    found = torch.autograd.grad(
-        losses, [GradientEdge(*edge) for edge in wanted], torch.ones_like(losses), retain_graph=True, allow_unused=True
-    )
-    zs: dict = {}
-    for (node, output), z in zip(wanted, found, strict=True):
-        zs.setdefault(node, {})[output] = z
-    for node, of_output in zs.items():
-        owners = (plan.owners or {})[graph.order[node]]
-        known.zs[node] = tuple(of_output.get(output) for output in range(len(owners)))
-        known.owners[node] = owners
+    losses, edges = reading.losses, [GradientEdge(*edge) for edge in wanted]
+    found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=True, allow_unused=True)
+    zs = dict(zip(wanted, found, strict=True))
+    for node, owners in reading.owners.items():
+        known.zs[node] = tuple(zs.get((node, output)) for output in range(len(owners)))
     return known
 
 
@@ -142,19 +219,22 @@ def site_of(use: Use, known: Separation, batch: int) -> Site:
     return Site(use.node, use.slot, known.zs[use.node], known.owners[use.node], batch)
 
 
-def check_batch(result: Capture, losses: Tensor, parameters: Mapping[str, Tensor], known: Separation) -> None:
-    """Every parameter against autograd's gradient of the summed loss: one ordinary backward pass."""
+def check_batch(
+    blocks: Callable[[Take], object], reading: Reading, parameters: Mapping[str, Tensor], coupled: str
+) -> None:
+    """Every parameter against autograd's gradient of weighted losses: one ordinary backward pass."""
+    losses, known = reading.losses, reading.known
     if not parameters or not losses.requires_grad:
         return
-    total = torch.autograd.grad(
-        losses, list(parameters.values()), torch.ones_like(losses), retain_graph=True, allow_unused=True
-    )
-    check_sum(
-        result.blocks,
-        dict(zip(parameters, total, strict=True)),
-        precision=coarsest(losses, *parameters.values(), *(z for zs in known.zs.values() for z in filter_none(zs))),
-        backend="outputs",
-    )
+    # the row reading of coupled samples adds up, and promises no more
+    weights = torch.ones_like(losses) if coupled == "rows" else binary_weights(losses.detach())
+    sums = SumCheck(weights)
+    with torch.no_grad():
+        blocks(sums.add)
+    total = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=True, allow_unused=True)
+    zs = [] if known is None else [z for zs in known.zs.values() for z in filter_none(zs)]
+    precision = coarsest(losses, *parameters.values(), *zs)
+    sums.compare(dict(zip(parameters, total, strict=True)), precision=precision, backend="outputs")
 
 
 def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn: int) -> None:
@@ -180,15 +260,20 @@ def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-@register("outputs", covers="every operation: rules for the common ones, the generic node rule for the rest")
-def capture(problem: Problem) -> Capture:
-    """Runs the model and captures its losses."""
+def losses_of(problem: Problem) -> tuple[Tensor, Provenance]:
+    """Runs the model; returns the losses and what saw the data."""
     provenance = Provenance()
     provenance.follow(problem.inputs)
     # inference mode is left as well: its tensors can be inputs, but no operation on them would be recorded
+    with torch.inference_mode(False), torch.enable_grad(), provenance.named(problem.model), provenance:
+        return problem.loss_fn(problem.outputs(), problem.targets), provenance
+
+
+@register("outputs", covers="every operation: rules for the common ones, the generic node rule for the rest")
+def capture(problem: Problem) -> Capture:
+    """Runs the model and captures its losses."""
+    losses, provenance = losses_of(problem)
     with torch.inference_mode(False), torch.enable_grad():
-        with provenance.named(problem.model), provenance:
-            losses = problem.loss_fn(problem.outputs(), problem.targets)
         return capture_losses(
             losses,
             problem.parameters,

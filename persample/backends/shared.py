@@ -4,48 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from persample.blocks import Block
-from persample.checks import check_sum
+from persample.checks import SumCheck, distinct_weights
 from persample.precision import coarsest
-from persample.reductions import weighted_sum
 
 ADVICE = "Use backend='outputs', which covers every operation."
-
-
-@dataclass(frozen=True)
-class Scaled(Block):
-    """g_b = weights_b · inner_b; only ever summed, so nothing is copied."""
-
-    inner: Block
-    weights: Tensor
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        return self.inner.factors
-
-
-@weighted_sum.register
-def _(block: Scaled, c: Tensor) -> Tensor:
-    return weighted_sum(block.inner, c * block.weights.to(c))
-
-
-def distinct_weights(losses: Tensor) -> Tensor:
-    """Weights [B] between 1/2 and 3/2, all different and in no simple relation: multiples of the golden ratio."""
-    numbers = torch.arange(1, losses.shape[0] + 1, dtype=torch.float64, device=losses.device)
-    return (0.5 + (numbers * 0.6180339887498949) % 1).to(losses.dtype)
 
 
 def check_rows(
@@ -59,13 +26,11 @@ def check_rows(
         return
     weights = distinct_weights(losses)
     gradient = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=True, allow_unused=True)
-    scaled = {name: [Scaled(block, weights) for block in found] for name, found in blocks.items()}
-    check_sum(
-        scaled,
-        dict(zip(parameters, gradient, strict=True)),
-        precision=coarsest(losses, *parameters.values()),
-        backend=backend,
-    )
+    sums = SumCheck(weights)
+    for name, found in blocks.items():
+        sums.add(name, found)
+    precision = coarsest(losses, *parameters.values())
+    sums.compare(dict(zip(parameters, gradient, strict=True)), precision=precision, backend=backend)
 
 
 @contextmanager
