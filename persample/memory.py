@@ -1,9 +1,16 @@
-"""Fresh memory for large results, in huge pages where the system has them.
+"""Fresh memory for large results, in huge pages where the caller asks for them.
 
-The first write to a page of fresh memory makes the kernel find and clear that page: of 512 MiB, written once by one
-core, 190 ms are spent for 131,072 pages of 4 KiB, and 28 ms for 768 faults where pages of 2 MiB are allowed. On Linux
-with transparent huge pages at `madvise` (the default of most distributions) a program has to ask for them, by
-madvise(2) with MADV_HUGEPAGE. Asking is advice: where it has no effect, nothing changes but the time.
+The first write to a page of fresh memory makes the kernel find and clear that page. On Linux with transparent huge
+pages at `madvise` a program may ask for pages of 2 MiB instead of 4 KiB, by madvise(2) with MADV_HUGEPAGE. Whether
+that is faster depends on the machine, so it is off until `huge_pages(True)`. Measured in a virtual machine, 512 MiB
+written once by one core, milliseconds of processor time:
+
+    calls apart by      0 s     1 s       3 s       6 s
+    pages of 4 KiB      208     249       242       246
+    pages of 2 MiB      48      43-342    609-953   592-1061
+
+That machine returns free memory to its host, which takes long to give large blocks again: on such a machine huge pages
+pay only where large results follow each other closely. Measure, or reuse buffers by `grads(out=)`, which beats both.
 
 Only pages that lie in the tensor as a whole are asked for, so a tensor that is written in full takes no more memory.
 One of which little is written (`new_zeros` for tables) would, and is better left alone.
@@ -23,6 +30,22 @@ from torch import Tensor
 SMALLEST = 4 * 2**20
 """Bytes below which a tensor is left alone: it would hold a page or none, and often lies in memory used before."""
 _HUGEPAGE = 14  # MADV_HUGEPAGE, see madvise(2)
+_wanted = False
+
+
+def huge_pages(wanted: bool) -> bool:
+    """Says whether large results of this process are to lie in huge pages; returns what was said before (at first, no).
+
+    ```python
+    from persample.memory import huge_pages
+
+    before = huge_pages(True)
+    huge_pages(before)
+    ```
+    """
+    global _wanted
+    before, _wanted = _wanted, wanted
+    return before
 
 
 @cache
@@ -40,9 +63,10 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def advise(tensor: Tensor) -> Tensor:
-    """Asks for huge pages for the memory of a tensor that nothing was written to yet; returns the tensor."""
+    """Asks for huge pages, where they are wanted, for the memory of a tensor that nothing was written to yet; returns the tensor."""
     if (
-        type(tensor) is not Tensor  # a fake or a wrapped tensor has no memory of its own
+        not _wanted
+        or type(tensor) is not Tensor  # a fake or a wrapped tensor has no memory of its own
         or tensor.device.type != "cpu"
         or tensor.untyped_storage().nbytes() < SMALLEST
         or torch.compiler.is_compiling()

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from persample import memory
 from persample.blocks import Outer
-from persample.memory import advise, empty
+from persample.memory import advise, empty, huge_pages
 from persample.reductions import materialise
 
 
@@ -24,6 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
     monkeypatch.setattr(memory, "_madvise", lambda: madvise)
     monkeypatch.setattr(memory, "SMALLEST", 2**14)
+    monkeypatch.setattr(memory, "_wanted", True)
     return calls
 
 
@@ -57,9 +58,23 @@ def test_rows_in_advised_memory_are_the_rows(asked: list[tuple[int, int, int]], 
 
 def test_a_system_without_madvise_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     memory._madvise.cache_clear()
+    monkeypatch.setattr(memory, "_wanted", True)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_: (_ for _ in ()).throw(OSError("no C library")))
     try:
         assert memory._madvise() is None
         assert empty((2 * memory.SMALLEST,), torch.zeros(1)).numel() == 2 * memory.SMALLEST
     finally:
         memory._madvise.cache_clear()
+
+
+def test_nothing_is_asked_for_unless_wanted(asked: list[tuple[int, int, int]]) -> None:
+    assert huge_pages(False) is True
+    empty((10**6,), torch.zeros(1))
+    assert asked == []
+    assert huge_pages(True) is False
+    empty((10**6,), torch.zeros(1))
+    assert len(asked) == 1
+
+
+def test_huge_pages_are_off_by_default() -> None:
+    assert memory._wanted is False
