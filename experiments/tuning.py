@@ -1,6 +1,6 @@
 """The optimisers of the training experiments, and how each is tuned.
 
-Every method gets the same number of trials: a grid that is declared here, before anything was run. A trial is a short
+Every method gets the same number of trials: a grid that is declared here, before any recorded trial. A trial is a short
 run on part of the training set with a seed of its own, judged on samples that no run trains on; test data are not
 looked at. What is the best trial's goes into all seeds of a method. Where the best trial lies at the edge of its grid
 the tables say so.

@@ -1,5 +1,6 @@
 """Natural-gradient optimisers for PyTorch, built on per-sample gradients."""
 
+from fngd.adaptive import AdaptiveDamping
 from fngd.coefficients import smw_coefficients
 from fngd.eva import Eva
 from fngd.fngd import FNGD
@@ -9,4 +10,4 @@ from fngd.ngd import NGD
 from fngd.shampoo import Shampoo
 from fngd.skfac import SKFAC
 
-__all__ = ["FNGD", "KFAC", "NGD", "SKFAC", "Eva", "GaussNewton", "Shampoo", "smw_coefficients"]
+__all__ = ["FNGD", "KFAC", "NGD", "SKFAC", "AdaptiveDamping", "Eva", "GaussNewton", "Shampoo", "smw_coefficients"]

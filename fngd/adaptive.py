@@ -58,7 +58,11 @@ class AdaptiveDamping:
             )
 
     def updated(self, factor: float, ratio: float) -> float:
-        """Returns the new factor. A ratio that is NaN or inf (the loss is) counts as a bad prediction."""
+        """Returns the new factor. A ratio that is NaN or inf (the loss is) counts as a bad prediction.
+
+        >>> AdaptiveDamping(every=1, decay=0.5).updated(1.0, ratio=float("nan"))
+        2.0
+        """
         if not math.isfinite(ratio) or ratio < self.low:
             factor = factor / self.decay**self.every
         elif ratio > self.high:
