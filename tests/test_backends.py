@@ -573,4 +573,4 @@ def test_blocks_and_losses(backend: str) -> None:
     assert not psg.losses.requires_grad
     assert {row.parameter for row in psg.explain()} == {name for name, _ in model.named_parameters()}
     assert psg.backend == backend
-    assert all(isinstance(use.block, Dense | Outer) for uses in psg._uses.values() for use in uses)
+    assert all(isinstance(block, Dense | Outer) for blocks in psg.blocks.values() for block in blocks)

@@ -280,7 +280,7 @@ def test_results_hold_no_graph() -> None:
     psg = persample.per_sample(model, cross_entropy, x, y)
     results = [psg.losses, psg.norms(), psg.gram(), *psg.grads().values(), *psg.clipped_sum(1.0).values()]
     assert not any(result.requires_grad for result in results)
-    assert not any(factor.requires_grad for blocks in psg._blocks.values() for b in blocks for factor in b.factors)
+    assert not any(factor.requires_grad for blocks in psg.blocks.values() for b in blocks for factor in b.factors)
 
 
 def test_several_threads() -> None:
