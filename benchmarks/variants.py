@@ -139,9 +139,9 @@ def stored_compiled(task: Task) -> Step:
 # --- per-sample quantities ----------------------------------------------------------------------------------
 
 
-def captured(task: Task) -> Any:
-    """With the options that a user gets who gives none."""
-    return persample.per_sample(task.model, task.loss_fn, task.inputs, task.targets)
+def captured(task: Task, hold: str = "factors") -> Any:
+    """With the options that a user gets who gives none, but for `hold`."""
+    return persample.per_sample(task.model, task.loss_fn, task.inputs, task.targets, hold=hold)
 
 
 @variant("capture", "capture", "per_sample(...) alone")
@@ -169,10 +169,22 @@ def norms(task: Task) -> Step:
     return Step(lambda: captured(task).norms())
 
 
+@variant("norms_graph", "norms", 'norms(), hold="graph"')
+def norms_graph(task: Task) -> Step:
+    """Each layer's factors consumed on the way."""
+    return Step(lambda: captured(task, "graph").norms())
+
+
 @variant("gram", "gram", "gram()")
 def gram(task: Task) -> Step:
     """Over all parameters."""
     return Step(lambda: captured(task).gram())
+
+
+@variant("gram_graph", "gram", 'gram(), hold="graph"')
+def gram_graph(task: Task) -> Step:
+    """The same."""
+    return Step(lambda: captured(task, "graph").gram())
 
 
 @variant("clipped_sum", "clipped_sum", "clipped_sum()")
