@@ -63,7 +63,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def advise(tensor: Tensor) -> Tensor:
-    """Asks for huge pages, where they are wanted, for the memory of a tensor that nothing was written to yet; returns the tensor."""
+    """Returns the tensor; where huge pages are wanted, asks for them for its memory (not written to yet)."""
     if (
         not _wanted
         or type(tensor) is not Tensor  # a fake or a wrapped tensor has no memory of its own
