@@ -73,7 +73,9 @@ def test_finished_units_are_skipped_and_growing_settings_add_units(tmp_path, cap
     content = json.loads((tmp_path / "toy-small.json").read_text())
     assert sorted(content["units"]) == ["seed=0", "seed=1", "seed=7"]
     assert content["units"]["seed=0"]["result"] == {"value": 1.0, "bad": None}
-    assert content["environments"][0]["versions"]["torch"] == torch.__version__
+    # the metadata of some builds lack the local part
+    found = content["environments"][0]["versions"]["torch"]
+    assert found.split("+")[0] == torch.__version__.split("+")[0]
     assert content["settings"] == {"steps": 3, "seeds": [0, 1, 7]}
     assert (tmp_path / "toy-small.png").read_bytes() == b"drawn"
     assert "3 units on" in (tmp_path / "toy-small.md").read_text()

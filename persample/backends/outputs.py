@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -260,7 +261,7 @@ def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def losses_of(problem: Problem) -> tuple[Tensor, Provenance]:
+def losses_of(problem: Problem) -> tuple[Any, Provenance]:
     """Runs the model; returns the losses and what saw the data."""
     provenance = Provenance()
     provenance.follow(problem.inputs)
