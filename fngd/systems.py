@@ -12,6 +12,7 @@ sketch       J Jᵀ, never      both are larger                        relative 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
