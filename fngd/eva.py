@@ -153,6 +153,7 @@ class Eva(LayerPreconditioned):
         preset: str | None = None,
         process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
+        functions: bool = True,
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
@@ -182,4 +183,5 @@ class Eva(LayerPreconditioned):
             seed=0,
             process_group=process_group,
             batch_axis=batch_axis,
+            functions=functions,
         )

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from fngd.method import Method
 
 _REDUCTIONS = {1: "mean", 2: "sum"}
 """What torch's loss functions keep as `reduction` in their node of the graph."""
+
+
+class CheckedLoss:
+    """Part of `NGD` and `FNGD`: `check_loss`."""
+
+    _method: Method
+    _adaptive: object
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
+
+        `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt = fngd.NGD(model, lr=0.1, reduction="sum")
+        >>> opt.check_loss(nn.functional.mse_loss(model(torch.randn(8, 3)), torch.zeros(8, 1)))
+        Traceback (most recent call last):
+        ...
+        ValueError: the training loss is a mean over the batch...
+        """
+        found = reduction_of(loss)
+        if found is not None and found != self._method.reduction:
+            raise ValueError(
+                f"the training loss is a {found} over the batch, but the optimiser was constructed with "
+                f"reduction={self._method.reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
+            )
+
+    def _check_where_it_matters(self, loss: Any) -> None:
+        method = self._method
+        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
+        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
+            self.check_loss(loss)
 
 
 class Unchanged:
@@ -39,7 +75,6 @@ def reduction_of(loss: Tensor) -> str | None:
 
     It looks at the last operation only: one of torch's losses, `.mean()` or `.sum()`. Of a loss that was multiplied or
     divided afterwards, or that has further terms, nothing is known.
-
 
     >>> import torch
     >>> reduction_of(nn.functional.mse_loss(torch.zeros(3, requires_grad=True), torch.ones(3)))

@@ -56,16 +56,13 @@ def inspect(
     torch.Size([5, 5])
     """
     model = copy.deepcopy(model)
-    order: list[str] = []
     grams: dict[str, Tensor] = {}
 
     def keep(layer: str, grads: LayerGrads) -> None:
         grams[layer] = grads.gram() * grads.batch_size**2  # of the samples' own gradients
 
     model.train()
-    with reweight(model, keep) as handle:
-        for path in handle.layers:
-            model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+    with reweight(model, keep, functions=True):
         loss(model(inputs), labels).backward()
     if not grams:
         raise ValueError("the model has no linear or convolution layer whose weight is trained: nothing to look at")
@@ -75,7 +72,7 @@ def inspect(
         layer: {name: value.item() for name, value in each.items()} for layer, each in optimizer.diagnostics.items()
     }
     optimizer.remove()
-    layers = [layer for layer in dict.fromkeys(order) if layer in grams]
+    layers = list(reversed(grams))  # a backward pass meets the last layer first
     return Inspection({layer: grams[layer] for layer in layers}, {layer: found[layer] for layer in layers}, labels)
 
 

@@ -220,14 +220,16 @@ class KFAC(LayerPreconditioned):
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.joint`), gradients are as DDP or FSDP2 deliver them.
         batch_axis: see `persample.reweight`.
+        functions: the projections of `nn.MultiheadAttention` and weights given to `F.linear` count as linear layers;
+            as for `NGD`.
 
     Raises:
         ValueError: an argument out of range, or a model that is reweighted already.
 
     Approximate: the empirical Fisher matrix, block-diagonal by layer, each block a Kronecker product; factors
     and inverses of earlier steps. With gradient accumulation the factors are those of the joined batch, if the
-    losses add up to its loss. A batch with inf or NaN leaves them as they were. Weights used without calling
-    their layer, shared ones and transposed convolutions get the plain gradient: see `explain()`.
+    losses add up to its loss. A batch with inf or NaN leaves them as they were. Weights that several layers or an
+    embedding share and transposed convolutions get the plain gradient: see `explain()`.
 
     >>> model = nn.Linear(3, 1)
     >>> opt = KFAC(model, lr=0.1, statistics_every=10, inverse_every=100)
@@ -259,6 +261,7 @@ class KFAC(LayerPreconditioned):
         preset: str | None = None,
         process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
+        functions: bool = True,
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"inverse={inverse!r} is unknown; choose one of {list(INVERSES)}")
@@ -288,4 +291,5 @@ class KFAC(LayerPreconditioned):
             seed=0,
             process_group=process_group,
             batch_axis=batch_axis,
+            functions=functions,
         )

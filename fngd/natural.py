@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.optim.optimizer import Optimizer
 
 from fngd.adaptive import AdaptiveDamping
-from fngd.directions import Pair
-from fngd.distributed import mean_over_processes, world_size
 from fngd.first_order import ADAMW, first_order_step
 from fngd.groups import check_group, first_order_groups
-from fngd.guards import Unchanged, reduction_of
+from fngd.guards import Unchanged
 from fngd.kl_clip import kl_clip_bound
-from fngd.likelihoods import sampled_losses
+from fngd.measuring import Measuring
+from fngd.members import Part, attention_parameters, members, parameters, scaled_rows, unseen
 from fngd.method import Method
 from fngd.policy import Policy
+from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
 from persample import reweight
 
@@ -27,7 +26,7 @@ CHECK_EVERY = 100
 """Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
 
 
-class NaturalSGD(Optimizer):
+class NaturalSGD(Sampling, Measuring, Optimizer):
     """Base of `NGD` and `FNGD`; `_table` holds shared coefficients, None computes them in every step."""
 
     _table: CoefficientTable | None = None
@@ -58,6 +57,7 @@ class NaturalSGD(Optimizer):
         process_group: Any = None,
         diagnostics: bool = False,
         batch_axis: int | Mapping[str, int] | None = None,
+        functions: bool = True,
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -70,14 +70,12 @@ class NaturalSGD(Optimizer):
         if adapt_damping is not None and gram == "global":
             raise ValueError("adapt_damping does not go with gram='global'; use gram='layer' or 'network'")
         self._model, self._method, self._group, self._seed = model, method, process_group, seed
-        self._scaler = scaler
+        self._scaler, self._functions = scaler, functions
         self._adaptive, self._completed = adapt_damping, 0
-        self._predicted: Tensor | None = None  # M(δ) − M(0) of the last step, until adapt()
-        self._random: torch.Generator | None = None
         self._policy = Policy(
             method,
             self._table,
-            chosen=lambda layer: bool(self._option(layer, "precondition", True)),
+            chosen=self._chosen,
             scaler=scaler,
             process_group=process_group,
             diagnostics=diagnostics,
@@ -90,13 +88,16 @@ class NaturalSGD(Optimizer):
             batch_axis=batch_axis,
             joint=joint,
             outputs=fisher == "improved",
+            functions=functions,
         )
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay, "precondition": True, "rule": "sgd", "foreach": foreach,
         }  # fmt: skip
         try:
-            chosen = {param for path in handle.explain() for param in self._parameters(path)}
+            chosen = {param for path in handle.explain() for param in parameters(handle, path)}
+            if functions:
+                chosen.update(attention_parameters(model))
             groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
             super().__init__(groups, defaults)
         except BaseException:
@@ -114,91 +115,30 @@ class NaturalSGD(Optimizer):
         if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()
 
-    def _parameters(self, layer: str) -> list[Tensor]:
-        return [param for param in self._model.get_submodule(layer)._parameters.values() if param is not None]
-
     def _find_groups(self) -> None:
         """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
-        numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
-        weights = {path: self._model.get_submodule(path)._parameters.get("weight") for path in self._handle.explain()}
-        self._group_of = {path: numbers.get(id(weight)) for path, weight in weights.items()}
+        self._numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_of: dict[str, int | None] = {}
+        for path in self._handle.explain():
+            self._find_group(path)
         self._unchanged = Unchanged(self._model)
 
+    def _find_group(self, layer: str) -> bool:
+        """Whether it is known which group the layer is in; functions are known when they have been called."""
+        if layer not in self._group_of:
+            weight, _ = members(self._handle, layer)
+            if weight is None:
+                return False
+            self._group_of[layer] = self._numbers.get(id(weight.param))
+        return True
+
+    def _chosen(self, layer: str) -> bool:
+        """Whether the layer is to be preconditioned."""
+        return self._find_group(layer) and bool(self._option(layer, "precondition", True))
+
     def _option(self, layer: str, name: str, default: Any) -> Any:
-        number = self._group_of[layer]
+        number = self._group_of.get(layer)
         return default if number is None else self.param_groups[number].get(name, default)
-
-    def sample(
-        self, outputs: Tensor, likelihood: str | Callable[[Tensor], Tensor] = "categorical", *,
-        class_axis: int | None = None,
-    ) -> None:  # fmt: skip
-        """Draws labels from the model and back-propagates them, for fisher="true"; `.grad` stays as it is.
-
-        Arguments:
-            outputs: what the model returned in this forward pass: logits, or means.
-            likelihood: "categorical", "bernoulli", "gaussian" (variance 1), or a function that draws labels for the
-                outputs and returns −log p of them, [B]; see `fngd.likelihoods`.
-            class_axis: the axis of classes, where outputs have more than two.
-
-        To be called between the forward pass and its `loss.backward()`. With "damping=" or "per_layer" the
-        likelihood must be the one whose −log p is a sample's training loss; else its scale does not matter.
-
-        Raises ValueError if the Fisher matrix is not the true one, the outputs have no graph, or for a likelihood
-        that `fngd.likelihoods` refuses.
-
-        >>> model = nn.Linear(3, 4)
-        >>> opt = fngd.NGD(model, lr=0.1, fisher="true")
-        >>> logits = model(torch.randn(8, 3))
-        >>> opt.sample(logits)
-        >>> nn.functional.cross_entropy(logits, torch.arange(8) % 4).backward()
-        >>> opt.step()
-        """
-        if self._method.fisher != "true":
-            raise ValueError(f"sample(outputs) is for fisher='true', but fisher is {self._method.fisher!r}")
-        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-            found = "one without a graph" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(f"sample needs the tensor that the model returned with gradients enabled, not {found}")
-        params = [p for path in self._handle.layers for p in self._parameters(path) if p.requires_grad]
-        if any(hasattr(param, "to_local") for param in params):
-            raise ValueError(
-                "fisher='true' needs whole weights, but these are sharded (FSDP). Use fisher='empirical' or 'improved'"
-            )
-        if self._random is None or self._random.device != outputs.device:
-            rank = dist.get_rank(self._group) if world_size(self._group) > 1 else 0
-            self._random = torch.Generator(outputs.device).manual_seed(self._seed + rank)
-        with torch.enable_grad():
-            losses = sampled_losses(
-                outputs, likelihood, axis=self._method.output_axis, class_axis=class_axis, generator=self._random
-            )
-            # Not loss_scale(): before the loop has scaled its first loss there is no scale yet.
-            total = losses.sum() if self._scaler is None else self._scaler.scale(losses.sum())
-            with self._policy.drawing():
-                torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
-
-    def check_loss(self, loss: Tensor) -> None:
-        """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
-
-        `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
-
-        >>> model = nn.Linear(3, 1)
-        >>> opt = fngd.NGD(model, lr=0.1, reduction="sum")
-        >>> opt.check_loss(nn.functional.mse_loss(model(torch.randn(8, 3)), torch.zeros(8, 1)))
-        Traceback (most recent call last):
-        ...
-        ValueError: the training loss is a mean over the batch...
-        """
-        found = reduction_of(loss)
-        if found is not None and found != self._method.reduction:
-            raise ValueError(
-                f"the training loss is a {found} over the batch, but the optimiser was constructed with "
-                f"reduction={self._method.reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
-            )
-
-    def _check_where_it_matters(self, loss: Any) -> None:
-        method = self._method
-        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
-        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
-            self.check_loss(loss)
 
     @property
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -224,65 +164,6 @@ class NaturalSGD(Optimizer):
         """
         return self._policy.exchange.bytes_sent
 
-    @property
-    def damping_factor(self) -> float:
-        """What `alpha` or `damping` is multiplied with: 1 but for adaptive damping.
-
-        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1).damping_factor
-        1.0
-        """
-        return self._policy.damping_factor
-
-    @property
-    def measuring(self) -> bool:
-        """Whether the step just made was one that `adapt` is to be called for.
-
-        >>> model, x = nn.Linear(3, 1), torch.randn(8, 3)
-        >>> opt = fngd.NGD(model, lr=0.1, adapt_damping=AdaptiveDamping(every=1))
-        >>> before = model(x).square().mean()
-        >>> before.backward()
-        >>> opt.step()
-        >>> opt.measuring
-        True
-        """
-        return self._predicted is not None
-
-    def adapt(self, before: float | Tensor, after: float | Tensor) -> float:
-        """Changes the damping by how well the last step was predicted; returns the ratio ρ, see `fngd.adaptive`.
-
-        Arguments:
-            before, after: the training loss of the batch that made the step, before and after it, reduced as ever
-                (unscaled). The model should be in the same mode both times, and without dropout.
-
-        To be called where `measuring` is true. With several processes each gives its own losses. It waits for the
-        device. A predicted change that is no decrease (momentum can make one) says nothing: the damping stays.
-
-        Raises ValueError if there is nothing to compare with.
-
-        >>> model, x = nn.Linear(3, 1), torch.randn(8, 3)
-        >>> opt = fngd.NGD(model, lr=0.1, adapt_damping=AdaptiveDamping(every=1))
-        >>> before = model(x).square().mean()
-        >>> before.backward()
-        >>> opt.step()
-        >>> ratio = opt.adapt(before, model(x).square().mean())
-        >>> opt.damping_factor in (0.95, 1.0, 1 / 0.95)
-        True
-        """
-        if self._predicted is None or self._adaptive is None:
-            raise ValueError(
-                "there is no prediction to compare with: construct the optimiser with adapt_damping=AdaptiveDamping(), "
-                "and call adapt after those steps for which opt.measuring is true"
-            )
-        self._check_where_it_matters(before)
-        first, second = (float(loss.detach() if isinstance(loss, Tensor) else loss) for loss in (before, after))
-        changes = torch.stack([self._predicted.new_tensor(second - first), self._predicted])
-        actual, predicted = mean_over_processes(changes, self._group).tolist()
-        self._predicted = None
-        ratio = actual / predicted if predicted else float("nan")
-        if not predicted >= 0:  # NaN counts as a bad prediction
-            self._policy.damping_factor = self._adaptive.updated(self._policy.damping_factor, ratio)
-        return ratio
-
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
         inner = self._policy.inner
@@ -295,8 +176,12 @@ class NaturalSGD(Optimizer):
                 passes += [[] for _ in range(number + 1 - len(passes))]
                 passes[number].append((rate, value))
         scale = kl_clip_bound(passes, self._method.kl_clip, self._group)
-        params = [param for layer in inner for param in self._parameters(layer)]
-        return {p: _times(p.grad, scale) for p in params if p.grad is not None}
+        parts: dict[Tensor, list[Part]] = {}
+        for layer in inner:
+            for part in members(self._handle, layer):
+                if part is not None:
+                    parts.setdefault(part.param, []).append(part)
+        return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -306,11 +191,7 @@ class NaturalSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._check_where_it_matters(loss)
-        if self._predicted is not None:
-            raise ValueError(
-                "the damping is to adapt, but adapt() was not called after the step that was measured. After each "
-                "step: if opt.measuring: opt.adapt(loss, the same loss computed again)"
-            )
+        self._check_adapted()
         sharded = any(hasattr(param, "to_local") for param in self.param_groups[0]["params"])
         if self._completed % CHECK_EVERY == 0 and not sharded:
             self._unchanged.check()
@@ -325,39 +206,6 @@ class NaturalSGD(Optimizer):
         self._completed += 1
         self._end_batch()
         return loss
-
-    def _before(self) -> dict[Tensor, Tensor]:
-        """Copies of the parameters, where this step's change of the loss is to be predicted."""
-        if not self._policy.models:
-            return {}
-        moving = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if any(hasattr(param, "to_local") for param in moving):
-            raise ValueError("adapt_damping needs whole parameters, but these are sharded (FSDP); leave it out")
-        return {param: param.detach().clone() for param in moving}
-
-    def _predict(self, before: dict[Tensor, Tensor]) -> Tensor:
-        """M(δ) − M(0) of the step that led away from `before`."""
-        change = torch.zeros((), dtype=torch.float64, device=next(iter(before)).device)
-        inside: set[Tensor] = set()
-        for model in self._policy.models.values():
-            delta: dict[str, Pair] = {}
-            for path, plain in model.plain.items():
-                own = self._model.get_submodule(path)._parameters
-                weight, bias = (
-                    None if part is None else self._moved(own[name], before)
-                    for name, part in zip(("weight", "bias"), plain, strict=True)
-                )
-                delta[path] = weight, bias
-                inside.update(self._parameters(path))
-            change += model.change(delta).to(change.device)
-        for param, old in before.items():
-            if param not in inside and param.grad is not None:
-                change += (param.grad.double() * (param - old)).sum().to(change.device)
-        return change
-
-    @staticmethod
-    def _moved(param: Any, before: Mapping[Tensor, Tensor]) -> Tensor:
-        return param - before[param] if param in before else torch.zeros_like(param)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here."""
@@ -406,7 +254,7 @@ class NaturalSGD(Optimizer):
         self._policy.measuring = self._adaptive is not None and self._completed % self._adaptive.every == 0
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
+        """Returns for each linear and convolution layer and function whether it is preconditioned, and why not.
 
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
         >>> opt = fngd.NGD(model, lr=0.1)
@@ -414,7 +262,14 @@ class NaturalSGD(Optimizer):
         >>> opt.explain()
         {'0': 'reweighted, samples on axis 0 of its output'}
         """
-        return self._handle.explain()
+        result = {}
+        for path, reason in self._handle.explain().items():
+            if reason.startswith("reweighted") and not self._find_group(path):
+                reason = "plain: its bias is no parameter, nor rows of one"
+            elif reason.startswith("reweighted") and not self._option(path, "precondition", True):
+                reason = "plain: its weight is in a group with precondition=False"
+            result[path] = reason
+        return result | unseen(self._model, list(result), functions=self._functions)
 
     def remove(self) -> None:
         """Takes the hooks off the model, which then trains with plain gradients. Harmless when repeated.
@@ -424,11 +279,3 @@ class NaturalSGD(Optimizer):
         >>> opt = fngd.NGD(model, lr=0.2)  # a second one, as the first is gone
         """
         self._handle.remove()
-
-
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad·factor; a sharded tensor (FSDP) multiplies only with its like, so there each process scales its part."""
-    if not hasattr(grad, "to_local"):
-        return grad * factor
-    local, placing = grad.to_local() * factor, (grad.device_mesh, grad.placements)  # type: ignore[attr-defined]
-    return type(grad).from_local(local, *placing, shape=grad.shape, stride=grad.stride())  # type: ignore[attr-defined]

@@ -11,8 +11,8 @@ class NGD(NaturalSGD):
         d_l = (λI + UUᵀ/B)⁻¹ g_l = U c,    c = (K + λB·I)⁻¹ 1,    λ = α‖K‖_F    (FNGD paper, eqs. 5, 9, 14)
 
     for every linear and convolution layer l, weight and bias together; the other parameters get the plain
-    gradient. Both then go through SGD with momentum and weight decay. See `fngd.coefficients` for the
-    symbols.
+    gradient. Both then go through SGD with momentum and weight decay. A weight that a module and a function use
+    has a block for each use. See `fngd.coefficients` for the symbols.
 
     Arguments:
         model: the model; its `loss.backward()` accumulates d instead of g until `remove()`.
@@ -53,6 +53,11 @@ class NGD(NaturalSGD):
         process_group: of gram="global" and kl_clip; default: all processes.
         diagnostics: keep figures for the property `diagnostics`; costs one more weight gradient a layer.
         batch_axis: see `persample.reweight`.
+        functions: the projections of `nn.MultiheadAttention` and weights given to `F.linear` count as linear layers
+            ("attn.in_proj_weight", "attn.out_proj", …, see `explain()` after the first forward pass). With
+            other="adamw" only those of attention do, unless parameter groups say otherwise: the rest is not known
+            when groups are made. False leaves them the plain gradient, and keeps a model whose own modules have
+            matrices in one graph under torch.compile. Not for sharded weights (FSDP), which take the plain gradient.
         foreach: torch's implementation of the first-order rule; None: torch chooses.
         seed: of the labels that `sample` draws; each process adds its rank.
 

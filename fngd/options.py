@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     process_group: Any
     diagnostics: bool
     batch_axis: int | Mapping[str, int] | None
+    functions: bool
     foreach: bool | None
 
 

@@ -21,6 +21,8 @@ from fngd.first_order import ADAMW, adamw_step, sgd_step
 from fngd.groups import check_group, first_order_groups, positive, whole
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
+from fngd.members import Part, attention_parameters, members, parameter_of, unseen
+from fngd.sharers import conflicts, never_preconditioned
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, reweight
 
@@ -106,6 +108,7 @@ class LayerPreconditioned(Preconditioned):
         seed: int,
         process_group: Any,
         batch_axis: int | Mapping[str, int] | None,
+        functions: bool,
     ) -> None:
         whole("statistics_every", statistics_every)
         whole("inverse_every", inverse_every)
@@ -124,42 +127,59 @@ class LayerPreconditioned(Preconditioned):
         self._drawn_from = self._random.get_state()
         self._process_group, self._exchange = process_group, Exchange(process_group)
         self._model = model
-        self._plain = _never_preconditioned(model)
+        self._plain = never_preconditioned(model)
         self._layers = dict(_layers(model, self._plain))
-        chosen: set[Tensor] = set()
+        self._functions: set[str] = set()  # met so far
+        self._agreed: list[str] | None = None  # functions that all processes have met; None: not asked yet
+        self._with_functions = functions
+        chosen: set[Tensor] = set(attention_parameters(model)) if functions else set()
         for module in self._layers.values():
             chosen.update(param for param in module._parameters.values() if param is not None)
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
         super().__init__(groups, defaults)
         # Last: nothing that can raise may come after the hooks are in place.
-        self._handle = reweight(model, self._observe, batch_axis=batch_axis)
+        self._handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
 
     def _find_groups(self) -> None:
         """Notes each parameter's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
-        numbers = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
+        self._group_of = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
         self._numbers = {
-            layer: {name: numbers.get(param) for name, param in module._parameters.items() if param is not None}
+            layer: (self._number(module._parameters.get("weight")), self._number(module._parameters.get("bias")))
             for layer, module in self._layers.items()
         }
 
-    def _members(self, layer: str) -> tuple[dict[str, Any], Tensor, Tensor | None] | None:
+    def _number(self, param: Tensor | None) -> int | None:
+        return None if param is None else self._group_of.get(param)
+
+    def _members(self, layer: str) -> tuple[dict[str, Any], Part, Part | None] | None:
         """(group of the weight, weight, bias) where they are preconditioned; bias None where it is not, or is none."""
-        numbers, module = self._numbers.get(layer, {}), self._layers.get(layer)
-        groups = {name: self.param_groups[number] for name, number in numbers.items() if number is not None}
-        if module is None or "weight" not in groups or not groups["weight"]["precondition"]:
+        weight, bias = (None, None) if layer in self._plain else members(self._handle, layer)
+        if weight is None:
             return None
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
-        if bias is not None and not (bias.requires_grad and groups.get("bias", {}).get("precondition", False)):
+        if layer not in self._numbers:  # a function
+            self._numbers[layer] = self._number(weight.param), None if bias is None else self._number(bias.param)
+        own, others = (None if number is None else self.param_groups[number] for number in self._numbers[layer])
+        if own is None or not own["precondition"]:
+            return None
+        if bias is not None and not (bias.param.requires_grad and others is not None and others["precondition"]):
             bias = None
-        assert weight is not None, "its group was found"
-        return groups["weight"], weight, bias
+        return own, weight, bias
+
+    def _find_functions(self) -> None:
+        """Notes the functions that the forward passes have shown, and which of them cannot be preconditioned."""
+        explained = self._handle.explain()
+        self._functions = {path for path in self._handle.layers if self._handle._layers[path].module is None}
+        used = {path: members(self._handle, path) for path, why in explained.items() if why.startswith("reweighted")}
+        self._plain |= conflicts(self._model, used, self._functions)
 
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
-        members = None if self._completed % self._statistics_every else self._members(layer)
-        if members is None:
+        if layer not in self._layers and layer not in self._functions:
+            self._find_functions()
+        found = None if self._completed % self._statistics_every else self._members(layer)
+        if found is None:
             return
-        _, _, bias = members
+        _, _, bias = found
         factors = grads.factors()
         if self._scaler is not None:
             # A public way to learn the scale that does not wait for the device.
@@ -167,35 +187,37 @@ class LayerPreconditioned(Preconditioned):
             factors = [(x, z / scale) for x, z in factors]
         if not self._pending:
             self._drawn_from = self._random.get_state()
-        convolution = not isinstance(self._layers[layer], nn.Linear)
-        found = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
+        convolution = not isinstance(self._layers.get(layer), nn.Linear | None)
+        new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
-        self._pending[layer] = found if before is None else self._method.combine(before, found)
+        self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
         if self._completed % self._statistics_every == 0 and world_size(self._process_group) > 1:
             # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
             device = self.param_groups[0]["params"][0].device
-            ranks = Ranks(self._exchange, tuple(self._layers), device, self._reduction == "mean")
+            if self._agreed is None:
+                self._agreed = sorted(self._exchange.names(self._functions - set(self._layers)))
+            ranks = Ranks(self._exchange, (*self._layers, *self._agreed), device, self._reduction == "mean")
             self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
             self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
         self._pending.clear()
-        parts: list[tuple[dict[str, Any], Tensor, Tensor | None, Tensor, Tensor]] = []
+        parts: list[tuple[dict[str, Any], Part, Part | None, Tensor, Tensor]] = []
         result: dict[Tensor, Tensor] = {}
         for layer, running in self._running.items():
-            members = self._members(layer)
-            if members is None:
+            found_members = self._members(layer)
+            if found_members is None:
                 continue
-            group, weight, bias = members
-            if weight.grad is None or (bias is not None and bias.grad is None):
+            group, weight, bias = found_members
+            if weight.param.grad is None or (bias is not None and bias.param.grad is None):
                 continue
             damping = group["damping"]
             if layer not in self._inverses or self._completed % self._inverse_every == 0:
                 self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
             inverse, groups = self._inverses[layer], running["inputs"].shape[0]
-            bias_grad = None if bias is None or bias.grad is None else whole_tensor(bias.grad)
-            grad = as_matrix(whole_tensor(weight.grad), bias_grad, groups).to(running["inputs"].dtype)
+            weight_grad, bias_grad = _gradient(weight), None if bias is None else _gradient(bias)
+            grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
             direction = self._method.direction(inverse, grad, damping)
             # Before the first finite statistics there is nothing to precondition with.
             direction = torch.where(inverse["count"] > 0, direction, grad)
@@ -209,9 +231,9 @@ class LayerPreconditioned(Preconditioned):
             directions = [direction * nu for direction in directions]
         for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
             if bias is not None:
-                result[bias] = sharded_like(direction[..., -1].reshape(bias.shape).to(bias.dtype), bias)
+                _put(result, bias, direction[..., -1])
                 direction = direction[..., :-1]
-            result[weight] = sharded_like(direction.reshape(weight.shape).to(weight.dtype), weight)
+            _put(result, weight, direction)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -234,6 +256,7 @@ class LayerPreconditioned(Preconditioned):
             "running": {layer: dict(state) for layer, state in self._running.items()},
             "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
             "random": self._random.get_state(),
+            "functions": self._agreed,
         }
         return {**super().state_dict(), "preconditioner": own}
 
@@ -243,7 +266,8 @@ class LayerPreconditioned(Preconditioned):
         Raises ValueError if the state was saved by another method or names layers that the model has not.
         """
         own = checked_state(state_dict, type(self).__name__)
-        unknown = sorted(set(own["running"]) - set(self._layers))
+        others = set(own["running"]) - set(self._layers)
+        unknown = sorted(layer for layer in others if parameter_of(self._model, layer) is None)
         if unknown:
             raise ValueError(
                 f"the state has factors of layers {unknown}; this model's layers are {sorted(self._layers)}"
@@ -251,18 +275,20 @@ class LayerPreconditioned(Preconditioned):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
+        self._agreed = own.get("functions")
         self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
         self._pending.clear()
 
     def _placed(self, states: dict[str, State]) -> dict[str, State]:
-        devices = {layer: next(self._model.get_submodule(layer).parameters()).device for layer in states}
-        return {
-            layer: {name: tensor.to(devices[layer], copy=True) for name, tensor in state.items()}
-            for layer, state in states.items()
-        }
+        result = {}
+        for layer, state in states.items():
+            param = parameter_of(self._model, layer)
+            assert param is not None, "load_state_dict has checked"
+            result[layer] = {name: tensor.to(param.device, copy=True) for name, tensor in state.items()}
+        return result
 
     def explain(self) -> dict[str, str]:
-        """Returns for each linear and convolution layer whether it is preconditioned, and why not.
+        """Returns for each linear and convolution layer and function whether it is preconditioned, and why not.
 
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(2, 1, 3))
         >>> opt = fngd.KFAC(model, lr=0.1)
@@ -270,14 +296,19 @@ class LayerPreconditioned(Preconditioned):
         >>> opt.explain()["0"]
         'preconditioned, samples on axis 0 of its output'
         """
+        self._find_functions()
         result = {}
         for path, reason in self._handle.explain().items():
             if path in self._plain:
                 reason = f"plain: {self._plain[path]}"
-            elif self._members(path) is None and not reason.startswith("plain"):
+            elif reason.startswith("reweighted") and members(self._handle, path)[0] is None:
+                reason = "plain: its bias is no parameter, nor rows of one"
+            elif reason.startswith("reweighted") and self._members(path) is None:
                 reason = "plain: its weight is in no group with precondition=True"
+            elif self._agreed is not None and path in self._functions - set(self._agreed) - set(self._layers):
+                reason = "plain: it was not used yet when the processes agreed on their layers, in the first step"
             result[path] = reason.replace("reweighted", "preconditioned")
-        return result
+        return result | unseen(self._model, list(result), functions=self._with_functions)
 
     @property
     def bytes_sent(self) -> int:
@@ -317,21 +348,20 @@ def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Float[Tensor,
     return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], 2)
 
 
-def _never_preconditioned(model: nn.Module) -> dict[str, str]:
-    """Layers that have no Kronecker factors here, with the reason, by path."""
-    owners: dict[Tensor, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, param in module._parameters.items():
-            if param is not None:
-                owners.setdefault(param, []).append(f"{path}.{name}" if path else name)
-    result = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            result[path] = "it is a transposed convolution, for which no Kronecker factors are kept"
-        elif weight is not None and len(owners[weight]) > 1:
-            result[path] = f"its weight is shared: {', '.join(owners[weight])}"
-    return result
+def _gradient(part: Part) -> Tensor:
+    assert part.param.grad is not None, "checked by the caller"
+    return part.of(whole_tensor(part.param.grad))
+
+
+def _put(result: dict[Tensor, Tensor], part: Part, direction: Tensor) -> None:
+    """Writes rows of a parameter's direction; rows that no layer has keep the gradient."""
+    param = part.param
+    rows = direction.reshape(part.of(param).shape).to(param.dtype)
+    if part.whole:
+        result[param] = sharded_like(rows, param)
+    else:
+        assert param.grad is not None, "checked by the caller"
+        result.setdefault(param, param.grad.clone())[part.start : part.stop] = rows
 
 
 def _layers(model: nn.Module, plain: Mapping[str, str]) -> Iterable[tuple[str, nn.Module]]:

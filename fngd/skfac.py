@@ -243,6 +243,7 @@ class SKFAC(LayerPreconditioned):
         scaler: Any = None,
         process_group: Any = None,
         batch_axis: int | Mapping[str, int] | None = None,
+        functions: bool = True,
     ) -> None:
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is unknown; choose one of {list(POSITIONS)}")
@@ -271,4 +272,5 @@ class SKFAC(LayerPreconditioned):
             seed=seed,
             process_group=process_group,
             batch_axis=batch_axis,
+            functions=functions,
         )

@@ -356,7 +356,7 @@ def test_what_has_no_factors_takes_the_plain_gradient(build: Any) -> None:
 
     model = Mixed()
     sgd = copy.deepcopy(model)
-    opts = [build(model, lr=0.1), torch.optim.SGD(sgd.parameters(), lr=0.1, momentum=0.9)]
+    opts = [build(model, lr=0.1, functions=False), torch.optim.SGD(sgd.parameters(), lr=0.1, momentum=0.9)]
     for _ in range(3):
         x = torch.randn(5, 2, 4)
         for net, opt in zip((model, sgd), opts, strict=True):

@@ -1,0 +1,173 @@
+"""Which parameters the layers of `persample.reweight` are made of, or which rows of them.
+
+A module's weight and bias are parameters. A function's may be rows of them: attention keeps the projections of queries,
+keys and values in one parameter, and where these have different inputs they are two or three layers. So whatever is
+done to a layer's gradient is done to rows of `.grad`.
+
+Functions are known from the first forward pass on, the parameters of attention from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from persample.reweight import Reweighting
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start … stop − 1 of a parameter, along its first axis."""
+
+    param: Tensor
+    start: int
+    stop: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows."""
+        return self.start == 0 and self.stop == len(self.param)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns these rows of a tensor that is like the parameter: a view, or the tensor itself."""
+        return tensor if self.whole else tensor[self.start : self.stop]
+
+    def meets(self, other: Part) -> bool:
+        """Whether the two have rows in common.
+
+        >>> parameter = nn.Parameter(torch.zeros(6, 2))
+        >>> Part(parameter, 0, 4).meets(Part(parameter, 3, 6))
+        True
+        """
+        return self.param is other.param and self.start < other.stop and other.start < self.stop
+
+
+Members = tuple[Part | None, Part | None]
+"""(weight, bias) of a layer; None for what it has not."""
+
+
+def members(handle: Reweighting, path: str) -> Members:
+    """Returns where the weight and the bias of a layer are, by a path of `handle.explain()`.
+
+    (None, None) for a path that is no layer (yet), and for a function whose bias is no parameter and no rows of one.
+    """
+    # What `handle.parameters(path)` does not tell: which rows.
+    layer = handle._layers.get(handle._tied.get(path, path))
+    if layer is None:
+        return None, None
+    if layer.module is not None:
+        own = layer.module._parameters
+        return _all_of(own.get("weight")), _all_of(own.get("bias"))
+    assert layer.source is not None, "a function's layer is made with one"
+    weight, bias = layer.source()
+    owners = [*layer.owners, None]
+    found = _rows(weight, owners[0]), _rows(bias, owners[1])
+    return (None, None) if found[0] is None or (bias is not None and found[1] is None) else found
+
+
+def parameters(handle: Reweighting, path: str) -> list[Tensor]:
+    """Returns the parameters, weight first, that a layer consists of; rows stand for the whole.
+
+    >>> model = nn.Linear(3, 1)
+    >>> [tuple(each.shape) for each in parameters(persample.reweight(model, lambda layer, grads: None), "")]
+    [(1, 3), (1,)]
+    """
+    return [part.param for part in members(handle, path) if part is not None]
+
+
+def attention_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """The weights and biases that an attention's forward will use as linear functions."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            named = [(name, each) for name, each in module._parameters.items() if "proj" in name]
+            yield from (each for _, each in named if each is not None)
+            yield from (each for each in module.out_proj._parameters.values() if each is not None)
+
+
+def parameter_of(model: nn.Module, path: str) -> Tensor | None:
+    """Returns the weight that a path names, before its function has been called; None where the model has none.
+
+    >>> model = nn.MultiheadAttention(4, 2)
+    >>> parameter_of(model, "in_proj_weight[0:4]") is model.in_proj_weight
+    True
+    """
+    name = path.split(" (")[0].split("[")[0]
+    owner, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+        found = module._parameters.get(last)
+        return model.get_submodule(name)._parameters.get("weight") if found is None else found
+    except AttributeError:
+        return None
+
+
+def unseen(model: nn.Module, known: Collection[str], *, functions: bool) -> dict[str, str]:
+    """Returns for projections of attention that no handle speaks of why they take the plain gradient, by path."""
+    result = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        own = {name: each for name, each in module._parameters.items() if name.endswith("proj_weight")}
+        for name, weight in {**own, "out_proj": module.out_proj._parameters.get("weight")}.items():
+            full = f"{path}.{name}" if path else name
+            if weight is None or any(each.split(" (")[0].split("[")[0] == full for each in known):
+                continue
+            if not functions:
+                reason = "plain: functions=False"
+            elif hasattr(weight, "to_local"):
+                reason = "plain: it is sharded (FSDP), and a function's weight has to be whole"
+            elif not weight.requires_grad:
+                reason = "plain: its weight is frozen"
+            else:
+                reason = "plain so far: its function has not been called"
+            result[full] = reason
+    return result
+
+
+def scaled_rows(grad: Tensor, parts: Iterable[Part], factor: Tensor) -> Tensor:
+    """Returns a parameter's gradient with these rows of it, each once, multiplied by a number.
+
+    >>> parameter = nn.Parameter(torch.zeros(3))
+    >>> scaled_rows(torch.ones(3), [Part(parameter, 0, 2), Part(parameter, 1, 2)], torch.tensor(0.5))
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    listed = list(parts)
+    if any(part.whole for part in listed):
+        return _times(grad, factor)
+    rows = covered(listed)
+    return torch.where(rows.view(-1, *(1,) * (grad.dim() - 1)), grad * factor, grad)
+
+
+def covered(parts: Iterable[Part]) -> Tensor:
+    """Returns for each row of a parameter whether it is in one of the parts."""
+    listed = list(parts)
+    param = listed[0].param
+    rows = torch.zeros(len(param), dtype=torch.bool, device=param.device)
+    for part in listed:
+        rows[part.start : part.stop] = True
+    return rows
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad·factor; a sharded tensor (FSDP) multiplies only with its like, so there each process scales its part."""
+    if not hasattr(grad, "to_local"):
+        return grad * factor
+    local, placing = grad.to_local() * factor, (grad.device_mesh, grad.placements)  # type: ignore[attr-defined]
+    return type(grad).from_local(local, *placing, shape=grad.shape, stride=grad.stride())  # type: ignore[attr-defined]
+
+
+def _all_of(param: Tensor | None) -> Part | None:
+    return None if param is None else Part(param, 0, len(param))
+
+
+def _rows(own: Tensor | None, owner: Tensor | None) -> Part | None:
+    """Where in a parameter a function's weight or bias is."""
+    if own is None or owner is None or not owner.is_leaf or own.shape[1:] != owner.shape[1:]:
+        return None
+    if not own.is_contiguous() or not owner.is_contiguous():
+        return _all_of(owner) if own is owner else None
+    first = (own.storage_offset() - owner.storage_offset()) // max(1, owner[0].numel())
+    return Part(owner, first, first + len(own))
