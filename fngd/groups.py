@@ -47,6 +47,16 @@ def first_order_groups(
     return result
 
 
+def completed_group(param_group: dict[str, Any]) -> dict[str, Any]:
+    """Returns the group with AdamW's betas and eps, where that is its rule.
+
+    Not among an optimiser's defaults: OneCycleLR and CyclicLR would take them to mean that there is no momentum.
+    """
+    if param_group.get("rule") != "adamw":
+        return param_group
+    return {"betas": ADAMW["betas"], "eps": ADAMW["eps"], **param_group}
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError for a parameter group with an option out of range."""
     for name in ("lr", "momentum", "weight_decay"):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from fngd.adaptive import AdaptiveDamping
-from fngd.first_order import ADAMW, first_order_step
-from fngd.groups import check_group, first_order_groups
+from fngd.first_order import first_order_step
+from fngd.groups import check_group, completed_group, first_order_groups
 from fngd.guards import Unchanged
 from fngd.kl_clip import kl_clip_bound
 from fngd.measuring import Measuring
@@ -107,10 +107,7 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
-        if param_group.get("rule") == "adamw":
-            # Not among the defaults: OneCycleLR would take them to mean that there is no momentum.
-            param_group = {"betas": ADAMW["betas"], "eps": ADAMW["eps"], **param_group}
-        super().add_param_group(param_group)
+        super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
         if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.first_order import ADAMW, adamw_step, sgd_step
-from fngd.groups import check_group, first_order_groups, positive, whole
+from fngd.first_order import first_order_step
+from fngd.groups import check_group, completed_group, first_order_groups, positive, whole
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, attention_parameters, members, parameter_of, unseen
@@ -58,13 +58,12 @@ class Preconditioned(Optimizer):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
-        everywhere = {"precondition": True, "rule": "sgd", "betas": ADAMW["betas"], "eps": ADAMW["eps"]}
         self._completed = 0
-        super().__init__(groups, {**everywhere, **defaults})
+        super().__init__(groups, {"precondition": True, "rule": "sgd", **defaults})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
-        super().add_param_group(param_group)
+        super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
 
     @torch.no_grad()
@@ -78,8 +77,7 @@ class Preconditioned(Optimizer):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
-                rule = sgd_step if group["rule"] == "sgd" else adamw_step
-                rule(group, params, [directions.get(param, param.grad) for param in params], self.state)
+                first_order_step(group, params, [directions.get(param, param.grad) for param in params], self.state)
         self._completed += 1
         return loss
 

@@ -474,6 +474,33 @@ def test_schedulers_see_an_ordinary_optimiser(name: str) -> None:
     assert deviation(dict(ours.named_parameters()), dict(theirs.named_parameters())) < 1e-5
 
 
+@pytest.mark.parametrize("other", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", [NGD, KFAC, SKFAC, Eva, Shampoo])
+def test_one_cycle_moves_the_momentum(method: Any, other: str) -> None:
+    """betas belong to groups of AdamW alone: as a default they would be what the scheduler moves."""
+    model, (x, y) = build_model(), data()
+    if method is Shampoo:
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        rest = {"params": [p for p in model.parameters() if p.dim() == 1], "rule": other}
+        opt = Shampoo([{"params": matrices}, rest], lr=0.1)
+    else:
+        opt = method(model, lr=0.1, other=other)
+    groups = opt.param_groups
+    assert all(("betas" in group) == (group["rule"] == "adamw") for group in groups)
+    assert {group["rule"] for group in groups} == {"sgd", other}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=[0.1] * len(groups), total_steps=8)
+    momenta = []
+    for _ in range(7):
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        momenta.append(groups[0]["momentum"])
+        schedule.step()
+    assert momenta[0] == pytest.approx(0.95)
+    assert min(momenta) == pytest.approx(0.85, abs=0.01)
+    assert all(group["betas"] == (0.9, 0.999) for group in groups if "betas" in group)
+
+
 def test_plateau_and_a_rate_in_a_tensor() -> None:
     model, (x, y) = build_model(), data()
     opt = NGD(model, lr=torch.tensor(0.1), kl_clip=1e-3)
