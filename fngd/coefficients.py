@@ -81,19 +81,21 @@ def smw_coefficients(
         raise ValueError(f"rhs has shape {list(rhs.shape)}; with this gram it must be {list(gram.shape[:-1])}")
     eps = torch.finfo(gram.dtype).eps
     dtype = torch.float32 if gram.element_size() < 4 else gram.dtype
+    narrow = gram.element_size() < 8
     gram = gram.double()
     right = gram.new_ones(gram.shape[:-1]) if rhs is None else rhs.double()
-    # Everything relative to ‖K‖_F, which is found in two steps: squares of small entries would vanish.
-    largest = gram.abs().amax((-2, -1), keepdim=True)
-    vanished = largest == 0
-    unit = gram / torch.where(vanished, 1, largest)
-    norm = torch.where(vanished, 1, torch.linalg.matrix_norm(unit, keepdim=True))
-    relative = damping / (norm * largest) if damping is not None else torch.full_like(norm, alpha or 0.0)
+    # Everything relative to ‖K‖_F; squares of small entries would vanish, but not where they came from float32.
+    unit, largest = (gram, 1.0) if narrow else _normalised(gram)
+    norm = torch.linalg.matrix_norm(unit, keepdim=True)
+    vanished = norm == 0
+    positive = norm.masked_fill(vanished, 1)
+    relative: Tensor | float = damping / (positive * largest) if damping is not None else alpha or 0.0
     # c̃ = (K/λ + B·I)⁻¹ 1: no eigenvalue below B, condition number at most 1 + 1/(αB).
-    absorbed = _solve(unit / (norm * relative), eps / relative, right)
+    absorbed = _solve(unit / (positive * relative), eps / relative, right)
+    absorbed = absorbed + 0 * norm.squeeze(-1)  # NaN must not be hidden by a fallback
     if scale == "absorb":
         return absorbed.to(dtype)
-    lam = torch.where(vanished, 1.0 if damping is None else damping, relative * norm * largest)
+    lam = torch.where(vanished, 1.0 if damping is None else damping, relative * positive * largest)
     return (absorbed / lam.squeeze(-1)).to(dtype)
 
 
@@ -114,18 +116,25 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
             raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")
 
 
-def _solve(matrix: Tensor, rounding: Tensor, rhs: Tensor) -> Tensor:
-    """(matrix + B·I)⁻¹ s by Cholesky; `rounding` is the size of the errors that the matrix may carry."""
-    batch = matrix.shape[-1]
-    right = rhs.unsqueeze(-1)
-    diagonal = torch.eye(batch, dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + batch * diagonal)
+def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(K over its largest entry, that entry; 1 for K = 0)."""
+    largest = gram.abs().amax((-2, -1), keepdim=True)
+    largest = largest.masked_fill(largest == 0, 1)
+    return gram / largest, largest
+
+
+def _solve(matrix: Tensor, rounding: Tensor | float, rhs: Tensor) -> Tensor:
+    """(matrix + B·I)⁻¹ s by Cholesky, in place; `rounding` is the size of the errors that the matrix may carry."""
+    batch, right = matrix.shape[-1], rhs.unsqueeze(-1)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(batch)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     result = torch.cholesky_solve(right, factor)
     # On the CPU a look at `failed` is free; on an accelerator it would wait, so there both are computed.
     if matrix.device.type != "cpu" or failed.any():
-        factor, failed_again = torch.linalg.cholesky_ex(matrix + batch * (1 + rounding) * diagonal)
+        diagonal.add_(batch * (rounding.squeeze(-1) if isinstance(rounding, Tensor) else rounding))
+        factor, failed_again = torch.linalg.cholesky_ex(matrix)
         lifted = torch.cholesky_solve(right, factor)
         lifted = torch.where(failed_again[..., None, None] == 0, lifted, right / batch)
         result = torch.where(failed[..., None, None] == 0, result, lifted)
-    # NaN must not be hidden by the fallback.
-    return result.squeeze(-1) + 0 * matrix.sum((-2, -1)).unsqueeze(-1)
+    return result.squeeze(-1)

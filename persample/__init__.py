@@ -2,6 +2,7 @@
 
 from persample.api import backends, grad, per_sample
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.kernels import force_kernel
 from persample.layers import LayerGrads
 from persample.result import Explanation, PerSampleGrads
 from persample.reweight import Reweighting, reweight
@@ -16,6 +17,7 @@ __all__ = [
     "Reweighting",
     "UnsupportedError",
     "backends",
+    "force_kernel",
     "grad",
     "per_sample",
     "reweight",

@@ -7,8 +7,8 @@ from functools import singledispatch
 from persample.blocks import Block, Conv, Outer, Pulled, Rows
 from persample.convolution import choose
 from persample.convolution_algorithms import ordinary
-from persample.convolution_choice import choose_form
-from persample.reductions import gram_by_hadamard, norms_by_hadamard
+from persample.convolution_choice import choose_form, gram_form
+from persample.outer import gram_by_hadamard, norms_by_hadamard
 
 
 @singledispatch
@@ -28,9 +28,9 @@ def _(block: Outer) -> str:
 def _(block: Conv) -> str:
     if not block.batch:
         return "nothing: a batch of none"
-    x, z, spec = ordinary(block.x, block.z, block.spec)
-    norms, gram = (choose_form(x, z, spec, other) for other in (None, block.batch))
-    return f"grads: {choose(x, z, spec)}; norms: {norms}; gram: {gram}"
+    given = block.x, block.z, block.spec
+    norms, gram = choose_form(*ordinary(*given), None), gram_form(*given)
+    return f"grads: {choose(*given)}; norms: {norms}; gram: {gram}"
 
 
 @algorithm.register

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from persample import memory
 from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, patches, weight_gradient
-from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, force, product_costs, ranges
+from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, product_costs, ranges
 from persample.products import LONGEST, gram_of_rows
 
-__all__ = ["ConvSpec", "choose", "force", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
+__all__ = ["ConvSpec", "choose", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -91,7 +91,7 @@ def gram(x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | No
     """
     x, z, ordinary_spec = ordinary(x, z, spec)
     x2, z2 = (x, z) if other is None else ordinary(*other, spec)[:2]
-    form = _FORMS[choose_form(x, z, ordinary_spec, x2.shape[0])]
+    form = _FORMS[choose_form(x, z, ordinary_spec, x2.shape[0] / (2 if other is None else 1))]
     result = x.new_zeros(x.shape[0], x2.shape[0])
     if result.numel():
         form(result, (x, z), None if other is None else (x2, z2), ordinary_spec)
@@ -178,11 +178,17 @@ def _add_hadamard(result: Tensor, first: Pair, second: Pair | None, spec: ConvSp
     shape, time = tuple(z.shape[2:]), math.prod(z.shape[2:])
     x, z, x2, z2 = (t.unflatten(1, (spec.groups, -1)) for t in (x, z, x2, z2))
     per_sample = x2.shape[0] * (2 * time**2 + math.prod(x.shape[3:]) ** 2) * result.element_size()
+    # A symmetric matrix in four rows of blocks at least: what is mirrored is left out.
+    budget = BUDGET if second else min(BUDGET, -(-result.shape[0] // 4) * per_sample)
     for group in range(spec.groups):
-        for part in ranges(result.shape[0], per_sample, BUDGET):
-            products = _position_products(x[part, group], x2[:, group], spec, shape)
-            products *= _pair_products(z[part, group].flatten(2), z2[:, group].flatten(2)).view_as(products)
-            result[part] += products.view(-1, time, z2.shape[0], time).sum((1, 3))
+        for part in ranges(result.shape[0], per_sample, budget):
+            end = z2.shape[0] if second else part.stop  # beyond it: mirrored
+            products = _position_products(x[part, group], x2[:end, group], spec, shape)
+            products *= _pair_products(z[part, group].flatten(2), z2[:end, group].flatten(2)).view_as(products)
+            block = products.view(-1, time, end, time).sum((1, 3))
+            result[part, :end] += block
+            if not second:
+                result[: part.start, part] += block[:, : part.start].mT
 
 
 def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec) -> None:

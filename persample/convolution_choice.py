@@ -1,38 +1,15 @@
 """Which algorithm, which form of the Gram matrix, and how large a part of the batch at a time."""
 
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary
+from persample.kernels import FORMS, forced_among
 
-FORMS = ("hadamard", "materialise")
 BUDGET = 64 * 2**20  # bytes of temporary memory in gram and sqnorms
 CACHE = 4 * 2**20  # bytes that the parts of a batch may touch: about what stays in the cache of a few cores
-_forced: list[str] = []
-
-
-@contextmanager
-def force(name: str) -> Iterator[None]:
-    """Within the context every choice of an algorithm, in the whole process, is `name`.
-
-    For gram and sqnorms the names are "materialise" and "hadamard"; both kinds can be forced together.
-    Raises ValueError if there is no such name.
-    """
-    if name not in ALGORITHMS and name not in FORMS:
-        raise ValueError(f"no algorithm is called {name!r}; choose one of {sorted([*ALGORITHMS, *FORMS])}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.remove(name)
-
-
-def _forced_among(names: Collection[str]) -> str | None:
-    return next((name for name in reversed(_forced) if name in names), None)
 
 
 def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
@@ -46,7 +23,7 @@ def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
     from (few positions, many channels), where patches do not overlap, and (`rows`) for images.
     """
     x, z, spec = ordinary(x, z, spec)
-    forced = _forced_among(ALGORITHMS)
+    forced = forced_among(ALGORITHMS)
     if forced is not None:
         return forced
     batch = max(1, x.shape[0])
@@ -64,9 +41,12 @@ def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
     return "fold"
 
 
-def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: int | None) -> str:
-    """Which form of the Gram matrix (others: batch') or of its diagonal (None) needs fewer operations."""
-    forced = _forced_among(FORMS)
+def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: float | None) -> str:
+    """Which form of the Gram matrix or of its diagonal (None) needs fewer operations.
+
+    others: with how many samples each is paired: batch', or half the batch where the matrix is symmetric.
+    """
+    forced = forced_among(FORMS)
     if forced is not None:
         return forced
     time, out = math.prod(z.shape[2:]), z.shape[1] // spec.groups
@@ -74,6 +54,11 @@ def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: int | None) -> str
     materialise = time * rows + (0 if others is None else others * rows)
     hadamard = (1 if others is None else others) * (time**2 * out + min(product_costs(x, spec, tuple(z.shape[2:]))))
     return "hadamard" if hadamard < materialise else "materialise"
+
+
+def gram_form(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
+    """Which form of the symmetric Gram matrix of a batch needs fewer operations."""
+    return choose_form(*ordinary(x, z, spec), x.shape[0] / 2)
 
 
 def product_costs(x: Tensor, spec: ConvSpec, time: tuple[int, ...]) -> tuple[int, int]:

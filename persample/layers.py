@@ -20,6 +20,7 @@ from persample import reductions
 from persample.blocks import Block, Conv, Dense, Outer
 from persample.convolution import ConvSpec
 from persample.convolution_algorithms import patches
+from persample.convolution_choice import gram_form
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -178,19 +179,10 @@ class LayerGrads:
         costs no more than reading them back would.
         """
         weight = self._weight
-        if isinstance(weight, Conv) and not _hadamard_is_cheaper(weight):
+        if isinstance(weight, Conv) and gram_form(weight.x, weight.z, weight.spec) == "materialise":
             bytes_each = torch.finfo(weight.dtype).bits // 8
             if weight.batch * weight.numel * bytes_each <= KEEP_BYTES:
                 self._weight = Dense(reductions.materialise(weight))
-
-
-def _hadamard_is_cheaper(block: Conv) -> bool:
-    """Whether K straight from x and z needs fewer operations than through the rows; see `reductions`."""
-    steps = block.x if block.spec.transposed else block.z  # the end that has one position per patch
-    time = steps.shape[2:].numel()
-    out = steps.shape[1] // block.spec.groups
-    inp = block.numel // steps.shape[1]
-    return block.batch * time**2 * (inp + out) < (time + block.batch) * inp * out
 
 
 def layer_grads(

@@ -26,15 +26,14 @@ NARROWEST = 64
 """Rows in a block of a symmetric product, at least."""
 
 
+def widest(factor: Tensor) -> bool:
+    """Whether large products with this tensor go to oneDNN."""
+    return _LINEAR is not None and factor.dtype == torch.float32 and factor.device.type == "cpu"
+
+
 def _by_onednn(left: Tensor, right: Tensor) -> bool:
     size = left.shape[0] * left.shape[1] * right.shape[0]
-    return (
-        _LINEAR is not None
-        and left.dtype == right.dtype == torch.float32
-        and left.device.type == "cpu"
-        and left.shape[1] <= LONGEST
-        and size >= SMALLEST
-    )
+    return widest(left) and widest(right) and left.shape[1] <= LONGEST and size >= SMALLEST
 
 
 def row_products(

@@ -11,14 +11,12 @@ type. With K the Gram matrix, X and Z the factors of `persample.blocks`:
     dot             ⟨g_b, v⟩                                  [B]
 
 Inner products of complex rows are those of the real vector space, Re Σ conj(g) h, because a real loss has a
-gradient in that space. Two exact forms compete for norms and Gram of `Outer` (equations 10–12 of the FNGD
-paper, extended to T positions): the Hadamard form K = Σ_(t,s) (z_at·z_bs)(x_at·x_bs) costs B²T²(I + O),
-materialising B·T·I·O + B²·I·O. The cheaper is taken, in chunks of at most `CHUNK_BYTES`.
+gradient in that space. Work is cut into chunks of at most `persample.chunking.CHUNK_BYTES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import singledispatch
 from math import prod
 from typing import TypeVar
@@ -27,26 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persample import convolution, memory
+from persample import convolution, memory, outer
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
+from persample.chunking import chunks
 from persample.precision import full_precision
-from persample.products import LONGEST, gram_of_rows, row_products, weight_product
-
-CHUNK_BYTES = 64 * 2**20
-"""Temporary memory a reduction may take, in bytes; results are not counted."""
-CACHE_BYTES = 4 * 2**20
-"""Rows formed only to be consumed are formed this many bytes at a time on a CPU, to be read from its cache."""
-
-
-def chunks(length: int, bytes_each: int, budget: int | None = None) -> Iterator[slice]:
-    """Slices that cover range(length), of at most `budget` (default: `CHUNK_BYTES`) bytes but one entry at least."""
-    step = max(1, (CHUNK_BYTES if budget is None else budget) // max(1, bytes_each))
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-def consumed_budget(device: torch.device) -> int:
-    """Bytes of rows to form at a time when they are consumed at once."""
-    return min(CACHE_BYTES, CHUNK_BYTES) if device.type == "cpu" else CHUNK_BYTES
+from persample.products import gram_of_rows, weight_product
 
 
 def real_rows(values: Tensor) -> Tensor:
@@ -107,13 +90,18 @@ def _(block: Pulled, out: Tensor | None = None) -> Tensor:
     return rows if out is None else out.copy_(rows)
 
 
+def read_rows(block: Block) -> Tensor:
+    """The rows g_b, [B, *shape], for reading only: those of a `Dense` block are its own, and no copy."""
+    return full_precision(block.values) if isinstance(block, Dense) else materialise(block)
+
+
 # --- weighted sum -----------------------------------------------------------------------------------------
 
 
 @singledispatch
 def weighted_sum(block: Block, c: Float[Tensor, " batch"]) -> Tensor:
     """Returns Σ_b c_b g_b, [*shape]."""
-    rows = materialise(block)
+    rows = read_rows(block)
     return (c.to(rows.dtype) @ rows.reshape(block.batch, block.numel)).view(block.shape)
 
 
@@ -148,7 +136,7 @@ def _(block: Pulled, c: Tensor) -> Tensor:
 @singledispatch
 def dot(block: Block, vector: Tensor) -> Float[Tensor, " batch"]:
     """Returns ⟨g_b, v⟩ for a vector of the parameter's shape, [B]."""
-    rows = materialise(block)
+    rows = read_rows(block)
     return real_rows(rows) @ real_rows(vector.to(rows.dtype)[None])[0]
 
 
@@ -195,14 +183,14 @@ def inner(a: Block, b: Block) -> Float[Tensor, " batch"]:
         return _INNER[type(a), type(b)](a, b)
     if (type(b), type(a)) in _INNER:
         return _INNER[type(b), type(a)](b, a)
-    return (real_rows(materialise(a)) * real_rows(materialise(b))).sum(1)
+    return (real_rows(read_rows(a)) * real_rows(read_rows(b))).sum(1)
 
 
 def squared_norms(block: Block) -> Float[Tensor, " batch"]:
     """Returns ‖g_b‖², [B]."""
     if (type(block), type(block)) in _INNER:
         return _INNER[type(block), type(block)](block, block)
-    return real_rows(materialise(block)).square().sum(1)
+    return real_rows(read_rows(block)).square().sum(1)
 
 
 def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
@@ -212,85 +200,26 @@ def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
         return _GRAM[type(a), type(b)](a, b)
     if (type(b), type(a)) in _GRAM:
         return _GRAM[type(b), type(a)](b, a).T
-    rows = real_rows(materialise(a))
-    return gram_of_rows(rows, None if b is a else real_rows(materialise(b)))
+    rows = real_rows(read_rows(a))
+    return gram_of_rows(rows, None if b is a else real_rows(read_rows(b)))
 
 
-def norms_by_hadamard(a: Outer, b: Outer) -> bool:
-    """Whether ⟨g_b, h_b⟩ costs fewer multiplications in the Hadamard form: T T'(I + O) against (T + T') I O."""
-    (_, time, inp), time_b, out = a.x.shape, b.x.shape[1], a.z.shape[2]
-    return time * time_b * (inp + out) <= (time if a is b else time + time_b) * inp * out
-
-
-def gram_by_hadamard(a: Outer, b: Outer) -> bool:
-    """Whether K costs fewer multiplications in the Hadamard form: B B' T T'(I + O) against (B T + B'T' + B B') I O."""
-    (batch, time, inp), (other, time_b), out = a.x.shape, b.x.shape[:2], a.z.shape[2]
-    formed = batch * time + (0 if a is b else other * time_b) + batch * other
-    return batch * other * time * time_b * (inp + out) <= formed * inp * out
-
-
-@register_pair(_INNER, Outer, Outer)
-def _(a: Outer, b: Outer) -> Tensor:
-    (batch, time, inp), out = a.x.shape, a.z.shape[2]
-    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
-    if time == b.x.shape[1] == 1:
-        return (ax * bx).sum((1, 2)) * (az * bz).sum((1, 2))
-    size = ax.element_size()
-    if norms_by_hadamard(a, b):
-        parts = [
-            (torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))).sum((1, 2))
-            for s in chunks(batch, 2 * time * b.x.shape[1] * size)
-        ]
-    else:
-        parts = []
-        for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
-            rows = torch.bmm(az[s].transpose(1, 2), ax[s]).flatten(1)
-            other = rows if a is b else torch.bmm(bz[s].transpose(1, 2), bx[s]).flatten(1)
-            parts.append(torch.linalg.vecdot(rows, other))
-    return torch.cat(parts) if parts else ax.new_zeros(0)
-
-
-@register_pair(_GRAM, Outer, Outer)
-def _(a: Outer, b: Outer) -> Tensor:
-    (batch, time, inp), out = a.x.shape, a.z.shape[2]
-    other, time_b = b.x.shape[:2]
-    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
-    size = ax.element_size()
-    if gram_by_hadamard(a, b):
-        if time == time_b == 1:
-            return row_products(az[:, 0], bz[:, 0]) * row_products(ax[:, 0], bx[:, 0])
-        right_x, right_z = bx.flatten(0, 1), bz.flatten(0, 1)
-        parts = [
-            (row_products(az[s].flatten(0, 1), right_z) * row_products(ax[s].flatten(0, 1), right_x))
-            .view(s.stop - s.start, time, other, time_b)
-            .sum((1, 3))
-            for s in chunks(batch, 2 * time * other * time_b * size)
-        ]
-        return torch.cat(parts) if parts else ax.new_zeros(0, other)
-    if out < inp:  # transposed rows have the same inner products: cut along the longer side
-        (ax, az), (bx, bz), out = (az, ax), (bz, bx), inp
-    inp = ax.shape[2]
-    result = ax.new_zeros(batch, other)
-    budget = min(consumed_budget(ax.device), max(batch, other) * LONGEST * size)
-    for s in chunks(out, max(batch, other) * inp * size, budget):
-        rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
-        rows_b = None if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
-        result += gram_of_rows(rows, rows_b)
-    return result
+register_pair(_INNER, Outer, Outer)(outer.inner)
+register_pair(_GRAM, Outer, Outer)(outer.gram)
 
 
 @register_pair(_INNER, Conv, Conv)
 def _(a: Conv, b: Conv) -> Tensor:
     if a is b:
         return convolution.sqnorms(a.x, a.z, a.spec)
-    return (materialise(a) * materialise(b)).flatten(1).sum(1)
+    return (read_rows(a) * read_rows(b)).flatten(1).sum(1)
 
 
 @register_pair(_GRAM, Conv, Conv)
 def _(a: Conv, b: Conv) -> Tensor:
     if a.spec == b.spec and a.x.shape[1:] == b.x.shape[1:]:
         return convolution.gram(a.x, a.z, a.spec, None if a is b else (b.x, b.z))
-    return gram_of_rows(materialise(a).flatten(1), materialise(b).flatten(1))
+    return gram_of_rows(read_rows(a).flatten(1), read_rows(b).flatten(1))
 
 
 @register_pair(_INNER, Rows, Rows)
@@ -344,11 +273,11 @@ def _(a: Rows, b: Outer) -> Tensor:
 def _(a: Pulled, b: Pulled) -> Tensor:
     if a is b and a.isometric:
         return squared_norms(a.inner)
-    return (real_rows(materialise(a)) * real_rows(materialise(b))).sum(1)
+    return (real_rows(read_rows(a)) * real_rows(read_rows(b))).sum(1)
 
 
 @register_pair(_GRAM, Pulled, Pulled)
 def _(a: Pulled, b: Pulled) -> Tensor:
     if a is b and a.isometric:
         return gram(a.inner)
-    return gram_of_rows(real_rows(materialise(a)), real_rows(materialise(b)))
+    return gram_of_rows(real_rows(read_rows(a)), real_rows(read_rows(b)))

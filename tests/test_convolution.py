@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from persample.convolution import ConvSpec, choose, force, gram, per_sample_grads, sqnorms, weighted_grad
+from persample import force_kernel
+from persample.convolution import ConvSpec, choose, gram, per_sample_grads, sqnorms, weighted_grad
 from persample.convolution_algorithms import ALGORITHMS, ordinary
 
 FORWARD: dict[bool, tuple[Callable[..., Tensor], ...]] = {
@@ -97,7 +98,7 @@ def test_every_algorithm_equals_the_loop(case: Case) -> None:
                 per_sample_grads(case.x, case.z, case.spec, name)
             continue
         assert_close(per_sample_grads(case.x, case.z, case.spec, name), case.truth)
-        with force(name):
+        with force_kernel(name):
             assert choose(case.x, case.z, case.spec) == name
             assert_close(per_sample_grads(case.x, case.z, case.spec), case.truth)
         for out in (torch.empty_like(case.truth), torch.empty(*case.truth.shape, 2).double()[..., 0]):
@@ -113,7 +114,7 @@ def test_gram_and_norms_in_both_forms(case: Case, others: int) -> None:
     other = torch.cat([case.x] * 3)[:others], torch.cat([case.z] * 3)[:others]
     columns = torch.cat([rows, rows, rows])[:others]
     for form in ("materialise", "hadamard", None):
-        with force(form or choose(case.x, case.z, case.spec)):
+        with force_kernel(form or choose(case.x, case.z, case.spec)):
             assert_close(gram(case.x, case.z, case.spec), rows @ rows.T)
             assert_close(gram(case.x, case.z, case.spec, other), rows @ columns.T)
             assert_close(sqnorms(case.x, case.z, case.spec), rows.square().sum(1))
@@ -146,7 +147,7 @@ def test_a_small_memory_budget_changes_nothing(
     rows, columns = case.truth.flatten(1), second.truth.flatten(1)
     for name in ("fold", "rows", "unfold"):
         assert_close(per_sample_grads(case.x, case.z, spec, name), case.truth)
-    with force(form):
+    with force_kernel(form):
         assert_close(gram(case.x, case.z, spec), rows @ rows.T)
         assert_close(gram(case.x, case.z, spec, (second.x, second.z)), rows @ columns.T)
         assert_close(sqnorms(case.x, case.z, spec), rows.square().sum(1))
@@ -170,7 +171,7 @@ def test_half_precision_is_accumulated_in_float32(spec: ConvSpec) -> None:
 
 def test_unknown_names_are_refused() -> None:
     case = make_case(2, CONV, (5, 6))
-    with pytest.raises(ValueError, match=r"'fft'.*fold.*unfold"), force("fft"):
+    with pytest.raises(ValueError, match=r"'fft'.*fold.*unfold"), force_kernel("fft"):
         pass
     with pytest.raises(ValueError, match=r"'fft'.*fold.*unfold"):
         per_sample_grads(case.x, case.z, CONV, "fft")
@@ -201,6 +202,6 @@ def test_float32_takes_other_kernels_and_agrees(
         if algorithm.supports(spec):
             assert_close(per_sample_grads(x, z, spec, name).double(), case.truth, 1e-5)
     for form in ("materialise", "hadamard"):
-        with force(form):
+        with force_kernel(form):
             assert_close(gram(x, z, spec).double(), rows @ rows.T, 1e-5)
             assert_close(sqnorms(x, z, spec).double(), rows.square().sum(1), 1e-5)

@@ -1,0 +1,119 @@
+"""Inner products of outer-product blocks g_b = Σ_t z_bt ⊗ x_bt in two exact forms, and which of them is cheaper.
+
+    hadamard       ⟨g_a, h_b⟩ = Σ_(t,s) (z_at·z_bs)(x_at·x_bs)           (FNGD paper, equations 10–12, with T positions)
+    materialise    ⟨g_a, h_b⟩ from the rows g and h themselves, formed a few at a time and consumed in the cache
+
+A Gram matrix of a block with itself is symmetric, so both forms compute little more than half of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persample import chunking
+from persample.blocks import Outer
+from persample.chunking import chunks, consumed_budget
+from persample.kernels import FORMS, forced_among
+from persample.precision import full_precision
+from persample.products import LONGEST, NARROWEST, gram_of_rows, row_products, widest
+
+BLOCKS = 8
+"""The Hadamard form of a symmetric Gram matrix works on so many rows of blocks, and leaves out what is mirrored."""
+
+
+def norms_by_hadamard(a: Outer, b: Outer) -> bool:
+    """Whether ⟨g_b, h_b⟩ costs fewer multiplications in the Hadamard form: T T'(I + O) against (T + T') I O."""
+    forced = forced_among(FORMS)
+    if forced is not None:
+        return forced == "hadamard"
+    (_, time, inp), time_b, out = a.x.shape, b.x.shape[1], a.z.shape[2]
+    return time * time_b * (inp + out) <= (time if a is b else time + time_b) * inp * out
+
+
+def gram_by_hadamard(a: Outer, b: Outer) -> bool:
+    """Whether K costs less in the Hadamard form: P (I + O + e) against (m (B T + B'T') + w (B + B') + B B') I O.
+
+    P is the number of pairs of positions, BT·B'T', or half of that where K is symmetric. The other numbers are 0, 1
+    and 0 multiplications, but for float32 on a CPU: there products of large matrices run 2.5 times as fast as
+    batched ones (m), a product of two positions is multiplied and added up at the speed of memory (e = 150), and rows
+    are written and read (w = 100). Measured on an AMD EPYC on one and two cores for nine shapes, from T 8 to 128 and
+    widths from 128 to 3072: the cheaper form was chosen in each; the difference was up to three times.
+    """
+    forced = forced_among(FORMS)
+    if forced is not None:
+        return forced == "hadamard"
+    (batch, time, inp), (other, time_b), out = a.x.shape, b.x.shape[:2], a.z.shape[2]
+    e, m, w = (150, 2.5, 100) if widest(a.z) else (0, 1, 0)
+    same = a is b
+    pairs = batch * time * other * time_b / (2 if same else 1)
+    positions, rows = batch * time, batch
+    if not same:
+        positions, rows = positions + other * time_b, rows + other
+    return pairs * (inp + out + e) <= (m * positions + w * rows + batch * other) * inp * out
+
+
+def inner(a: Outer, b: Outer) -> Float[Tensor, " batch"]:
+    """Returns ⟨g_b, h_b⟩, [B]."""
+    (batch, time, inp), out = a.x.shape, a.z.shape[2]
+    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
+    if time == b.x.shape[1] == 1:
+        return (ax * bx).sum((1, 2)) * (az * bz).sum((1, 2))
+    size = ax.element_size()
+    if norms_by_hadamard(a, b):
+        parts = [
+            (torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))).sum((1, 2))
+            for s in chunks(batch, 2 * time * b.x.shape[1] * size)
+        ]
+    else:
+        parts = []
+        for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
+            rows = torch.bmm(az[s].transpose(1, 2), ax[s]).flatten(1)
+            other = rows if a is b else torch.bmm(bz[s].transpose(1, 2), bx[s]).flatten(1)
+            parts.append(torch.linalg.vecdot(rows, other))
+    return torch.cat(parts) if parts else ax.new_zeros(0)
+
+
+def gram(a: Outer, b: Outer) -> Float[Tensor, "batch other"]:
+    """Returns K_ij = ⟨g_i, h_j⟩, [B, B']."""
+    form = _by_hadamard if gram_by_hadamard(a, b) else _by_rows
+    return form(a, b)
+
+
+def _by_hadamard(a: Outer, b: Outer) -> Tensor:
+    (batch, time, _), (other, time_b) = a.x.shape, b.x.shape[:2]
+    ax, az, bx, bz = (full_precision(factor).flatten(0, 1) for factor in (a.x, a.z, b.x, b.z))
+    same = a is b
+    if time == time_b == 1:
+        return gram_of_rows(az, None if same else bz) * gram_of_rows(ax, None if same else bx)
+    result = ax.new_zeros(batch, other)
+    bytes_each = 2 * time * other * time_b * ax.element_size()
+    for s in chunks(batch, bytes_each, _budget(batch, time, bytes_each) if same else None):
+        end = s.stop if same else other  # beyond it: mirrored
+        rows, columns = slice(s.start * time, s.stop * time), slice(end * time_b)
+        products = row_products(az[rows], bz[columns]).mul_(row_products(ax[rows], bx[columns]))
+        block = products.view(s.stop - s.start, time, end, time_b).sum((1, 3))
+        result[s, :end] = block
+        if same:
+            result[: s.start, s] = block[:, : s.start].T
+    return result
+
+
+def _budget(batch: int, time: int, bytes_each: int) -> int:
+    """Bytes of `BLOCKS` rows of blocks, but of no narrower products than pay, and no more than may be taken."""
+    return min(chunking.CHUNK_BYTES, max(-(-NARROWEST // max(1, time)), -(-batch // BLOCKS)) * bytes_each)
+
+
+def _by_rows(a: Outer, b: Outer) -> Tensor:
+    ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
+    if az.shape[2] < ax.shape[2]:  # transposed rows have the same inner products: cut along the longer side
+        (ax, az), (bx, bz) = (az, ax), (bz, bx)
+    most, size = max(ax.shape[0], bx.shape[0]), ax.element_size()
+    result = ax.new_zeros(ax.shape[0], bx.shape[0])
+    budget = min(consumed_budget(ax.device), most * LONGEST * size)
+    for s in chunks(az.shape[2], most * ax.shape[2] * size, budget):
+        rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
+        rows_b = None if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
+        result += gram_of_rows(rows, rows_b)
+    return result
