@@ -20,7 +20,7 @@ _forced: list[str] = []
 
 @contextmanager
 def force_kernel(*names: str) -> Iterator[None]:
-    """Within the context every choice of a kernel, in the whole process, is one of `names`.
+    """Returns a context within which every choice of a kernel, in the whole process, is one of `names`.
 
     One name may be of an algorithm for convolutions, one of a form of norms and Gram matrices (module docstring);
     what no name speaks of is chosen as ever. All kernels are exact, so only time and memory change.
