@@ -32,8 +32,8 @@ class Target:
     _numbers: ClassVar = count()
     _all: ClassVar[WeakValueDictionary[int, Target]] = WeakValueDictionary()
 
-    def __init__(self, handle: Any, layer: Layer | None = None) -> None:
-        self.handle, self.layer, self.number = handle, layer, next(self._numbers)
+    def __init__(self, hooks: Any, layer: Layer | None = None) -> None:
+        self.hooks, self.layer, self.number = hooks, layer, next(self._numbers)
         self.graph: object = None
         self.claimed: set[int] = set()
         self._all[self.number] = self
@@ -61,11 +61,11 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     target = Target.get(number)
     layer: Any = target.layer
-    current: Pass = target.handle._forward
+    current: Pass = target.hooks.forward
     if current.batch != batch:  # another forward pass came in between
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
-    got = without_autocast(target.handle._gradients, [uses], (True, needs_bias), z.device.type)
+    got = without_autocast(target.hooks.asker.gradients, [uses], (True, needs_bias), z.device.type)
     grad_weight, grad_bias = got[0], got[1]
     assert grad_weight is not None, "it was needed"
     empty = z.new_empty(0)
@@ -82,7 +82,7 @@ def _(
 
 @torch.library.custom_op("persample::output_gradient", mutates_args=(), schema="(Tensor grad, int number) -> Tensor")
 def _output_gradient(grad: Tensor, number: int) -> Tensor:
-    Target.get(number).handle._forward.output_grad = grad.clone()  # the compiler may use the memory for other things
+    Target.get(number).hooks.forward.output_grad = grad.clone()  # the compiler may use the memory for other things
     return grad.clone()
 
 

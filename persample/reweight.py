@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
+from persample.asking import Policy
 from persample.functional import watchable
 from persample.layers import LAYERS
-from persample.reweighting import Hook, Policy, Reweighting
+from persample.reweighting import Hook, Reweighting
 from persample.weights import Layer
 
 __all__ = ["Policy", "Reweighting", "reweight"]

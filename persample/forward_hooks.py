@@ -1,0 +1,219 @@
+"""The hooks of `persample.reweight` in a forward pass: they put Taps and Gates (`persample.taps`) into its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from persample import trial
+from persample.asking import Asker
+from persample.functional import Watcher, base_of
+from persample.taps import Gate, Pass, Tap, Uses
+from persample.weights import Layer
+
+
+class ForwardHooks:
+    """What the hooks on a model and on its layers do, and what they know of the forward pass that runs.
+
+    Arguments:
+        model: the model.
+        asker: asks the policy in the backward pass.
+        layers: by path; functions are added as they are met.
+        axis_of: path → the batch axis that the user gave.
+        weights: parameters that functions may use → their names.
+        outputs: whether to keep the gradient at the model's output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        asker: Asker,
+        layers: dict[str, Layer],
+        axis_of: Callable[[str], int | None],
+        weights: dict[nn.Parameter, str],
+        *,
+        outputs: bool,
+    ) -> None:
+        self.asker, self.layers, self.outputs = asker, layers, outputs
+        self.watcher = Watcher(weights, self._linear)
+        self.forward = Pass()
+        self.gates: dict[str, tuple[Tensor, Uses]] | None = None
+        self._model, self._axis_of = model, axis_of
+        self._watched = list(weights)
+        self._entered: list[list[nn.Parameter]] = []
+        self._running: Layer | None = None
+        self._unsure: dict[Layer, list[int]] = {}
+        self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
+        self._call: tuple[tuple, dict] = (), {}
+        self._met = False  # whether a forward pass for training has been seen
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The model's forward begins: a new pass."""
+        if self._trial is not None:
+            return
+        self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
+        while self._entered:  # left over from a forward pass that Ctrl-C ended
+            self.watcher.stop(self._entered.pop())
+        self.gates = {}
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return
+        if self.asker.joint:
+            if not self._met and self._watched:  # the Gate must know every layer beforehand
+                with trial.rehearsal(self._model):
+                    self._rehearse(args, kwargs)
+            self.gates = self._joint_gates()
+        self._call = args, kwargs
+        self.enter_owner(self._watched, module, args, kwargs)
+
+    def _joint_gates(self) -> dict[str, tuple[Tensor, Uses]]:
+        """One Gate for all layers: it runs when the last of their Taps has run."""
+        layers = [layer for layer in self.layers.values() if layer.parameters()]
+        group = [Uses(layer, self.forward) for layer in layers]
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        if any(hasattr(parameter, "to_local") for parameter in parameters):
+            raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
+        if not group:
+            return {}
+        token = Gate.apply(self.asker.gradients, group, *parameters)
+        return {uses.layer.path: (token, uses) for uses in group}
+
+    def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """It ends, or raised an exception (output None)."""
+        if self._trial is not None:
+            return
+        # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        self.gates = None
+        (args, kwargs), self._call = self._call, ((), {})
+        self.leave_owner(module, args, output)
+        if output is None:  # the forward raised
+            return
+        if self._unsure and self.forward.batch is not None:
+            found = trial.batch_axes(self._model, self._rehearse, args, kwargs, self._unsure, self.forward.batch)
+            for layer, axis in found.items():
+                layer.axis = axis
+            self._unsure = {}
+        if torch.is_grad_enabled() and not self._met:
+            self._met = True
+            called = {id(weight) for layer in self.layers.values() if layer.called for weight in layer.members()}
+            functional = {
+                id(weight) for layer in self.layers.values() if layer.module is None for weight in layer.owners
+            }
+            self._watched = [each for each in self._watched if id(each) not in called or id(each) in functional]
+        if self.outputs:
+            first = _first_tensor(output)
+            if first is not None and first.requires_grad:
+                first.register_hook(partial(_keep_output_grad, self.forward))
+
+    # --- a layer --------------------------------------------------------------------------------------------
+
+    def before(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A layer's forward begins: its parameters are switched off."""
+        self._running = layer
+        # torch.func differentiates what it is given, and tensors inside it cannot be switched.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            layer.switch_off()
+
+    def after(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+        """It ends: they are switched on, and its output gets a Tap."""
+        self._running = None
+        if self._trial is not None:
+            self._trial.setdefault(layer, []).append(output)
+        if not layer.off:
+            return None
+        layer.switch_on()
+        if not isinstance(output, Tensor):  # the forward raised
+            return None
+        return self._tapped(layer, args[0] if args else kwargs["input"], output)
+
+    def _tapped(self, layer: Layer, x: Tensor, output: Tensor) -> Tensor:
+        layer.called = True
+        if layer.axis is None and self.forward.batch is not None:
+            axes = layer.candidates(tuple(output.shape), self.forward.batch)
+            if len(axes) > 1:
+                self._unsure[layer] = axes
+        token, uses = self._gate(layer)
+        return Tap.apply(output, x, token, uses)
+
+    def _gate(self, layer: Layer) -> tuple[Tensor, Uses]:
+        if self.gates is not None and layer.path in self.gates:
+            return self.gates[layer.path]
+        uses = Uses(layer, self.forward)
+        token = Gate.apply(self.asker.gradients, [uses], *layer.parameters())
+        if self.gates is not None:
+            self.gates[layer.path] = token, uses
+        return token, uses
+
+    # --- functions ------------------------------------------------------------------------------------------
+
+    def enter_owner(self, weights: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The forward of a module begins that may use weights as functions do."""
+        self._entered.append(self.watcher.start(weights) if torch.is_grad_enabled() or self._trial is not None else [])
+
+    def leave_owner(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """It ends."""
+        if self._entered:
+            self.watcher.stop(self._entered.pop())
+
+    def _rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[Tensor]]:
+        """Runs the model; outputs by layer."""
+        self._trial = {}
+        try:
+            with self.watcher.watching(self._watched):
+                self._model(*args, **kwargs)
+            return self._trial
+        finally:
+            self._trial = None
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, axis: int | None) -> Tensor:
+        """F.linear of a watched weight."""
+        training = torch.is_grad_enabled() or self._trial is not None
+        if self._running is not None or not (training and weight.requires_grad):
+            return F.linear(x, weight, bias)
+        layer = self._function(name, weight, bias)
+        batch = self.forward.batch
+        if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
+            layer.axis = axis
+        if self._trial is not None:
+            output = F.linear(x, weight, bias)
+            self._trial.setdefault(layer, []).append(output)
+            return output
+        layer.source = lambda: (weight, bias)
+        return self._tapped(layer, x, F.linear(x, weight.detach(), None if bias is None else bias.detach()))
+
+    def _function(self, name: str, weight: Tensor, bias: Tensor | None) -> Layer:
+        """The layer of a function's weight and bias; a weight with several biases is several layers."""
+        owners = tuple(base_of(each) for each in (weight, bias) if each is not None)
+        for number in count(1):
+            path = name if number == 1 else f"{name} ({number})"
+            layer = self.layers.get(path)
+            if layer is None:
+                layer = self.layers[path] = Layer(path, None, self._axis_of(name), owners=owners)
+                layer.source = lambda: (weight, bias)
+            if layer.module is None and [id(each) for each in layer.owners] == [id(each) for each in owners]:
+                return layer
+        raise AssertionError("count never ends")
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.dim()), None)
+
+
+def batch_size(args: tuple, kwargs: dict) -> int | None:
+    """Returns the length of axis 0 of the first tensor that has an axis."""
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    return None
+
+
+def _keep_output_grad(forward: Pass, grad: Tensor) -> None:
+    forward.output_grad = grad.detach()
