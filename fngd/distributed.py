@@ -71,11 +71,11 @@ class Exchange:
         kept = [rows[:size] for rows, size in zip(received, self._sizes, strict=True)]
         return torch.cat(kept).movedim(0, axis)
 
-    def names(self, own: Iterable[str]) -> set[str]:
-        """Returns the names of all processes. The host waits for them; their few bytes are not counted."""
+    def common(self, own: Iterable[str]) -> set[str]:
+        """Returns the names that all processes have. The host waits for them; their few bytes are not counted."""
         everyone: list[Any] = [None] * world_size(self._group)
         dist.all_gather_object(everyone, sorted(own), group=self._group)
-        return {name for names in everyone for name in names}
+        return set.intersection(*map(set, everyone))
 
     def table(self, rows: list[list[int]], device: torch.device) -> list[list[list[int]]]:
         """Returns a table of integers of every process; all have the same shape. The host waits for it."""

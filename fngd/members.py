@@ -68,6 +68,12 @@ def members(handle: Reweighting, path: str) -> Members:
     return (None, None) if found[0] is None or (bias is not None and found[1] is None) else found
 
 
+def is_function(handle: Reweighting, path: str) -> bool:
+    """Whether a path is that of a function, not of a module's call."""
+    layer = handle._layers.get(path)
+    return layer is not None and layer.module is None
+
+
 def parameters(handle: Reweighting, path: str) -> list[Tensor]:
     """Returns the parameters, weight first, that a layer consists of; rows stand for the whole.
 

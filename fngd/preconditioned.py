@@ -21,7 +21,7 @@ from fngd.first_order import first_order_step
 from fngd.groups import check_group, completed_group, first_order_groups, positive, whole
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
-from fngd.members import Part, attention_parameters, members, parameter_of, unseen
+from fngd.members import Part, attention_parameters, is_function, members, parameter_of, unseen
 from fngd.sharers import conflicts, never_preconditioned
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, reweight
@@ -128,7 +128,7 @@ class LayerPreconditioned(Preconditioned):
         self._plain = never_preconditioned(model)
         self._layers = dict(_layers(model, self._plain))
         self._functions: set[str] = set()  # met so far
-        self._agreed: list[str] | None = None  # functions that all processes have met; None: not asked yet
+        self._agreed: list[str] | None = None  # functions that every process has met; None: not asked yet
         self._with_functions = functions
         chosen: set[Tensor] = set(attention_parameters(model)) if functions else set()
         for module in self._layers.values():
@@ -151,7 +151,8 @@ class LayerPreconditioned(Preconditioned):
 
     def _members(self, layer: str) -> tuple[dict[str, Any], Part, Part | None] | None:
         """(group of the weight, weight, bias) where they are preconditioned; bias None where it is not, or is none."""
-        weight, bias = (None, None) if layer in self._plain else members(self._handle, layer)
+        plain = layer in self._plain or self._unknown_elsewhere(layer)
+        weight, bias = (None, None) if plain else members(self._handle, layer)
         if weight is None:
             return None
         if layer not in self._numbers:  # a function
@@ -166,13 +167,16 @@ class LayerPreconditioned(Preconditioned):
     def _find_functions(self) -> None:
         """Notes the functions that the forward passes have shown, and which of them cannot be preconditioned."""
         explained = self._handle.explain()
-        self._functions = {path for path in self._handle.layers if self._handle._layers[path].module is None}
+        self._functions = {path for path in self._handle.layers if is_function(self._handle, path)}
         used = {path: members(self._handle, path) for path, why in explained.items() if why.startswith("reweighted")}
         self._plain |= conflicts(self._model, used, self._functions)
 
+    def _unknown_elsewhere(self, layer: str) -> bool:
+        return self._agreed is not None and layer in self._functions and layer not in self._agreed
+
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
-        if layer not in self._layers and layer not in self._functions:
+        if layer not in self._functions and is_function(self._handle, layer):
             self._find_functions()
         found = None if self._completed % self._statistics_every else self._members(layer)
         if found is None:
@@ -191,12 +195,14 @@ class LayerPreconditioned(Preconditioned):
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        if self._completed % self._statistics_every == 0 and world_size(self._process_group) > 1:
+        several = world_size(self._process_group) > 1
+        if several and self._agreed is None:  # a process that has not met a function knows nothing of its weight
+            self._agreed = sorted(self._exchange.common(self._functions))
+        if several and self._completed % self._statistics_every == 0:
             # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
             device = self.param_groups[0]["params"][0].device
-            if self._agreed is None:
-                self._agreed = sorted(self._exchange.names(self._functions - set(self._layers)))
-            ranks = Ranks(self._exchange, (*self._layers, *self._agreed), device, self._reduction == "mean")
+            functions = [path for path in self._agreed or () if path not in self._layers]
+            ranks = Ranks(self._exchange, (*self._layers, *functions), device, self._reduction == "mean")
             self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
             self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
@@ -254,7 +260,6 @@ class LayerPreconditioned(Preconditioned):
             "running": {layer: dict(state) for layer, state in self._running.items()},
             "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
             "random": self._random.get_state(),
-            "functions": self._agreed,
         }
         return {**super().state_dict(), "preconditioner": own}
 
@@ -273,7 +278,7 @@ class LayerPreconditioned(Preconditioned):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
-        self._agreed = own.get("functions")
+        self._agreed = None
         self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
         self._pending.clear()
 
@@ -299,12 +304,12 @@ class LayerPreconditioned(Preconditioned):
         for path, reason in self._handle.explain().items():
             if path in self._plain:
                 reason = f"plain: {self._plain[path]}"
+            elif self._unknown_elsewhere(path):
+                reason = "plain: not every process had used it when they agreed on functions, in their first step"
             elif reason.startswith("reweighted") and members(self._handle, path)[0] is None:
                 reason = "plain: its bias is no parameter, nor rows of one"
             elif reason.startswith("reweighted") and self._members(path) is None:
                 reason = "plain: its weight is in no group with precondition=True"
-            elif self._agreed is not None and path in self._functions - set(self._agreed) - set(self._layers):
-                reason = "plain: it was not used yet when the processes agreed on their layers, in the first step"
             result[path] = reason.replace("reweighted", "preconditioned")
         return result | unseen(self._model, list(result), functions=self._with_functions)
 
