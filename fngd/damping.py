@@ -1,4 +1,4 @@
-"""Damping λ of a Gauss–Newton step: fixed, scheduled, or adapted by how well the linear model foretells the loss.
+"""Damping λ of a Gauss–Newton step: fixed, scheduled, or adapted by gain ratio and step size.
 
 ρ = (L(θ) − L(θ − t·d)) / (L(θ) − ½‖s − t·J d‖²)      the gain ratio (Marquardt 1963; Nocedal & Wright, ch. 4)
 """
@@ -14,50 +14,60 @@ ADAPTIVE = "adaptive"
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Levenberg–Marquardt: λ falls after steps that the model foretold well and rises after the others.
+    """Levenberg–Marquardt with a line search: λ starts small, rises after tiny or badly foretold steps, else falls.
+
+    Without a search λ has to be so large that full steps succeed. With one that is too much: the step that is best
+    now lowers what is stiff and leaves what is soft, where a small λ with a short step lowers all residuals alike and
+    is ahead some steps later. So steps count as good from t = `full` on, and as bad only below t = `short`.
 
     Arguments:
-        initial: λ of the first step, > 0.
-        decrease: factor on λ where ρ > `good` and the full step was taken, in (0, 1].
-        increase: factor where ρ < `poor`, less than a quarter of the step was taken, or none, > 1.
+        initial: λ of the first step over tr K, K = J Jᵀ.
+        decrease: factor on λ where ρ > `good` and t ≥ `full`, in (0, 1].
+        increase: factor where ρ < `poor` or t < `short`, > 1; the gain ratio of a tiny step is near 1 whatever λ is.
         good, poor: bounds of the gain ratio, 0 ≤ poor ≤ good.
-        low, high: λ stays between them.
+        full, short: bounds of the step size, 0 < short ≤ full ≤ 1.
+        low, high: λ stays between these multiples of tr K.
     """
 
-    initial: float = 1e-3
+    initial: float = 1e-7
     decrease: float = 0.3
-    increase: float = 3.0
-    good: float = 0.5
-    poor: float = 0.1
-    low: float = 1e-14
-    high: float = 1e6
+    increase: float = 2.0
+    good: float = 0.25
+    poor: float = 0.05
+    full: float = 0.25
+    short: float = 1 / 32
+    low: float = 1e-10
+    high: float = 1e3
 
     def __post_init__(self) -> None:
         sound = {
             "0 < low ≤ initial ≤ high": 0 < self.low <= self.initial <= self.high < math.inf,
             "0 < decrease ≤ 1 < increase": 0 < self.decrease <= 1 < self.increase < math.inf,
             "0 ≤ poor ≤ good": 0 <= self.poor <= self.good,
+            "0 < short ≤ full ≤ 1": 0 < self.short <= self.full <= 1,
         }
         broken = [rule for rule, holds in sound.items() if not holds]
         if broken:
             raise ValueError(f"{self}: {' and '.join(broken)} must hold")
 
+    def within(self, damping: float | None, trace: float) -> float:
+        """Returns λ for a point where K has this trace: `damping`, None at first, between the limits.
+
+        >>> Adaptive().within(None, 10.0), Adaptive(low=1e-8).within(1e-9, 10.0)
+        (1e-06, 1e-07)
+        """
+        wanted = self.initial * trace if damping is None else damping
+        return min(max(wanted, self.low * trace), self.high * trace)
+
     def next(self, damping: float, gain: float, step: float = 1.0) -> float:
         """Returns λ for the next step, from this one's, its gain ratio and size; NaN and −inf count as poor.
 
-        The gain ratio of a tiny step is near 1 whatever λ is, so λ falls after full steps alone, and rises where
-        less than a quarter of the step was taken.
-
-        >>> Adaptive().next(1.0, 0.9), Adaptive().next(1.0, 0.3), Adaptive().next(1.0, -1.0)
-        (0.3, 1.0, 3.0)
-        >>> Adaptive().next(1.0, 0.9, step=0.5), Adaptive().next(1.0, 0.9, step=0.125)
-        (1.0, 3.0)
+        >>> [Adaptive().next(1.0, gain, step) for gain, step in ((0.9, 1.0), (0.9, 0.125), (0.9, 0.01), (0.0, 1.0))]
+        [0.3, 1.0, 2.0, 2.0]
         """
-        if not gain >= self.poor or step < 0.25:
-            factor = self.increase
-        else:
-            factor = self.decrease if gain > self.good and step == 1 else 1.0
-        return min(max(damping * factor, self.low), self.high)
+        if not gain >= self.poor or step < self.short:
+            return damping * self.increase
+        return damping * (self.decrease if gain > self.good and step >= self.full else 1.0)
 
 
 Damping = float | str | Callable[[int], float] | Adaptive

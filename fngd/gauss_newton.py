@@ -2,6 +2,7 @@
 
     closure ─▶ residuals ─▶ Jacobian ─▶ K = J Jᵀ or JᵀJ ─▶ damping, solve ─▶ direction ─▶ line search ─▶ the step
                residuals.py  jacobian.py        systems.py, sample_solve.py, damping.py    line_search.py
+               ╰──────────────── linear_model.py ─────────────────╯
 
     symbol   meaning                                                                      shape
     s        scaled residuals, L = ½‖s‖² (fngd.residuals)                                 [B]
@@ -29,15 +30,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from fngd.damping import Adaptive, Damping, damping_of
-from fngd.jacobian import FORMS, Jacobian, flatten
-from fngd.line_search import FACTOR, Found, geometric_search
+from fngd.jacobian import flatten
+from fngd.line_search import FACTOR, Found, Ray, geometric_search
+from fngd.linear_model import FormOptions, LinearModel, finite_or_error
 from fngd.residuals import Residuals, check_weights, read_residuals
-from fngd.systems import SOLVES, SketchOptions, Solved, System, choose, form
+from fngd.systems import SketchOptions
 
-CHECK_EVERY = 16
-"""Of the steps, one in this many verifies that the rows of J add up."""
-HELD_BYTES = 2**29
-"""gram="auto" forms J as a whole up to this size."""
 RETRIES = 4
 """Larger dampings tried, each RAISE times the one before, where no step size lowers the loss."""
 RAISE = 10.0
@@ -131,23 +129,15 @@ class GaussNewton(Optimizer):
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}; it must be in [0, 1)")
-        for name, value, allowed in (("gram", gram, FORMS), ("solve", solve, SOLVES)):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}")
-        if gram == "factored" and solve not in ("auto", "samples"):
-            raise ValueError(f"gram='factored' forms J Jᵀ, not what solve={solve!r} needs; leave one of them out")
-        for name, number in (("chunk_size", chunk_size), ("max_samples", max_samples)):
-            if number is not None and not (isinstance(number, int) and number >= 1):
-                raise ValueError(f"{name}={number!r}; it must be an integer ≥ 1")
+        form = FormOptions(gram, chunk_size, solve, max_samples, sketch or SketchOptions(), check)
         check_weights(weights)
         self.damping = damping_of(damping)
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, {"lr": lr})
         self.momentum, self.line_search, self.weights = momentum, line_search, dict(weights or {})
-        self.gram, self.chunk_size, self.solve, self.max_samples = gram, chunk_size, solve, max_samples
-        self.sketch, self.check = sketch or SketchOptions(), check
+        self.form = form
         self.info: StepInfo | None = None
         self._steps, self._start = 0, 1.0
-        self._adapted = self.damping.initial if isinstance(self.damping, Adaptive) else 0.0
+        self._adapted: float | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does. Raises ValueError for lr ≤ 0 or parameters that are not real."""
@@ -173,9 +163,8 @@ class GaussNewton(Optimizer):
         >>> GaussNewton([w]).direction(lambda: (2 * w).sum().view(1))  # a linear residual: all the way to its zero
         (tensor([3.0000], dtype=torch.float64),)
         """
-        residuals = self._residuals(closure)
-        jacobian, system = self._linearise(residuals, closure)
-        solved = self._solve(jacobian, system, self._previous(), self._damping())
+        model = self._model(closure)
+        solved = model.solve(self._damping(model), self._previous())
         return tuple(part.clone() for part in self._split(solved.direction))
 
     @torch.no_grad()
@@ -187,76 +176,36 @@ class GaussNewton(Optimizer):
         """
         if closure is None:
             raise ValueError("GaussNewton needs residuals: call opt.step(closure) with a closure that returns them")
-        residuals = self._residuals(closure)
-        loss = residuals.loss()
-        jacobian, system = self._linearise(residuals, closure)
-        damping, previous = self._damping(), self._previous()
-        params = self._params
-        before = [p.clone() for p in params]
-        rates = self._split(torch.cat([p.new_full((p.numel(),), lr) for p, lr in self._rates()]))
+        model = self._model(closure)
+        damping, previous = self._damping(model), self._previous()
+        params, rates = self._params, self._rates()
+        origin = [p.clone() for p in params]
         evaluations = retries = 0
         while True:
-            solved = self._solve(jacobian, system, previous, damping)
+            solved = model.solve(damping, previous)
             parts = self._split(solved.direction)
-            moves = [part * rate for part, rate in zip(parts, rates, strict=True)]
-            found = self._search(closure, params, before, moves, loss, solved)
+            ray = Ray(params, [part * rate for part, rate in zip(parts, rates, strict=True)], origin)
+            found = self._search(closure, ray, model.loss)
             evaluations += found.evaluations
             if found.step or retries == RETRIES:
                 break
             retries, previous = retries + 1, None
             damping = RAISE * max(damping, torch.finfo(torch.float64).eps)
-        self._put(params, before, moves, found.step)
-        gain = self._gain(jacobian, moves, loss, found)
-        self._remember(parts, found, damping, gain)
+        ray.go(found.step)
+        gain = self._remember(model, ray, parts, found, damping)
         self.info = StepInfo(
-            loss, found.loss if self._looks_ahead else None, found.step, damping, gain, solved.method, solved.error,
-            solved.iterations, evaluations, retries, found.step > 0,
+            model.loss, found.loss if self._looks_ahead else None, found.step, damping, gain, solved.method,
+            solved.error, solved.iterations, evaluations, retries, found.step > 0,
         )  # fmt: skip
-        return jacobian.scaled.new_tensor(loss)
+        return params[0].new_tensor(model.loss)
 
-    # --- the linear system ------------------------------------------------------------------------------------
+    def _model(self, closure: Callable[[], Any]) -> LinearModel:
+        def again() -> Residuals:
+            return read_residuals(closure(), self.weights)
 
-    def _residuals(self, closure: Callable[[], Any]) -> Residuals:
         with torch.enable_grad():
-            residuals = read_residuals(closure(), self.weights)
-        if not residuals.finite:
-            bad = {name: int((~group.isfinite()).sum()) for name, group in residuals.groups.items()}
-            raise ValueError(
-                f"residuals are not finite at the current parameters (entries by group: {bad}), so there is no "
-                "direction. Look for a division by zero or a square root at zero in the closure; if earlier steps "
-                "diverged, use line_search=True or a larger damping"
-            )
-        if not residuals.scaled.requires_grad:
-            raise ValueError(
-                "no residual depends on a parameter: they have no graph. Do not use torch.no_grad() or detach() in the "
-                "closure, and compute the residuals with this model"
-            )
-        return residuals
-
-    def _linearise(self, residuals: Residuals, closure: Callable[[], Any]) -> tuple[Jacobian, System]:
-        params = self._params
-        batch, size = residuals.count, sum(p.numel() for p in params)
-        kind = choose("samples" if self.gram == "factored" else self.solve, batch, size, self.max_samples)
-        chunk = self.chunk_size
-        fitting = max(1, HELD_BYTES // (size * params[0].element_size()))
-        if self.gram == "auto" and chunk is None and batch > fitting:
-            chunk = max(1, fitting // 3)
-        jacobian = Jacobian(
-            residuals,
-            params,
-            lambda: read_residuals(closure(), self.weights),
-            chunk=chunk,
-            factored=self.gram == "factored",
-            check=self.check and self._steps % CHECK_EVERY == 0,
-        )
-        return jacobian, form(kind, jacobian, self.sketch, self._steps)
-
-    def _solve(self, jacobian: Jacobian, system: System, previous: Tensor | None, damping: float) -> Solved:
-        rhs = jacobian.scaled.detach()
-        if previous is None:
-            return system.solve(rhs, damping)
-        solved = system.solve(rhs - jacobian.apply(previous), damping)
-        return Solved(previous + solved.direction, solved.method, solved.error, solved.iterations)
+            residuals = finite_or_error(again())
+        return LinearModel(residuals, self._params, again, self.form, step=self._steps)
 
     def _previous(self) -> Tensor | None:
         """μφ; None where there is none."""
@@ -266,28 +215,18 @@ class GaussNewton(Optimizer):
             return None
         return self.momentum * flatten(steps, params)
 
-    # --- the step ---------------------------------------------------------------------------------------------
-
     @property
     def _looks_ahead(self) -> bool:
         return self.line_search or isinstance(self.damping, Adaptive)
 
-    def _search(
-        self,
-        closure: Callable[[], Any],
-        params: list[Tensor],
-        before: list[Tensor],
-        moves: list[Tensor],
-        loss: float,
-        solved: Solved,
-    ) -> Found:
-        if not bool(solved.direction.isfinite().all()):
+    def _search(self, closure: Callable[[], Any], ray: Ray, loss: float) -> Found:
+        if not all(bool(part.isfinite().all()) for part in ray.change):
             return Found(0.0, loss, 0)
         if not self._looks_ahead:
             return Found(1.0, loss, 0)
 
         def evaluate(step: float) -> float:
-            self._put(params, before, moves, step)
+            ray.go(step)
             with torch.enable_grad():
                 return read_residuals(closure(), self.weights).loss()
 
@@ -297,47 +236,38 @@ class GaussNewton(Optimizer):
             reached = evaluate(1.0)
             return Found(1.0 if reached < loss else 0.0, min(reached, loss), 1)
         finally:
-            self._put(params, before, moves, 0.0)
+            ray.go(0.0)
 
-    def _gain(self, jacobian: Jacobian, moves: list[Tensor], loss: float, found: Found) -> float | None:
-        if not isinstance(self.damping, Adaptive):
-            return None
-        if not found.step:
-            return -math.inf
-        scaled = jacobian.scaled.detach()
-        foretold = scaled - found.step * jacobian.apply(torch.cat([move.reshape(-1) for move in moves]))
-        decrease = loss - foretold.double().square().sum().item() / 2
-        return (loss - found.loss) / decrease if decrease > 0 else -math.inf
-
-    def _remember(self, parts: list[Tensor], found: Found, damping: float, gain: float | None) -> None:
+    def _remember(
+        self, model: LinearModel, ray: Ray, parts: list[Tensor], found: Found, damping: float
+    ) -> float | None:
+        """Keeps what the next step needs; returns the gain ratio, where damping is adaptive."""
         self._steps += 1
         self._start = found.step or 1.0
-        if isinstance(self.damping, Adaptive) and gain is not None:
-            self._adapted = self.damping.next(damping, gain, found.step)
         if self.momentum:
-            for param, part in zip(self._params, parts, strict=True):
+            for param, part in zip(ray.params, parts, strict=True):
                 self.state[param]["momentum_buffer"] = part * found.step if found.step else torch.zeros_like(part)
+        if not isinstance(self.damping, Adaptive):
+            return None
+        change = torch.cat([part.reshape(-1) for part in ray.change])
+        gain = model.gain(found.step * change, found.loss) if found.step else -math.inf
+        self._adapted = self.damping.next(damping, gain, found.step)
+        return gain
 
-    def _damping(self) -> float:
+    def _damping(self, model: LinearModel) -> float:
         if isinstance(self.damping, Adaptive):
-            return self._adapted
+            return self.damping.within(self._adapted, model.trace)
         value = float(self.damping(self._steps) if callable(self.damping) else self.damping)
         if not 0 <= value < math.inf:
             raise ValueError(f"damping gave {value} in step {self._steps}; it must be ≥ 0 and finite")
         return value
 
-    def _rates(self) -> list[tuple[Tensor, float]]:
-        return [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
+    def _rates(self) -> list[float]:
+        return [group["lr"] for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         params = self._params
         return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
-
-    @staticmethod
-    @torch.no_grad()
-    def _put(params: list[Tensor], before: list[Tensor], moves: list[Tensor], step: float) -> None:
-        for param, start, move in zip(params, before, moves, strict=True):
-            param.copy_(start) if step == 0 else torch.sub(start, move, alpha=step, out=param)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""

@@ -1,10 +1,16 @@
-"""A step size from a few evaluations of the loss at geometric distances along a direction."""
+"""A step size from a few evaluations of the loss at geometric distances along a direction.
+
+One after the other, each chosen by the last: two or three a step. BATCHSENTENCE
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 FACTOR = 0.5
 """Ratio of neighbouring step sizes."""
@@ -54,3 +60,25 @@ def geometric_search(evaluate: Callable[[float], float], loss: float, *, start: 
         while step / FACTOR <= 1 and at(step / FACTOR) < at(step):
             step /= FACTOR
     return Found(step, at(step), len(tried))
+
+
+class Ray:
+    """Parameters at θ − t·v, put there in place; θ is kept.
+
+    Arguments:
+        params: those that move.
+        change: v, of their shapes.
+        origin: θ; the parameters where they are if it is None.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], change: Sequence[Tensor], origin: Sequence[Tensor] | None = None
+    ) -> None:
+        self.params, self.change = params, change
+        self.origin = [p.detach().clone() for p in params] if origin is None else origin
+
+    @torch.no_grad()
+    def go(self, step: float) -> None:
+        """Puts the parameters at a distance t, and back exactly for t = 0."""
+        for param, start, change in zip(self.params, self.origin, self.change, strict=True):
+            param.copy_(start) if step == 0 else torch.sub(start, change, alpha=step, out=param)

@@ -47,7 +47,8 @@ class DenseSolver:
 
     def __init__(self, gram: Float[Tensor, "batch batch"]) -> None:
         self.gram = gram.double()
-        self.floor = torch.finfo(gram.dtype).eps * self.gram.trace().item() if gram.element_size() < 8 else 0.0
+        self.trace = self.gram.trace().item()
+        self.floor = torch.finfo(gram.dtype).eps * self.trace if gram.element_size() < 8 else 0.0
         """The least damping: rounding errors of a K that was formed in float32 have about this size."""
         self._damping: float | None = None
         self._factor: Tensor | None = None
@@ -97,6 +98,8 @@ def nystrom(
     test = torch.randn(batch, rank, generator=generator, dtype=torch.float64)
     test = torch.linalg.qr(test.to(device))[0]
     sketch = product(test).double()
+    if not bool(sketch.isfinite().all()):
+        raise ValueError("K has entries that are not finite: a derivative of the residuals is infinite or NaN")
     shift = torch.finfo(sketch.dtype).eps * torch.linalg.matrix_norm(sketch)  # makes ΩᵀY safely definite
     sketch = sketch + shift * test
     core = test.T @ sketch

@@ -11,6 +11,7 @@ sketch       J Jᵀ, never      both are larger                        relative 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.jacobian import Jacobian
-from fngd.sample_solve import DenseSolver, Sketch, nystrom, pcg
+from fngd.sample_solve import DenseSolver, nystrom, pcg
 
 SOLVES = ("auto", "samples", "parameters", "sketch")
 
@@ -62,6 +63,7 @@ class SampleSystem:
 
     def __init__(self, jacobian: Jacobian) -> None:
         self._jacobian, self._solver = jacobian, DenseSolver(jacobian.gram())
+        self.trace = _finite(self._solver.trace)
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """By Cholesky; by eigenvalues where K + λI is not definite."""
@@ -73,6 +75,7 @@ class ParameterSystem:
 
     def __init__(self, jacobian: Jacobian) -> None:
         self._jacobian, self._solver = jacobian, DenseSolver(jacobian.normal_matrix())
+        self.trace = _finite(self._solver.trace)
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """By Cholesky; by eigenvalues where JᵀJ + λI is not definite."""
@@ -84,15 +87,15 @@ class SketchedSystem:
     """J Jᵀ known by products only: Nyström's sketch preconditions conjugate gradients."""
 
     def __init__(self, jacobian: Jacobian, options: SketchOptions, step: int) -> None:
-        self._jacobian, self._options, self._step = jacobian, options, step
-        self._sketch: Sketch | None = None
+        self._jacobian, self._options = jacobian, options
+        generator = torch.Generator().manual_seed(options.seed + step)
+        batch = len(jacobian.scaled)
+        rank = min(options.rank, batch)
+        self._sketch = nystrom(jacobian.gram_product, batch, rank, generator, jacobian.scaled.device)
+        self.trace = self._sketch.values.sum().item()
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """To the tolerance, or as far as the iterations go: `error` says."""
-        if self._sketch is None:
-            generator = torch.Generator().manual_seed(self._options.seed + self._step)
-            rank = min(self._options.rank, len(rhs))
-            self._sketch = nystrom(self._jacobian.gram_product, len(rhs), rank, generator, rhs.device)
         found = pcg(
             lambda v: self._jacobian.apply(self._jacobian.transposed(v)),
             rhs, damping, self._sketch,
@@ -124,3 +127,13 @@ def form(kind: str, jacobian: Jacobian, options: SketchOptions, step: int) -> Sy
     if kind == "sketch":
         return SketchedSystem(jacobian, options, step)
     return SampleSystem(jacobian) if kind == "samples" else ParameterSystem(jacobian)
+
+
+def _finite(trace: float) -> float:
+    """tr K is finite where all rows of J are."""
+    if math.isfinite(trace):
+        return trace
+    raise ValueError(
+        "derivatives of the residuals with respect to parameters are not finite, though the residuals are. Look for "
+        "a square root, norm or power at zero in the closure (torch.sqrt(x + 1e-12)), or for float32 overflow"
+    )
