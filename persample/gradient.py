@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from persample import reductions
 from persample.backends import Captured
-from persample.blocks import Block
+from persample.blocks import Block, Conv, Dense, Outer
+from persample.kernels import FORMS, forced_among
 from persample.precision import full_precision
 from persample.reductions import real_rows
 
@@ -43,6 +44,16 @@ class Gradient:
             rows = reductions.materialise(block)
             total = total + rows if out is None else total.add_(rows)
         return total
+
+    def condensed(self) -> Gradient:
+        """The same, with rows in place of larger factors: norms and Gram matrix form the rows anyway."""
+        if len(self.uses) != 1 or forced_among(FORMS) == "hadamard":
+            return self
+        (use,) = self.uses
+        block = use.block
+        if not isinstance(block, Conv | Outer) or block.batch * block.numel * block.dtype.itemsize > block.nbytes:
+            return self
+        return replace(self, uses=(replace(use, block=Dense(reductions.materialise(block))),))
 
     def squared_norms(self) -> Tensor:
         """‖g_b‖², [B]."""

@@ -190,6 +190,7 @@ class PerSampleGrads:
         tensor([[25.,  4.],
                 [ 4.,  1.]])
         """
+        self._condense()
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
             raise ValueError(
@@ -302,6 +303,12 @@ class PerSampleGrads:
         """Every parameter's gradient, all at once."""
         return self._gradients
 
+    def _condense(self) -> None:
+        """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
+        self._gradients = {name: gradient.condensed() for name, gradient in self._gradients.items()}
+        held = {id(factor) for gradient in self._gradients.values() for b in gradient.blocks for factor in b.factors}
+        self._versions = [(factor, version) for factor, version in self._versions if id(factor) in held]
+
     # --- all parameters -------------------------------------------------------------------------------------
 
     def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -320,6 +327,7 @@ class PerSampleGrads:
         return out
 
     def _norms(self, per: Per) -> dict[str, Tensor]:
+        self._condense()
         squares = self._each(lambda _, gradient: gradient.squared_norms())
         # cross terms of several uses may leave a rounding error below zero
         return {key: value.clamp(min=0).sqrt() for key, value in self._group(squares, per, (self.batch,)).items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from oracle import loop_grads, rel_err
+from oracle import clipped_sum, loop_grads, rel_err
 from strategies import Example, layers, models
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -151,10 +151,26 @@ def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch, kind: str) -> N
 def test_a_modified_input_is_noticed() -> None:
     model, (x, y) = network(), batch()
     psg = persample.per_sample(model, cross_entropy, x, y)
-    psg.norms()
     x.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):
         psg.norms()
+
+
+def test_rows_that_take_the_place_of_factors() -> None:
+    """Norms form the rows of a convolution: where these are smaller, they are held from then on, and x no longer."""
+    model, (x, y) = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(48, 5)).double(), batch()
+    x = x.double()
+    psg = persample.per_sample(model, cross_entropy, x, y)
+    expected = loop_grads(model, cross_entropy, x, y)
+    held = {use.parameter: use.block for use in psg.explain()}
+    norms = psg.norms()
+    assert (held["0.weight"], held["2.weight"]) == ("Conv", "Outer")
+    assert {use.parameter: use.block for use in psg.explain()} == {**held, "0.weight": "Dense"}
+    x.zero_()
+    for name, rows in psg.grads().items():
+        torch.testing.assert_close(rows, expected[name])
+    torch.testing.assert_close(psg.norms(), norms)
+    torch.testing.assert_close(psg.clipped_sum(0.1)["0.weight"], clipped_sum(expected, 0.1)["0.weight"])
 
 
 def test_nan_stays_with_its_sample() -> None:
