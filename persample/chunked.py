@@ -109,7 +109,9 @@ class ChunkedPerSampleGrads:
     def _chunk(self, i: int) -> PerSampleGrads:
         """The capture of chunk i, with the random numbers of its first capture."""
         part = self._slices[i]
-        inputs, targets = tree_map(lambda leaf: leaf[part] if _holds_samples(leaf, self.batch) else leaf, self._data)
+        inputs, targets = tree_map(
+            lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf, self._data
+        )
         if i not in self._random:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             self._random[i] = torch.get_rng_state(), cuda
@@ -137,6 +139,13 @@ def batch_of(inputs: Any) -> int | None:
 
 def _holds_samples(leaf: Any, batch: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+
+def _cut(leaf: Tensor, part: slice) -> Tensor:
+    """Samples of a tensor; a sparse one cannot be sliced."""
+    if leaf.layout is torch.strided:
+        return leaf[part]
+    return leaf.index_select(0, torch.arange(part.start, part.stop, device=leaf.device))
 
 
 def _cat(parts: list[Any], dim: int = 0) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from persample.attribution import Owner
 from persample.errors import CoupledSamplesError
 from persample.graph import Graph, Node
+from persample.provenance import Provenance
 
 
 def row_owner(z: Tensor, batch: int) -> Owner | None:
@@ -27,9 +28,10 @@ def coupled_error(
     node: Node,
     graph: Graph,
     separated: Callable[[Node], bool],
-    module: Callable[[Node], str | None],
+    provenance: Provenance,
     name: str,
     coupled: str,
+    batch: int,
 ) -> CoupledSamplesError:
     """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix."""
     behind, stack = set(), [node]
@@ -47,7 +49,7 @@ def coupled_error(
     if culprit is None:
         where = "in the loss"
     else:
-        path = module(culprit)
+        path = provenance.module(culprit)
         layer = "in the loss" if path is None else f"in layer {path!r}" if path else "in the model's own forward"
         where = f"{layer} (operation {culprit.name().removesuffix('Backward0')})"
     if coupled == "rows":
@@ -55,8 +57,15 @@ def coupled_error(
             f"the samples of this batch influence each other, {where}, and the operation that uses {name!r} has no "
             "rows to read: dimension 0 of its output is not the batch. The row reading needs the batch first."
         )
+    shared = provenance.perhaps_shared(node, batch)
+    hint = (
+        ""
+        if shared is None
+        else f"If the input of shape {tuple(shared.shape)} holds no samples but is shared by all of them (positions, a "
+        f"mask, a grid), give it a first dimension of one: {(1, *shared.shape)}. "
+    )
     return CoupledSamplesError(
-        f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. "
+        f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. {hint}"
         "Per-sample gradients exist where each loss depends on its own sample alone: put batch normalisation in "
         "eval mode or use GroupNorm, and do not normalise a loss over the batch. coupled='rows' reads the rows of "
         "each layer instead, as the FNGD paper does with batch normalisation."

@@ -120,7 +120,13 @@ def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor |
     if inside_backward():
         return outside(call_node, node, cotangents)
     grads = node(*cotangents) if callable(node) else node.apply(*cotangents)
-    return grads if isinstance(grads, tuple) else (grads,)
+    grads = grads if isinstance(grads, tuple) else (grads,)
+    if len(grads) == len(node.next_functions):
+        return grads
+    # The backward of a custom Function answers for every argument, its slots are the tensors among them; those that
+    # need a gradient are the same in both.
+    wanted = (grad for grad, needed in zip(grads, node.needs_input_grad, strict=False) if needed)
+    return tuple(None if source is None else next(wanted, None) for source, _ in node.next_functions)
 
 
 def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Sequence[int]) -> list[Tensor | None]:

@@ -3,14 +3,20 @@
 An operation on parameters alone and one that couples samples look alike in the graph: z at its output sums over
 samples. What tells them apart is whether data went in. While the model runs, every operation that reads a
 tensor derived from the inputs is noted by the sequence number of its autograd node, with the module it ran in.
+
+Data may also come in unseen: converted from an array inside of the model, computed in another thread, held by the
+model or the loss. So three things are told of a node: that it read samples, that it read what is shared or data
+(`doubtful`), or neither.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,38 +27,74 @@ from torch.utils._pytree import tree_leaves
 
 from persample.graph import Node
 
+FOREIGN, TARGET, FIRST = 1, 2, 4
+"""Bits: read what came in unseen, read a target, read the first input (the others follow)."""
+
 
 class Provenance(TorchDispatchMode):
     """Follows data through the operations of a forward pass, by storage, views and in-place writes included."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._saw: dict[int, int] = {}
         self._inputs: list[Tensor] = []
+        self._targets = 0
         self._module_of: dict[int, str] = {}
         self._modules: list[str] = []
         self._last = _next_number()
+        for state in () if model is None else chain(model.parameters(), model.buffers()):
+            self._mark(state, 0)
 
     def follow(self, tree: Any) -> None:
-        """Declares every tensor of the tree an input."""
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                self._mark(leaf, 1 << len(self._inputs))
-                self._inputs.append(leaf)
+        """Declares every tensor of the tree an input; the tree may hold mappings, dataclasses and other objects."""
+        for leaf in tensors_of(tree):
+            self._mark(leaf, FIRST << len(self._inputs))
+            self._inputs.append(leaf)
+
+    def follow_targets(self, tree: Any) -> None:
+        """Declares every tensor of the tree a target: samples that parameters may meet in the loss alone."""
+        for leaf in tensors_of(tree):
+            self._mark(leaf, TARGET)
 
     def saw_data(self, node: Node, batch: int) -> bool:
         """Whether the node's operation read something derived from an input that holds `batch` samples.
 
-        Those are the inputs with `batch` entries along dimension 0, or where there is none (time-major sequences,
-        the nodes of a batch of graphs) all with more than one. The others, such as position ids of shape [1, T] or
-        a mask, are shared by all samples and no data.
+        Those are the inputs with `batch` entries along dimension 0, and sequences with time first, [T, batch, D] or
+        integers [T, batch]; where there is none (the nodes of a batch of graphs) all with more than one entry; and
+        without any input what else was brought in. The others, such as position ids of shape [1, T] or a mask, are
+        shared by all samples and no data.
         """
-        sizes = [tensor.shape[0] if tensor.ndim else 1 for tensor in self._inputs]
-        samples = [i for i, size in enumerate(sizes) if size == batch] or [
-            i for i, size in enumerate(sizes) if size > 1
-        ]
-        return bool(self._saw.get(_number(node), 0) & sum(1 << i for i in samples))
+        return bool(self._read(node) & self._samples(batch))
+
+    def met_samples(self, node: Node, batch: int) -> bool:
+        """Whether the node's operation read samples, be it of the targets."""
+        return bool(self._read(node) & (self._samples(batch) | TARGET))
+
+    def doubtful(self, node: Node) -> bool:
+        """Whether the node's operation read something that may be data, or was not seen at all."""
+        return _number(node) not in self._saw or bool(self._read(node))
+
+    def perhaps_shared(self, node: Node, batch: int) -> Tensor | None:
+        """An input taken for samples, where the node's operation read that one and others that are samples not."""
+        samples, read = self._samples(batch), self._read(node)
+        if read & samples in (0, samples):
+            return None
+        return next(t for place, t in enumerate(self._inputs) if read & samples & (FIRST << place))
+
+    def _read(self, node: Node) -> int:
+        return self._saw.get(_number(node), 0)
+
+    def _samples(self, batch: int) -> int:
+        """The bits of the inputs that hold samples."""
+        several = 0
+        found = 0
+        for place, tensor in enumerate(self._inputs):
+            size = tensor.shape[0] if tensor.ndim else 1
+            several |= (FIRST << place) * (size > 1)
+            time_first = size > 1 and tensor.ndim >= 2 + tensor.is_floating_point() and tensor.shape[1] == batch
+            found |= (FIRST << place) * (size == batch or time_first)
+        return found or several or (0 if self._inputs else FOREIGN)
 
     def module(self, node: Node) -> str | None:
         """Path of the module in whose forward pass the node's operation ran; None outside of the model."""
@@ -73,24 +115,25 @@ class Provenance(TorchDispatchMode):
             if self._modules:
                 self._module_of[number - 1] = self._modules[-1]
         result = func(*args, **kwargs)
-        if read:
-            written = [args[place] for place in _written(func) if place < len(args)]
-            for leaf in (*_tensors((result,)), *_tensors(written)):
-                self._mark(leaf, read)
+        written = [args[place] for place in _written(func) if place < len(args)]
+        for leaf in (*_tensors((result,)), *_tensors(written)):
+            self._mark(leaf, read)
         return result
 
     def _mark(self, tensor: Tensor, marks: int) -> None:
         storage = _storage(tensor)
         if storage is not None:
-            self._storages[storage.cdata] = storage, marks | self._marks(tensor)
+            known = self._storages.get(storage.cdata)
+            old = 0 if known is None or known[0].expired() else known[1]
+            self._storages[storage.cdata] = storage, marks | old
 
     def _marks(self, tensor: Tensor) -> int:
-        """The inputs that the tensor's storage derives from, one bit each."""
+        """What the tensor's storage derives from: one bit for each input, one for what nobody has seen before."""
         try:
-            known = self._storages.get(tensor.untyped_storage()._cdata)
+            known = self._storages.get(_stored(tensor).untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
             return 0  # tensors without storage
-        return 0 if known is None or known[0].expired() else known[1]
+        return FOREIGN * (tensor.ndim > 0) if known is None or known[0].expired() else known[1]
 
     @contextmanager
     def named(self, model: nn.Module) -> Iterator[None]:
@@ -121,6 +164,26 @@ class Provenance(TorchDispatchMode):
                 handle.remove()
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, inside mappings, dataclasses and objects of a user's class as well; each once."""
+    found: dict[int, Tensor] = {}
+    seen: dict[int, Any] = {}
+    stack = [tree]
+    while stack:
+        for leaf in reversed(tree_leaves(stack.pop())):
+            if isinstance(leaf, Tensor):
+                found[id(leaf)] = leaf
+            elif id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+                seen[id(leaf)] = leaf
+                if isinstance(leaf, Mapping):
+                    stack.extend(leaf.values())
+                elif is_dataclass(leaf):
+                    stack.extend(getattr(leaf, each.name) for each in fields(leaf))
+                elif hasattr(leaf, "__dict__") and not callable(leaf):
+                    stack.extend(vars(leaf).values())
+    return list(found.values())
+
+
 @cache
 def _written(func: Any) -> tuple[int, ...]:
     """Positions of the arguments that an operation writes into."""
@@ -139,9 +202,16 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:
     try:
-        return StorageWeakRef(tensor.untyped_storage())
+        return StorageWeakRef(_stored(tensor).untyped_storage())
     except (NotImplementedError, RuntimeError):
-        return None  # tensors without storage: functorch wrappers, sparse tensors
+        return None  # tensors without storage: functorch wrappers
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The tensor, or of a sparse one the values."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
 
 
 def _next_number() -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Owner, attribute
 from persample.coupling import coupled_error, row_owner
-from persample.graph import SKIPPED, Graph, Node, Route, route
+from persample.graph import SKIPPED, Graph, Node, Route, call_node, edge_shape, route
 from persample.provenance import Provenance
 
 SINGLE_STEPS = 3
@@ -119,13 +120,23 @@ def find_uses(
             for meeting in meetings:
                 node = meeting[0]
                 if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
-                    raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
+                    raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
                 if known.separated(node) and trusted(node, graph, known, provenance, batch):
+                    if (
+                        provenance is not None
+                        and coupled == "error"
+                        and batch > 1
+                        and (
+                            came_in_unseen(meeting, graph, regions[name], known, provenance, batch)
+                            or mixes_inside(node, known, provenance, batch)
+                        )
+                    ):
+                        raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
                     reached[name].append(meeting)
                 elif provenance is not None and provenance.saw_data(node, batch):
                     if coupled == "error" or not known.read_rows(node, batch):
                         separate(graph, losses, behind(graph, [node]), known)
-                        raise coupled_error(node, graph, known.separated, provenance.module, name, coupled)
+                        raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
                     reached[name].append(meeting)
                 elif node not in regions[name]:
                     regions[name].add(node)
@@ -148,6 +159,51 @@ def trusted(node: Node, graph: Graph, known: Separation, provenance: Provenance 
     if provenance is None or batch == 1 or node is graph.root or provenance.saw_data(node, batch):
         return True
     return all(owner is None or owner.layout in ("identity", "grouped", "tiled") for owner in known.owners[node])
+
+
+def came_in_unseen(
+    meeting: Meeting, graph: Graph, region: set[Node], known: Separation, provenance: Provenance, batch: int
+) -> bool:
+    """Whether samples became apart where a parameter met none, on from operations that may have read data.
+
+    What all samples share becomes a sample's own by meeting samples, or by being copied for each of them. Samples that
+    come apart in another way were there before, and the operations that were passed mixed them.
+    """
+    node, _, source, output = meeting
+    if node is graph.root or written_in_python(node) or provenance.met_samples(node, batch):
+        return False
+    entering = prod(edge_shape((source, output)))
+    if any(z is not None and z.numel() > entering for z in known.zs[node]):
+        return False
+    mixed = (passed for passed in region if passed in known.zs and not known.separated(passed))
+    return any(provenance.doubtful(passed) for passed in mixed)
+
+
+def written_in_python(node: Node) -> bool:
+    """Whether the node belongs to a custom `torch.autograd.Function`."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def mixes_inside(node: Node, known: Separation, provenance: Provenance, batch: int) -> bool:
+    """Whether a custom Function hands the gradient of one sample on to others, as far as its backward tells.
+
+    Its parameters' rows can be told apart, as those of batch normalisation's weight, and depend on other samples.
+    """
+    if not written_in_python(node):
+        return False
+    mixed = False
+    for output, (z, owner) in enumerate(zip(known.zs[node], known.owners[node], strict=True)):
+        if z is None or owner is None or owner.axis is None:
+            continue
+        [alone] = owner.masked(z, slice(batch - 1, batch))
+        with torch.no_grad():
+            grads = call_node(node, [alone if k == output else None for k in range(len(known.zs[node]))])
+        others = owner.ids != batch - 1
+        for grad, (source, _) in zip(grads, node.next_functions, strict=True):
+            data = source is None or provenance.saw_data(source, batch)
+            if data and isinstance(grad, Tensor) and grad.ndim >= z.ndim > 1 and grad.shape[owner.axis] == len(others):
+                mixed = mixed or bool(grad.movedim(owner.axis, 0)[others].any())
+    return mixed
 
 
 def normalises_over_samples(node: Node, known: Separation) -> bool:

@@ -79,7 +79,11 @@ def read(
     """Returns the reading of losses that are already there."""
     losses = check_losses(losses)
     graph = trace(losses)
-    key = (signature(graph), coupled, tuple(parameters)) if plans is not None else None
+    key = (
+        (signature(graph), coupled, tuple((name, id(p)) for name, p in parameters.items()))
+        if plans is not None
+        else None
+    )
     plan = plans.find(key) if plans is not None else None
     if plan is not None and plan.owners is not None and plan.current():
         nodes = list(graph.order)
@@ -263,8 +267,9 @@ def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 def losses_of(problem: Problem) -> tuple[Any, Provenance]:
     """Runs the model; returns the losses and what saw the data."""
-    provenance = Provenance()
+    provenance = Provenance(problem.model)
     provenance.follow(problem.inputs)
+    provenance.follow_targets(problem.targets)
     # inference mode is left as well: its tensors can be inputs, but no operation on them would be recorded
     with torch.inference_mode(False), torch.enable_grad(), provenance.named(problem.model), provenance:
         return problem.loss_fn(problem.outputs(), problem.targets), provenance
