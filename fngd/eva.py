@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fngd.groups import fraction
+from fngd.groups import fraction, sgd_options
 from fngd.joint import Found, Ranks, joined_sums
-from fngd.preconditioned import LayerPreconditioned, State
+from fngd.layerwise import LayerPreconditioned, State
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -60,7 +60,7 @@ def rank_one_direction(
 
 @dataclass(frozen=True)
 class MeanVectors:
-    """Eva's part of a step; see `fngd.preconditioned.Method`."""
+    """Eva's part of a step; see `fngd.layerwise.Method`."""
 
     average: float
     preset: str | None
@@ -160,14 +160,7 @@ class Eva(LayerPreconditioned):
         if average is None:
             average = 0.95 if preset is None else 0.05
         fraction("average", average)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "damping": damping,
-        }
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
         super().__init__(
             model,
             params,

@@ -47,6 +47,16 @@ def first_order_groups(
     return result
 
 
+def sgd_options(
+    lr: Any, momentum: float, nesterov: bool, weight_decay: float, decoupled_weight_decay: bool, **others: Any
+) -> dict[str, Any]:
+    """Returns what every parameter group has: the options of SGD and whether to precondition, and `others`."""
+    return {
+        "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay, "precondition": True, "rule": "sgd", **others,
+    }  # fmt: skip
+
+
 def completed_group(param_group: dict[str, Any]) -> dict[str, Any]:
     """Returns the group with AdamW's betas and eps, where that is its rule.
 

@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fngd.groups import fraction
+from fngd.groups import fraction, sgd_options
 from fngd.joint import Found, Ranks, joined_sums
-from fngd.preconditioned import LayerPreconditioned, State
+from fngd.layerwise import LayerPreconditioned, State
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -126,7 +126,7 @@ def on_device(value: float | Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """KFAC's part of a step; see `fngd.preconditioned.Method`."""
+    """KFAC's part of a step; see `fngd.layerwise.Method`."""
 
     average: float
     inverse: str
@@ -268,14 +268,7 @@ class KFAC(LayerPreconditioned):
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         fraction("average", average)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "damping": damping,
-        }
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
         super().__init__(
             model,
             params,

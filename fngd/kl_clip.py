@@ -9,7 +9,7 @@ lr_l        its learning rate in this very step, as the scheduler has set it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,3 +42,16 @@ def kl_clip_bound(passes: Iterable[list[tuple[Any, Tensor]]], kappa: float, grou
     lengths = [squared_length([value for _, value in layers], [rate for rate, _ in layers]) for layers in passes]
     root = torch.stack(lengths).clamp_min(0).sqrt().sum()
     return (kappa**0.5 / mean_over_processes(root, group)).clamp(max=1.0)  # 0 ≤ root: x/0 = inf is clamped
+
+
+def by_pass(inner: Mapping[str, list[Tensor]], rates: Mapping[str, Any]) -> list[list[tuple[Any, Tensor]]]:
+    """Returns (lr_l, ⟨d_l, g_l⟩) of the layers of each backward pass; `inner`: a layer's values, one for each pass.
+
+    >>> by_pass({"a": [torch.ones(()), torch.zeros(())], "b": [torch.ones(())]}, {"a": 0.1, "b": 0.2})
+    [[(0.1, tensor(1.)), (0.2, tensor(1.))], [(0.1, tensor(0.))]]
+    """
+    count = max(len(values) for values in inner.values())
+    return [
+        [(rates[layer], values[number]) for layer, values in inner.items() if number < len(values)]
+        for number in range(count)
+    ]

@@ -14,7 +14,7 @@ from fngd.adaptive import AdaptiveDamping
 from fngd.directions import Pair
 from fngd.distributed import mean_over_processes
 from fngd.guards import CheckedLoss
-from fngd.members import Part, covered, members
+from fngd.members import Part, by_parameter, covered, members
 from fngd.policy import Policy
 from persample.reweight import Reweighting
 
@@ -109,11 +109,12 @@ class Measuring(CheckedLoss):
         """M(δ) − M(0) of the step that led away from `before`."""
         tables = {id(each.weight) for each in self._model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)}
         change = torch.zeros((), dtype=torch.float64, device=next(iter(before)).device)
-        inside: dict[Tensor, list[Part]] = {}
+        places = {path: members(self._handle, path) for model in self._policy.models.values() for path in model.plain}
+        inside = by_parameter(places.values())
         for model in self._policy.models.values():
             delta: dict[str, Pair] = {}
             for path, plain in model.plain.items():
-                own = members(self._handle, path)
+                own = places[path]
                 if own[0] is not None and id(own[0].param) in tables:
                     raise ValueError(
                         f"adapt_damping cannot predict the step of '{path}': its weight is an embedding's, too, and "
@@ -125,9 +126,6 @@ class Measuring(CheckedLoss):
                     for part, gradient in zip(own, plain, strict=True)
                 )
                 delta[path] = weight, bias
-                for part in own:
-                    if part is not None:
-                        inside.setdefault(part.param, []).append(part)
             change += model.change(delta).to(change.device)
         for param, old in before.items():
             if param.grad is None or any(part.whole for part in inside.get(param, ())):

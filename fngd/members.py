@@ -147,6 +147,16 @@ def scaled_rows(grad: Tensor, parts: Iterable[Part], factor: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *(1,) * (grad.dim() - 1)), grad * factor, grad)
 
 
+def by_parameter(layers: Iterable[Members]) -> dict[Tensor, list[Part]]:
+    """Returns for each parameter of several layers the parts that are theirs."""
+    found: dict[Tensor, list[Part]] = {}
+    for layer in layers:
+        for part in layer:
+            if part is not None:
+                found.setdefault(part.param, []).append(part)
+    return found
+
+
 def covered(parts: Iterable[Part]) -> Tensor:
     """Returns for each row of a parameter whether it is in one of the parts."""
     listed = list(parts)

@@ -11,11 +11,11 @@ from torch.optim.optimizer import Optimizer
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.first_order import first_order_step
-from fngd.groups import check_group, completed_group, first_order_groups
+from fngd.groups import check_group, completed_group, first_order_groups, sgd_options
 from fngd.guards import Unchanged
-from fngd.kl_clip import kl_clip_bound
+from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
-from fngd.members import Part, attention_parameters, members, parameters, scaled_rows, unseen
+from fngd.members import attention_parameters, by_parameter, members, parameters, scaled_rows, unseen
 from fngd.method import Method
 from fngd.policy import Policy
 from fngd.sampling import Sampling
@@ -90,10 +90,7 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
             outputs=fisher == "improved",
             functions=functions,
         )
-        defaults = {
-            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay, "precondition": True, "rule": "sgd", "foreach": foreach,
-        }  # fmt: skip
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, foreach=foreach)
         try:
             chosen = {param for path in handle.explain() for param in parameters(handle, path)}
             if functions:
@@ -166,18 +163,9 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
         inner = self._policy.inner
         if self._method.kl_clip is None or not inner:
             return {}
-        passes: list[list[tuple[Any, Tensor]]] = []
-        for layer, values in inner.items():
-            rate = self._option(layer, "lr", 0.0)
-            for number, value in enumerate(values):
-                passes += [[] for _ in range(number + 1 - len(passes))]
-                passes[number].append((rate, value))
-        scale = kl_clip_bound(passes, self._method.kl_clip, self._group)
-        parts: dict[Tensor, list[Part]] = {}
-        for layer in inner:
-            for part in members(self._handle, layer):
-                if part is not None:
-                    parts.setdefault(part.param, []).append(part)
+        rates = {layer: self._option(layer, "lr", 0.0) for layer in inner}
+        scale = kl_clip_bound(by_pass(inner, rates), self._method.kl_clip, self._group)
+        parts = by_parameter(members(self._handle, layer) for layer in inner)
         return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
     @torch.no_grad()

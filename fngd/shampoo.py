@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.distributed import sharded_like, whole_tensor
-from fngd.groups import positive, whole
+from fngd.groups import positive, sgd_options, whole
 from fngd.kfac import symmetric_eigen
 from fngd.preconditioned import Preconditioned, checked_state
 
@@ -151,13 +151,7 @@ class Shampoo(Preconditioned):
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
         self._moments: dict[Tensor, list[list[Tensor]]] = {}  # of each block, of each dimension
         self._roots: dict[Tensor, list[list[Tensor]]] = {}
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay)
         super().__init__(params, defaults)
 
     def _directions(self) -> dict[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import combinations
 
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ def conflicts(model: nn.Module, used: Mapping[str, Members], functions: Collecti
         used: where weight and bias are, of each layer that has been called.
         functions: which of these are functions.
 
+    >>> from fngd.members import Part
     >>> model = nn.Linear(3, 1)
     >>> part = Part(model.weight, 0, 1), None
     >>> conflicts(model, {"": part, "weight": part}, ["weight"])["weight"]
@@ -50,12 +50,12 @@ def conflicts(model: nn.Module, used: Mapping[str, Members], functions: Collecti
                 result[path] = f"its {name} is shared: {', '.join(owners[part.param])}"
             elif part.param in tables:
                 result[path] = f"its {name} is an embedding's, too"
-    for one, other in combinations(used, 2):
-        if one not in functions and other not in functions:
-            continue
+    pairs = ((one, other) for one in functions for other in used if one in used and one != other)
+    for one, other in pairs:
         for name, first, second in zip(("weight", "bias"), used[one], used[other], strict=True):
             if first is not None and second is not None and first.meets(second):
-                reason = f"its {name} is used by several layers: '{one}', '{other}'"
+                both = ", ".join(f"'{path}'" for path in sorted((one, other)))
+                reason = f"its {name} is used by several layers: {both}"
                 result = {one: reason, other: reason} | result
     return result
 

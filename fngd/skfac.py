@@ -31,10 +31,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fngd.groups import whole
+from fngd.groups import sgd_options, whole
 from fngd.joint import Found, Ranks, joined_rows
 from fngd.kfac import damped_inverse, on_device
-from fngd.preconditioned import LayerPreconditioned, State
+from fngd.layerwise import LayerPreconditioned, State
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -118,7 +118,7 @@ def _moment(side: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """SKFAC's part of a step; see `fngd.preconditioned.Method`."""
+    """SKFAC's part of a step; see `fngd.layerwise.Method`."""
 
     positions: str
     keep: int
@@ -249,14 +249,7 @@ class SKFAC(LayerPreconditioned):
             raise ValueError(f"positions={positions!r} is unknown; choose one of {list(POSITIONS)}")
         whole("keep", keep)
         whole("every", every)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "damping": damping,
-        }
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
         super().__init__(
             model,
             params,

@@ -28,7 +28,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva
-from fngd.preconditioned import LayerPreconditioned
+from fngd.layerwise import LayerPreconditioned
 
 SIZES = (4, 6)
 LAYERS = ("conv", "inner", "head")

@@ -407,6 +407,31 @@ def test_shared_weights_are_plain_and_named(build: Any) -> None:
     assert why["single"].startswith("preconditioned")
 
 
+@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+def test_a_layer_that_is_called_only_later(build: Any) -> None:
+    """Its weight was a function's; from then on both are plain."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.late = nn.Linear(3, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(x, self.layer.weight, self.layer.bias).tanh()
+            return self.layer(x) if self.late else x
+
+    torch.manual_seed(0)
+    model, x = Late(), torch.randn(5, 3)
+    opt = build(model, lr=1.0, **PLAIN)
+    step(model, opt, x)
+    assert opt.explain()["layer.weight"].startswith("preconditioned")
+    model.late = True
+    change = moved(model, opt, x)
+    close(change["layer.weight"], model.layer.weight.grad, 1e-12)
+    close(change["layer.bias"], model.layer.bias.grad, 1e-12)
+    assert "several layers: 'layer', 'layer.weight'" in opt.explain()["layer"]
+
+
 def test_shared_weights_have_a_block_for_each_use() -> None:
     torch.manual_seed(0)
     model, ids = Shared(), torch.randint(6, (5,))

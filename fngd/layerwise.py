@@ -1,0 +1,267 @@
+"""What KFAC, SKFAC and Eva share: statistics of layers, gathered in backward passes, that precondition gradients.
+
+The ordinary backward pass is not changed: `persample.reweight` only shows each layer's inputs and output
+gradients to the method. Gradients are preconditioned layer by layer, and scaled together by the KL clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fngd.chosen import Chosen
+from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
+from fngd.groups import first_order_groups, positive, whole
+from fngd.joint import Found, Ranks
+from fngd.kl_clip import kl_clip_factor
+from fngd.members import Part, parameter_of
+from fngd.preconditioned import Preconditioned, checked_state
+from fngd.statistics import Factors, Statistics
+from persample import LayerGrads, reweight
+
+REDUCTIONS = ("mean", "sum")
+State = dict[str, Tensor]
+"""Tensors of one layer by name."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How a layer-wise method turns statistics into a direction. Pure: it keeps nothing but its options."""
+
+    def collect(self, factors: Factors, *, bias: bool, convolution: bool, random: torch.Generator) -> Statistics:
+        """Returns what to remember of a backward pass."""
+
+    def combine(self, first: Statistics, second: Statistics) -> Statistics:
+        """Returns the statistics of both backward passes together."""
+
+    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the statistics of the batch that the processes have together, the same in each of them."""
+
+    def update(self, old: State | None, new: Statistics, reduction: str) -> State:
+        """Returns the running factors and "count"; `old` where the new statistics are not finite."""
+
+    def invert(self, running: State, damping: float) -> State:
+        """Returns what `direction` needs."""
+
+    def direction(self, inverse: State, grad: Float[Tensor, "groups out inp"], damping: float) -> Tensor:
+        """Returns the preconditioned gradient, of the same shape."""
+
+
+class LayerPreconditioned(Preconditioned):
+    """Base of KFAC, SKFAC and Eva: statistics of linear and convolution layers, gathered as they are met."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        method: Method,
+        defaults: dict[str, Any],
+        *,
+        statistics_every: int,
+        inverse_every: int,
+        kl_clip: float | None,
+        reduction: str,
+        other: str,
+        other_options: Mapping[str, Any] | None,
+        scaler: Any,
+        seed: int,
+        process_group: Any,
+        batch_axis: int | Mapping[str, int] | None,
+        functions: bool,
+    ) -> None:
+        whole("statistics_every", statistics_every)
+        whole("inverse_every", inverse_every)
+        if kl_clip is not None:
+            positive("kl_clip", kl_clip)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
+        self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
+        self._statistics_every, self._inverse_every = statistics_every, inverse_every
+        self._running: dict[str, State] = {}
+        self._inverses: dict[str, State] = {}
+        self._pending: dict[str, Statistics] = {}
+        self._random = torch.Generator().manual_seed(seed)
+        self._drawn_from = self._random.get_state()
+        self._process_group, self._exchange = process_group, Exchange(process_group)
+        self._model = model
+        self._chosen = Chosen(model, functions=functions)
+        chosen = self._chosen.parameters()
+        groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
+        super().__init__(groups, defaults)
+        # Last: nothing that can raise may come after the hooks are in place.
+        self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
+
+    def _observe(self, layer: str, grads: LayerGrads) -> None:
+        """The policy: looks, and asks for the plain gradient."""
+        self._chosen.meet(layer)
+        found = None if self._completed % self._statistics_every else self._chosen.members(layer, self.param_groups)
+        if found is None:
+            return
+        _, _, bias = found
+        factors = grads.factors()
+        if self._scaler is not None:
+            # A public way to learn the scale that does not wait for the device.
+            scale = self._scaler.scale(torch.ones((), device=grads.device))
+            factors = [(x, z / scale) for x, z in factors]
+        if not self._pending:
+            self._drawn_from = self._random.get_state()
+        convolution = not isinstance(self._chosen.modules.get(layer), nn.Linear | None)
+        new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
+        before = self._pending.get(layer)
+        self._pending[layer] = new if before is None else self._method.combine(before, new)
+
+    def _directions(self) -> dict[Tensor, Tensor]:
+        self._chosen.look()
+        if world_size(self._process_group) > 1:
+            layers = self._chosen.agree(self._exchange)
+            if self._completed % self._statistics_every == 0:
+                # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
+                device = self.param_groups[0]["params"][0].device
+                ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
+                self._pending = self._method.joined(self._pending, ranks)
+        for layer, found in self._pending.items():
+            self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
+        self._pending.clear()
+        parts: list[tuple[dict[str, Any], Part, Part | None, Tensor, Tensor]] = []
+        result: dict[Tensor, Tensor] = {}
+        for layer, running in self._running.items():
+            found_members = self._chosen.members(layer, self.param_groups)
+            if found_members is None:
+                continue
+            group, weight, bias = found_members
+            if weight.param.grad is None or (bias is not None and bias.param.grad is None):
+                continue
+            damping = group["damping"]
+            if layer not in self._inverses or self._completed % self._inverse_every == 0:
+                self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
+            inverse, groups = self._inverses[layer], running["inputs"].shape[0]
+            weight_grad, bias_grad = _gradient(weight), None if bias is None else _gradient(bias)
+            grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
+            direction = self._method.direction(inverse, grad, damping)
+            # Before the first finite statistics there is nothing to precondition with.
+            direction = torch.where(inverse["count"] > 0, direction, grad)
+            parts.append((group, weight, bias, grad, direction))
+        if not parts:
+            return result
+        directions = [part[-1] for part in parts]
+        if self._kl_clip is not None:
+            inner = [torch.sum(part[-1] * part[-2]) for part in parts]
+            nu = kl_clip_factor(inner, [part[0]["lr"] for part in parts], self._kl_clip)
+            directions = [direction * nu for direction in directions]
+        for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
+            if bias is not None:
+                _put(result, bias, direction[..., -1])
+                direction = direction[..., :-1]
+            _put(result, weight, direction)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and the statistics of a step that a GradScaler has skipped, as if it had not been."""
+        if self._pending:
+            self._random.set_state(self._drawn_from)
+            self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
+        super().add_param_group(param_group)
+        self._chosen.find_groups(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
+        own = {
+            "method": type(self).__name__,
+            "completed": self._completed,
+            "running": {layer: dict(state) for layer, state in self._running.items()},
+            "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
+            "random": self._random.get_state(),
+        }
+        return {**super().state_dict(), "preconditioner": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors go to the device of their layer.
+
+        Raises ValueError if the state was saved by another method or names layers that the model has not.
+        """
+        own = checked_state(state_dict, type(self).__name__)
+        others = set(own["running"]) - set(self._chosen.modules)
+        unknown = sorted(layer for layer in others if parameter_of(self._model, layer) is None)
+        if unknown:
+            raise ValueError(
+                f"the state has factors of layers {unknown}; this model's layers are {sorted(self._chosen.modules)}"
+            )
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._completed = own["completed"]
+        self._random.set_state(own["random"].cpu())
+        self._chosen.forget_agreement()
+        self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
+        self._pending.clear()
+
+    def _placed(self, states: dict[str, State]) -> dict[str, State]:
+        result = {}
+        for layer, state in states.items():
+            param = parameter_of(self._model, layer)
+            assert param is not None, "load_state_dict has checked"
+            result[layer] = {name: tensor.to(param.device, copy=True) for name, tensor in state.items()}
+        return result
+
+    def explain(self) -> dict[str, str]:
+        """Returns for each linear and convolution layer and function whether it is preconditioned, and why not.
+
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(2, 1, 3))
+        >>> opt = fngd.KFAC(model, lr=0.1)
+        >>> model(torch.randn(8, 1, 5, 5)).square().mean().backward()
+        >>> opt.explain()["0"]
+        'preconditioned, samples on axis 0 of its output'
+        """
+        return self._chosen.explain(self.param_groups)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this process has contributed to joining statistics (see `fngd.joint`); DDP's own are not counted.
+
+        >>> fngd.SKFAC(nn.Linear(3, 1), lr=0.1).bytes_sent  # one process alone sends nothing
+        0
+        """
+        return self._exchange.bytes_sent
+
+    def remove(self) -> None:
+        """Takes the hooks off the model: factors stay as they are. Harmless when repeated.
+
+        >>> model = nn.Linear(3, 1)
+        >>> fngd.Eva(model, lr=0.1).remove()
+        >>> opt = fngd.KFAC(model, lr=0.1)  # a second one, as the first is gone
+        """
+        self._handle.remove()
+
+
+def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Float[Tensor, "groups out inp"]:
+    """Returns weight (and bias, as the last column) as one matrix a group; the weight is [out, inp / groups, *kernel].
+
+    >>> as_matrix(torch.zeros(6, 2, 3, 3), torch.zeros(6), 2).shape
+    torch.Size([2, 3, 19])
+    """
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], 2)
+
+
+def _gradient(part: Part) -> Tensor:
+    assert part.param.grad is not None, "checked by the caller"
+    return part.of(whole_tensor(part.param.grad))
+
+
+def _put(result: dict[Tensor, Tensor], part: Part, direction: Tensor) -> None:
+    """Writes rows of a parameter's direction; rows that no layer has keep the gradient."""
+    param = part.param
+    rows = direction.reshape(part.of(param).shape).to(param.dtype)
+    if part.whole:
+        result[param] = sharded_like(rows, param)
+    else:
+        assert param.grad is not None, "checked by the caller"
+        result.setdefault(param, param.grad.clone())[part.start : part.stop] = rows
