@@ -79,8 +79,9 @@ class GaussNewton(Optimizer):
         lr: the largest step, > 0; the direction is multiplied by it and then by the search's t ≤ 1. One is the
             Gauss–Newton step. A parameter group's own lr holds for its part.
         damping: λ ≥ 0 on J Jᵀ of the *scaled* residuals; a function step -> λ; "adaptive" for Levenberg–Marquardt, or
-            `fngd.damping.Adaptive(...)` with its options. Small and fixed with a line search is best on the
-            differential equations of `experiments/pinn.py`; λ ≈ 1e-3 or "adaptive" for noisy data.
+            `fngd.damping.Adaptive(...)` with its options. "adaptive" needs no tuning and does not depend on units; the
+            best fixed λ can be somewhat better and a wrong one is stuck: on Burgers' equation 1e-9 does not get below
+            an error of 0.8 where "adaptive" gets to 3e-5. For noisy data 1e-3 and more.
         momentum: μ in [0, 1).
         line_search: choose t among 1, ½, ¼, … by the loss (two or three closure calls a step, started where the
             last step ended); False takes t = 1.
@@ -99,8 +100,9 @@ class GaussNewton(Optimizer):
         ValueError: an option out of range; in `step`, residuals of a wrong shape, or NaN at the current parameters.
 
     Linear systems are solved in float64 whatever the parameters' precision. With float32 parameters K has rounding
-    errors of ε·tr(K), so smaller λ are raised to that; accuracies beyond 1e-4 need float64 parameters. A step waits for
-    the device several times.
+    errors of ε·tr(K), so smaller λ are raised to that. On the 2-D Poisson problem (width 32, 400 points, 60 steps, two
+    seeds) float32 ended at errors of 1e-4 to 7e-4 and float64 at 2e-5, both adaptive or at their better fixed λ. A step
+    waits for the device several times.
 
     >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(1)

@@ -76,7 +76,7 @@ class Jacobian:
             out = self.scaled.new_empty(stop - start, self.size, requires_grad=False)
         place = 0
         for grad, param in zip(grads, self.params, strict=True):
-            torch.mul(grad.flatten(1), scale, out=out[:, place : place + param.numel()])
+            torch.mul(grad.reshape(stop - start, -1), scale, out=out[:, place : place + param.numel()])
             place += param.numel()
         return out
 
@@ -172,6 +172,14 @@ class Jacobian:
         found = persample.per_sample(module, _residuals_themselves, (), check=self.check)
         if not isinstance(found, persample.PerSampleGrads):  # only with chunk_size, which is not given
             raise TypeError(f"per_sample returned {type(found).__name__}")
+        known = self.residuals.groups[name][start:stop].detach() * tilt
+        noise = torch.finfo(known.dtype).eps ** 0.5 * known.abs().amax()
+        if not bool((found.losses.detach() - known).abs().amax() <= noise):
+            raise ValueError(
+                f"residuals of group {name!r} differ from call to call within a step, so gram='factored' would mix "
+                "Jacobians of different functions: dropout in training mode, or points drawn in the closure? Use "
+                "model.eval(), draw points between steps, or use gram='rows'"
+            )
         return found
 
     def _factored_product(self, first: Any, piece: Any, second: Any, other: Any) -> Tensor:

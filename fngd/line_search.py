@@ -1,6 +1,10 @@
 """A step size from a few evaluations of the loss at geometric distances along a direction.
 
-One after the other, each chosen by the last: two or three a step. BATCHSENTENCE
+One after the other, each chosen by the last: two or three a step, which is a small part of its cost. In a batch they
+are not cheaper: over parameters stacked by `torch.func.vmap`, k evaluations of the 2-D Poisson residuals (900 points,
+width 64, one core) took 2.4, 2.8, 4.5 and 8.3 times one evaluation for k = 2, 3, 4 and 8, and only at sizes where
+nothing costs much (144 points, width 24) did four take half of four. And `vmap` refuses closures that call
+`torch.autograd.grad`, which most residuals of differential equations do.
 """
 
 from __future__ import annotations
