@@ -9,6 +9,8 @@ step, and one more gradient per layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,13 @@ class Passes:
     def clear(self) -> None:
         """Forgets everything: a step was made."""
         self.__init__()  # type: ignore[misc]
+
+
+def joined_gradients(
+    passes: Passes, key: str, batch: int, grads: Mapping[str, LayerGrads], handle: Reweighting
+) -> dict[str, LayerGrads]:
+    """Returns what `passes.joined` returns, of the layers of `grads`."""
+    return {path: each for path, each in passes.joined(key, batch, handle).items() if path in grads}
 
 
 def _other_uses(key: str, how: str) -> ValueError:

@@ -12,20 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fngd.accumulation import Passes
+from fngd.accumulation import Passes, joined_gradients
 from fngd.adaptive import Model
 from fngd.diagnostics import Recorder, Solve
-from fngd.directions import (
-    Pair,
-    coefficient_factors,
-    combined,
-    dot,
-    inner_products,
-    relative_damping,
-    scaled,
-    true_fisher_weights,
-)
+from fngd.directions import Pair, coefficient_factors, dot, relative_damping, scaled
 from fngd.distributed import Exchange
+from fngd.drawn import Drawn
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
 from persample import LayerGrads
@@ -68,8 +60,7 @@ class Policy:
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
         self._drawing = False
-        self._passes, self._sampled_passes = Passes(), Passes()
-        self._samples: dict[str, dict[str, LayerGrads]] = {}
+        self._passes, self._drawn = Passes(), Drawn(method)
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
 
     def end_batch(self) -> None:
@@ -81,7 +72,7 @@ class Policy:
     def clear(self) -> None:
         """Forgets the backward passes since the last step."""
         self.met_batch = False
-        for kept in (self.inner, self.models, self._passes, self._sampled_passes, self._samples, self._reused):
+        for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
 
     @contextmanager
@@ -115,11 +106,14 @@ class Policy:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"gram='network' needs the same samples in every layer, but batches are {sizes}")
         if self._drawing:
-            return self._keep_samples(key, batch, grads)
+            self._drawn.keep(key, batch, grads, self.handle)
+            return dict.fromkeys(grads, (None, None))
         factors: Tensor | None = None
         solve: Solve | None
         if method.fisher == "true":
-            pairs, solve, curvature = self._true_directions(key, batch, grads)
+            pairs, solve, curvature = self._drawn.directions(
+                key, batch, grads, self._passes, loss_scale=self.loss_scale(), **self._damping()
+            )
         else:
             factors, solve, grads = self._factors(key, batch, grads)
             if not self._compares():
@@ -160,20 +154,17 @@ class Policy:
             if table.probing(key):
                 table.probe(stored, self._solve(grads, self._right_hand_side(batch), [batch])[0])
             if joint and self._compares():
-                grads = self._joined(self._passes, key, batch, grads)
+                grads = joined_gradients(self._passes, key, batch, grads, self.handle)
                 stored = self._passes.vector(key, stored)
             return stored, None, grads
         rhs = self._right_hand_side(batch)
         sizes = [batch]
         if joint:
-            grads = self._joined(self._passes, key, batch, grads)
+            grads = joined_gradients(self._passes, key, batch, grads, self.handle)
             rhs = None if rhs is None else self._passes.vector(key, rhs)
             sizes = self._passes.sizes[key]
         factors, good, solve = self._solve(grads, rhs, sizes)
         return factors if table is None else table.store(key, factors, good, sizes), solve, grads
-
-    def _joined(self, passes: Passes, key: str, batch: int, grads: dict[str, LayerGrads]) -> dict[str, LayerGrads]:
-        return {path: each for path, each in passes.joined(key, batch, self.handle).items() if path in grads}
 
     def _damping(self) -> dict[str, float | None]:
         given = {"alpha": self._method.alpha, "damping": self._method.damping}
@@ -218,57 +209,6 @@ class Policy:
             )
         grad = grad.movedim(axis, 0).flatten(1)
         return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum(1)
-
-    def _keep_samples(self, key: str, batch: int, grads: dict[str, LayerGrads]) -> dict[str, Any]:
-        if self._method.accumulate == "joint":
-            grads = self._joined(self._sampled_passes, key, batch, grads)
-        self._samples[key] = grads
-        return dict.fromkeys(grads, (None, None))
-
-    def _true_directions(
-        self, key: str, batch: int, grads: dict[str, LayerGrads]
-    ) -> tuple[dict[str, tuple[Pair, Pair]], Solve, dict[str, LayerGrads]]:
-        """Returns (d, g) of each layer, what is known of the Gram matrix, and V."""
-        joint = self._method.accumulate == "joint"
-        samples = self._samples.get(key, {}) if joint else self._samples.pop(key, {})
-        if not set(grads) <= set(samples):
-            raise ValueError(
-                f"fisher='true' has no gradients of sampled labels for layers {sorted(set(grads) - set(samples))}. "
-                "Call opt.sample(outputs) after every forward pass and before its loss.backward(), with the outputs "
-                "that the loss is computed from"
-            )
-        sampled = {path: samples[path] for path in grads}
-        ones = {path: torch.ones(each.batch_size, device=each.device) for path, each in grads.items()}
-        plain = {path: each.weighted_sum(ones[path]) for path, each in grads.items()}
-        sizes = [batch]
-        if joint:
-            plain = {path: self._passes.plain(path, pair) for path, pair in plain.items()}
-            sizes = self._passes.sizes.setdefault(key, [])
-            sizes.append(batch)
-        drawn = self._sampled_passes.sizes[key] if joint else [next(iter(sampled.values())).batch_size]
-        if drawn != sizes:
-            raise ValueError(
-                f"the labels that opt.sample drew are for batches of {drawn} samples, but the backward passes had "
-                f"{sizes}. Call opt.sample(outputs) once for every forward pass, before its loss.backward()"
-            )
-        scale = self.loss_scale()
-        unit = 1 if scale is None else 1 / scale  # the sampled losses were scaled, too
-        one, *others = (each.gram() for each in sampled.values())
-        gram = sum(others, one) * unit**2
-        products = torch.stack([inner_products(sampled[path], plain[path]) for path in sampled]).sum(0) * unit
-        damping = self._damping()
-        weights, nu, good = true_fisher_weights(
-            gram, products.to(gram.dtype), scale=self._method.solved_scale, **damping
-        )
-        pairs = {}
-        for path, g in plain.items():
-            d = scaled(combined(g, sampled[path].weighted_sum(weights * unit), -1.0), nu)
-            # Where the samples' gradients are not finite, 0 times them is neither.
-            weight, bias = (
-                None if a is None or b is None else torch.where(good, a, b) for a, b in zip(d, g, strict=True)
-            )
-            pairs[path] = (weight, bias), g
-        return pairs, Solve(gram, **damping), sampled
 
     def _keep_model(self, key: str, plain: dict[str, Pair], curvature: dict[str, LayerGrads], solve: Solve) -> None:
         """Keeps the quadratic model of the loss until the step is known."""
