@@ -27,18 +27,18 @@ SMALL: Settings = {
     "problems": {
         "poisson2": {"width": 64, "side": 30},
         "burgers": {
-            "width": 32,
-            "side": 30,
+            "width": 24,
+            "interior": 900,
             "viscosity": 0.1 / math.pi,
             "weights": {"initial": 10.0, "boundary": 10.0},
         },
-        "poisson5": {"width": 40, "interior": 800, "boundary": 300, "weights": {"boundary": 10.0}},
+        "poisson5": {"width": 24, "interior": 1600, "boundary": 400, "weights": {"boundary": 10.0}},
         "diabetes": {"width": 16},
     },
     "gauss_newton": {
         "poisson2": {"damping": 1e-9, "momentum": 0.9},
-        "burgers": {"damping": 1e-4},
-        "poisson5": {"damping": 1e-8, "momentum": 0.9},
+        "burgers": {"damping": "adaptive"},
+        "poisson5": {"damping": 1e-6, "momentum": 0.9},
         "diabetes": {"damping": 1e-1},
     },
     "methods": ["gauss-newton", "adam/lr=0.01", "adam/lr=0.003", "adam/lr=0.001", "lbfgs", "adam-lbfgs/lr=0.003"],
@@ -56,7 +56,7 @@ SMOKE: Settings = {
     "budget": dict.fromkeys(PROBLEMS, 0.4),
     "problems": {
         "poisson2": {"width": 8, "side": 6},
-        "burgers": {"width": 8, "side": 6, "viscosity": 0.1, "weights": {}},
+        "burgers": {"width": 8, "interior": 36, "viscosity": 0.1, "weights": {}},
         "poisson5": {"width": 8, "interior": 30, "boundary": 10, "weights": {}},
         "diabetes": {"width": 4},
     },

@@ -126,10 +126,21 @@ def poisson5(seed: int, settings: dict[str, Any]) -> Problem:
 
 
 def burgers(seed: int, settings: dict[str, Any]) -> Problem:
-    """u_t + u u_x = ν u_xx on [−1, 1] × [0, 1], u(0, x) = −sin πx, u(t, ±1) = 0; columns (t, x)."""
+    """u_t + u u_x = ν u_xx on [−1, 1] × [0, 1], u(0, x) = −sin πx, u(t, ±1) = 0; columns (t, x); Sobol points.
+
+    `settings["side"]`² points on a grid instead, where it is given: its 30 values of x are 0.07 apart, as wide as the
+    shock.
+    """
     torch.manual_seed(seed)
-    net, side, nu = mlp(2, settings["width"], settings["width"], 1), settings["side"], settings["viscosity"]
-    inside = square(side, (0, -1), (1, 1), centred=True).requires_grad_()
+    net, nu = mlp(2, settings["width"], settings["width"], 1), settings["viscosity"]
+    if "side" in settings:
+        inside, side = square(settings["side"], (0, -1), (1, 1), centred=True), settings["side"]
+    else:
+        drawn = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(
+            settings["interior"], dtype=torch.float64
+        )
+        inside, side = drawn * torch.tensor([1.0, 2.0]).double() - torch.tensor([0.0, 1.0]).double(), 30
+    inside.requires_grad_()
     x = torch.linspace(-1, 1, 2 * side).double()
     start = torch.stack([torch.zeros_like(x), x], 1)
     t = torch.linspace(0, 1, side).double()
