@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
-from persample.chunked import ChunkedPerSampleGrads, batch_of
+from persample.chunked import ChunkedPerSampleGrads, batch_of, losses_of_all
 from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
 from persample.result import GraphPerSampleGrads, PerSampleGrads
 
@@ -41,7 +41,7 @@ def per_sample(
         coupled: "error" refuses models whose samples influence each other; "rows" reads the rows of each
             layer's gradient instead, sample b being row b of dimension 0, as the FNGD paper does with batch
             normalisation in training mode.
-        check: verify that the rows add up to the batch gradient.
+        check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, and captured anew for each reduction (`persample.chunked`).
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
@@ -98,7 +98,8 @@ def per_sample(
     batch = batch_of(inputs)
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
-    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch)
+    whole = losses_of_all(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, whole)
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:

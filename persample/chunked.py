@@ -3,7 +3,8 @@
 Exact, because the rows of a chunk do not depend on other chunks. Memory is that of one chunk (two for a Gram
 matrix) and of the result; time is one forward and backward pass over the batch for each reduction, and for a
 Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
-dropout masks.
+dropout masks. That the losses of a chunk are those of the whole batch is checked, by one forward pass without a graph:
+they are not where a tensor is cut that all samples share, or where samples are padded to the longest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from persample.backends import Problem
+from persample.backends.shared import buffers_kept
+from persample.checks import check_losses
+from persample.errors import CheckError, PerSampleError
 from persample.result import Explanation, Per, PerSampleGrads
 
 Captured = Callable[[Any, Any], PerSampleGrads]
@@ -25,8 +30,16 @@ PerName = dict[str, Tensor]
 class ChunkedPerSampleGrads:
     """Per-sample gradients of one batch in chunks; the methods are those of `PerSampleGrads`."""
 
-    def __init__(self, capture: Captured, inputs: Any, targets: Any, chunk_size: int, batch: int) -> None:
+    def __init__(
+        self, capture: Captured, inputs: Any, targets: Any, chunk_size: int, batch: int, whole: Tensor | None = None
+    ) -> None:
+        if whole is not None and len(whole) != batch:
+            raise ValueError(
+                f"chunk_size cuts along dimension 0, which of the first tensor of the inputs has {batch} entries; but "
+                f"there are {len(whole)} samples, by the losses; the batch must lie there, or chunk_size be left out"
+            )
         self.batch = batch
+        self._whole = whole
         self._capture = capture
         self._data = (inputs, targets)
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
@@ -115,20 +128,69 @@ class ChunkedPerSampleGrads:
         if i not in self._random:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             self._random[i] = torch.get_rng_state(), cuda
-            psg = self._capture(inputs, targets)
+            psg = self._captured(inputs, targets)
         else:
             with torch.random.fork_rng():
                 torch.set_rng_state(self._random[i][0])
                 if self._random[i][1]:
                     torch.cuda.set_rng_state_all(self._random[i][1])
-                psg = self._capture(inputs, targets)
+                psg = self._captured(inputs, targets)
         if psg.batch != part.stop - part.start:
             raise ValueError(
                 f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
                 f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there"
             )
+        if self._whole is not None and not _agree(psg.losses, self._whole, part):
+            raise CheckError(
+                f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
+                f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
+                "0, and one of them may hold no samples (then give it a first dimension of one), or the model's state "
+                "or padding depends on the whole batch (then leave chunk_size out). check=False turns this check off"
+            )
         self._losses[i] = psg.losses
         return psg
+
+    def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
+        try:
+            return self._capture(inputs, targets)
+        except (RuntimeError, IndexError) as error:
+            if self._whole is None or isinstance(error, (PerSampleError, torch.OutOfMemoryError)):
+                raise
+            raise ValueError(
+                f"the model runs on the whole batch and not on a part of it: {error}. chunk_size cuts every tensor of "
+                f"inputs and targets with {self.batch} entries along dimension 0 alone; the batch must lie there"
+            ) from error
+
+
+def losses_of_all(problem: Problem) -> Float[Tensor, " batch"] | None:
+    """The losses of the whole batch, without a graph; None where those of chunks may differ or there are none.
+
+    That is where random numbers are drawn, and where the model differentiates or has not enough memory.
+    """
+
+    def random() -> list[Tensor]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        return [torch.get_rng_state(), *cuda]
+
+    before = random()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it treats padding in another way
+    try:
+        with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad():
+            losses = problem.loss_fn(problem.outputs(), problem.targets)
+            drawn = any(not torch.equal(a, b) for a, b in zip(before, random(), strict=False))
+    except RuntimeError:
+        return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return None if drawn else check_losses(losses)
+
+
+def _agree(losses: Tensor, whole: Tensor, part: slice) -> bool:
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(losses.dtype, 5e-2)
+    finite = whole[whole.isfinite()].abs()
+    largest = float(finite.max()) if len(finite) else 0.0
+    return torch.allclose(losses, whole[part], rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
 def batch_of(inputs: Any) -> int | None:

@@ -34,7 +34,7 @@ class UnsupportedError(PerSampleError):
 
 
 class CheckError(PerSampleError):
-    """Per-sample gradients do not add up to the batch gradient: the result would have been wrong.
+    """Per-sample gradients do not add up, or chunks have other losses than the batch: the result would have been wrong.
 
     >>> class Wrong(torch.autograd.Function):
     ...     @staticmethod

@@ -294,3 +294,39 @@ def test_arguments_that_are_no_tensors(inner: bool) -> None:
     model = Apart(lambda m, x: m.second(Scaled.apply(2.0, "name", m.first(x) if inner else x, m.first.weight).tanh()))
     got = persample.per_sample(model, loss, SAMPLES).grads()
     assert rel_err(got, loop_grads(model, loss, SAMPLES, None)) < 1e-8
+
+
+def padded(m: Apart, x: Tensor, lengths: Tensor) -> Tensor:
+    """Sequences cut to the longest of the batch, as unpacking does; padding has a loss as well."""
+    longest = int(lengths.max())
+    return m.second(m.first(x[:, :longest]) * (torch.arange(longest) < lengths[:, None])[..., None])
+
+
+WHOLE: dict[str, tuple[Callable[..., Tensor], Any, type[Exception], str]] = {
+    "a shared tensor of B entries": (
+        lambda m, x, shared: m.second(m.first(x) + shared),
+        (FRAMES.transpose(0, 1)[:, :B], SAMPLES),
+        persample.CheckError,
+        "other losses",
+    ),
+    "padding to the longest": (
+        padded,
+        (FRAMES.transpose(0, 1), torch.tensor([2, 1, 7, 3])),
+        persample.CheckError,
+        "other losses",
+    ),
+    "time first": (lambda m, x: m.second(m.first(x)).sum(0), FRAMES, ValueError, "the batch must lie there"),
+    "a size that is fixed": (
+        lambda m, x: m.second(m.first(x)).reshape(B, OUT),
+        SAMPLES,
+        ValueError,
+        "not on a part of it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_batches_that_cannot_be_cut(name: str) -> None:
+    run, inputs, error, message = WHOLE[name]
+    with pytest.raises(error, match=message):
+        persample.per_sample(Apart(run), loss, inputs, chunk_size=1).norms()
