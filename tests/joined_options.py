@@ -160,7 +160,7 @@ RESUMED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 def resuming_goes_on_bit_for_bit(rank: int, world: int) -> None:
-    """Every process saves a state of its own; new models and optimisers go on from them."""
+    """Every process saves a state of its own; new models and optimisers go on from them. Bits: with two processes."""
 
     def turn(net: nn.Module, opt: Any, step: int) -> None:
         opt.zero_grad()
@@ -191,8 +191,10 @@ def resuming_goes_on_bit_for_bit(rank: int, world: int) -> None:
         net = ddp(second)
         for step in range(3, 6):
             turn(net, resumed, step)
-        for name, value in values(model).items():
-            assert torch.equal(value, values(second)[name]), name
+        if world == 2:
+            assert all(torch.equal(value, values(second)[name]) for name, value in values(model).items())
+        else:  # DDP lays its buckets out anew after a first step, and with them the order in which it adds
+            check(values(second), values(model), 1e-9)
         opt.remove()
         resumed.remove()
 
