@@ -38,11 +38,14 @@ class Provenance(TorchDispatchMode):
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._saw: dict[int, int] = {}
+        self._elsewhere: dict[int, int] = {}
         self._inputs: list[Tensor] = []
         self._targets = 0
         self._module_of: dict[int, str] = {}
         self._modules: list[str] = []
-        self._last = _next_number()
+        # numbers count in each thread anew, and a backward pass on a GPU runs in a thread of its own
+        self._thread = threading.get_ident()
+        self._last = {self._thread: _next_number()}
         for state in () if model is None else chain(model.parameters(), model.buffers()):
             self._mark(state, 0)
 
@@ -73,7 +76,8 @@ class Provenance(TorchDispatchMode):
 
     def doubtful(self, node: Node) -> bool:
         """Whether the node's operation read something that may be data, or was not seen at all."""
-        return _number(node) not in self._saw or bool(self._read(node))
+        number = _number(node)
+        return bool(self._read(node)) or (number not in self._saw and number not in self._elsewhere)
 
     def perhaps_shared(self, node: Node, batch: int) -> Tensor | None:
         """An input taken for samples, where the node's operation read that one and others that are samples not."""
@@ -83,7 +87,8 @@ class Provenance(TorchDispatchMode):
         return next(t for place, t in enumerate(self._inputs) if read & samples & (FIRST << place))
 
     def _read(self, node: Node) -> int:
-        return self._saw.get(_number(node), 0)
+        number = _number(node)
+        return self._saw.get(number, self._elsewhere.get(number, 0))
 
     def _samples(self, batch: int) -> int:
         """The bits of the inputs that hold samples."""
@@ -102,8 +107,8 @@ class Provenance(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        number = _next_number()
-        created, self._last = number != self._last, number
+        number, thread = _next_number(), threading.get_ident()
+        created, self._last[thread] = number != self._last.get(thread), number
         read = 0
         for leaf in _tensors(args):
             read |= self._marks(leaf)
@@ -111,8 +116,8 @@ class Provenance(TorchDispatchMode):
             read |= self._marks(leaf)
         if created:
             # autograd makes the node before it calls the kernel, so the newest number is this operation's
-            self._saw[number - 1] = read
-            if self._modules:
+            (self._saw if thread == self._thread else self._elsewhere)[number - 1] = read
+            if self._modules and thread == self._thread:
                 self._module_of[number - 1] = self._modules[-1]
         result = func(*args, **kwargs)
         written = [args[place] for place in _written(func) if place < len(args)]
@@ -131,7 +136,7 @@ class Provenance(TorchDispatchMode):
         """What the tensor's storage derives from: one bit for each input, one for what nobody has seen before."""
         try:
             known = self._storages.get(_stored(tensor).untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError, ValueError):
             return 0  # tensors without storage
         return FOREIGN * (tensor.ndim > 0) if known is None or known[0].expired() else known[1]
 
@@ -203,8 +208,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def _storage(tensor: Tensor) -> StorageWeakRef | None:
     try:
         return StorageWeakRef(_stored(tensor).untyped_storage())
-    except (NotImplementedError, RuntimeError):
-        return None  # tensors without storage: functorch wrappers
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None  # no storage: functorch wrappers, parameters of lazy modules
 
 
 def _stored(tensor: Tensor) -> Tensor:

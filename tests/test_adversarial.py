@@ -330,3 +330,9 @@ def test_batches_that_cannot_be_cut(name: str) -> None:
     run, inputs, error, message = WHOLE[name]
     with pytest.raises(error, match=message):
         persample.per_sample(Apart(run), loss, inputs, chunk_size=1).norms()
+
+
+def test_lazy_modules_that_were_never_called() -> None:
+    model = nn.Sequential(nn.LazyLinear(OUT), nn.Tanh(), nn.LazyLinear(2)).double()
+    got = persample.per_sample(model, loss, SAMPLES).grads()
+    assert rel_err(got, loop_grads(model, loss, SAMPLES, None)) < 1e-8
