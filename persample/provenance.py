@@ -63,10 +63,10 @@ class Provenance(TorchDispatchMode):
     def saw_data(self, node: Node, batch: int) -> bool:
         """Whether the node's operation read something derived from an input that holds `batch` samples.
 
-        Those are the inputs with `batch` entries along dimension 0, and sequences with time first, [T, batch, D] or
-        integers [T, batch]; where there is none (the nodes of a batch of graphs) all with more than one entry; and
-        without any input what else was brought in. The others, such as position ids of shape [1, T] or a mask, are
-        shared by all samples and no data.
+        Those are the inputs with `batch` entries along dimension 0; where there is none, sequences with time first
+        ([T, batch, D], integers [T, batch]), or else (the nodes of a batch of graphs) all with more than one entry;
+        and without any input what else was brought in. The others, such as position ids of shape [1, T] or a mask,
+        are shared by all samples, or `doubtful`.
         """
         return bool(self._read(node) & self._samples(batch))
 
@@ -92,14 +92,15 @@ class Provenance(TorchDispatchMode):
 
     def _samples(self, batch: int) -> int:
         """The bits of the inputs that hold samples."""
-        several = 0
-        found = 0
+        found = time_first = several = 0
         for place, tensor in enumerate(self._inputs):
-            size = tensor.shape[0] if tensor.ndim else 1
-            several |= (FIRST << place) * (size > 1)
-            time_first = size > 1 and tensor.ndim >= 2 + tensor.is_floating_point() and tensor.shape[1] == batch
-            found |= (FIRST << place) * (size == batch or time_first)
-        return found or several or (0 if self._inputs else FOREIGN)
+            bit, size = FIRST << place, tensor.shape[0] if tensor.ndim else 1
+            # two rows of integers are the edges of a graph rather than two steps
+            sequence = tensor.ndim >= 3 if tensor.is_floating_point() else tensor.ndim == 2 and size > 2
+            found |= bit * (size == batch)
+            time_first |= bit * (sequence and size > 1 and tensor.shape[1] == batch)
+            several |= bit * (size > 1)
+        return found or time_first or several or (0 if self._inputs else FOREIGN)
 
     def module(self, node: Node) -> str | None:
         """Path of the module in whose forward pass the node's operation ran; None outside of the model."""

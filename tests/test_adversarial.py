@@ -229,6 +229,14 @@ SHARED: dict[str, tuple[Callable[..., Tensor], Any]] = {
         lambda m, x, grid: m.second(x) @ m.second(m.first(grid[0]).tanh()).T,
         (SAMPLES, POINTS[None, :B]),
     ),
+    "descriptions of classes, as long as the batch": (
+        lambda m, x, words: m.second(x) @ m.second(m.first(words)).mean(1).T,
+        (SAMPLES, FRAMES),
+    ),
+    "time first, and steps that all samples share": (
+        lambda m, x, step: m.second((x + m.first(step)[:, None]).cumsum(0)).transpose(0, 1),
+        (FRAMES, POINTS),
+    ),
     "constants of the model": (
         lambda m, x: m.second(m.first(x) + m.first(torch.tensor(POINTS[:1].tolist(), dtype=x.dtype)).softmax(-1)),
         SAMPLES,
