@@ -95,8 +95,8 @@ def watched(optimizer: Any, clock: Clock) -> Iterator[None]:
         places.append((optimizer, "_direction", clock.timed("direction", optimizer._direction)))
         places += _everywhere(shampoo.inverse_root, clock)
     elif hasattr(optimizer, "_running"):  # KFAC, SKFAC, Eva
-        handle = optimizer._handle
-        places.append((handle, "_policy", clock.timed("statistics", handle._policy)))
+        asker = optimizer._handle._asker
+        places.append((asker, "_policy", clock.timed("statistics", asker._policy)))
         places.append((optimizer, "_method", _Timed(optimizer._method, clock)))
     else:  # NGD and FNGD; torch's optimisers never call these
         places.append((LayerGrads, "gram", clock.timed("statistics", LayerGrads.gram)))
