@@ -106,7 +106,7 @@ class Watch:
         self._factors: list[tuple[Tensor, Tensor]] = []
         self._likeness: dict[str, tuple[Tensor, Tensor]] = {}
         handle = optimizer._handle
-        inner = handle._policy
+        inner = handle._asker._policy
 
         def policy(layer: str, grads: LayerGrads) -> Tensor:
             used = inner(layer, grads)
@@ -116,7 +116,7 @@ class Watch:
                 self._likeness[layer] = likeness(used, smw_coefficients(gram, alpha=alpha))
             return used
 
-        handle._policy = policy
+        handle._asker._policy = policy
 
     def figures(self) -> Result:
         """Returns the epoch's figures and starts anew."""
