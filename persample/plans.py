@@ -2,7 +2,9 @@
 
 A plan names nodes by their position in the graph, never by reference, so it holds no graph alive. It is keyed by
 the graph's signature (kinds, edges, shapes, dimensions, leaves); where `persample.layout` proves that the samples'
-layout follows from the graph alone, its owners are valid for every batch with that signature.
+layout follows from the graph alone, its owners are valid for every batch with that signature. A batch of another
+size, or of longer sequences, has a graph of the same structure and other shapes: there the proof is made anew, and
+takes the place of probing.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from persample.attribution import Owner
-from persample.graph import Graph, Node, Route, shape_of
+from persample.graph import Graph, Node, Route, edge_shape, shape_of
 from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
 from persample.uses import Separation, Use
 
 PLANS_PER_MODEL = 16
+CHECK_EVERY = 8
+"""Of batches with a proven plan, one in this many verifies one use against autograd; every new shape does."""
+REGULAR = ("identity", "grouped", "tiled")
+"""How samples may lie along an axis, as `Owner.layout` calls it, for a plan to follow the graph alone."""
 _STATIC = (
     "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_pad", "_saved_normalized_shape",
     "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
@@ -44,6 +51,11 @@ class Plan:
     rules: Mapping[str, Rule | None]
     """The rules the first, fully checked batch was built by."""
     calls: int = 0
+
+    @property
+    def turn(self) -> int | None:
+        """Which use is to be verified with the present batch, None for none."""
+        return None if self.calls % CHECK_EVERY else self.calls // CHECK_EVERY
 
     def current(self) -> bool:
         """Whether the rules are still those that were checked."""
@@ -85,6 +97,36 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     )
 
 
+def derived(plan: Plan, graph: Graph, batch: int) -> Plan | None:
+    """Returns the plan for a graph of the same structure and other shapes, if the layout is proven for that, too."""
+    if batch < 2 or plan.owners is None or not plan.current():
+        return None
+    nodes = list(graph.order)
+    places = proven(graph, [nodes[position] for position in plan.owners], batch)
+    if places is None:
+        return None
+    owners = {}
+    for position, before in plan.owners.items():
+        node = nodes[position]
+        now = tuple(
+            None if owner is None else _owner_at(places.get((node, output)), edge_shape((node, output)), batch, owner)
+            for output, owner in enumerate(before)
+        )
+        if any(owner is not None and found is None for owner, found in zip(before, now, strict=True)):
+            return None
+        owners[position] = now
+    return Plan(plan.uses, owners, plan.rules, (plan.calls // CHECK_EVERY + 1) * CHECK_EVERY)
+
+
+def _owner_at(place: Lying | None, shape: tuple[int, ...], batch: int, like: Owner) -> Owner | None:
+    """The owner of entries that lie so, or None where not in a regular pattern."""
+    if place is None:
+        return None
+    ids = torch.arange(shape[place.axis], device=like.ids.device) // place.inner % batch
+    owner = Owner(place.axis, ids, batch)
+    return owner if owner.layout in REGULAR else None
+
+
 def _positions(order: Mapping[Node, int], use: Use) -> UsePositions:
     source, output = use.route.source
     return (
@@ -99,12 +141,16 @@ def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:
     """Whether an owner found by probing lies where the proof says, along one axis in a regular pattern."""
     if batch == 1:
         return True
-    return place is not None and owner.axis == place.axis and owner.layout in ("identity", "grouped", "tiled")
+    return place is not None and owner.axis == place.axis and owner.layout in REGULAR
 
 
-def signature(graph: Graph) -> Hashable:
+Signature = tuple[tuple[Hashable, ...], ...]
+"""By node: kind, edges, shapes and static attributes; of a leaf its identity and shape."""
+
+
+def signature(graph: Graph) -> Signature:
     """Everything about the graph that a plan relies on."""
-    parts: list[Hashable] = []
+    parts: list[tuple[Hashable, ...]] = []
     for node in graph.order:
         variable = getattr(node, "variable", None)
         if variable is not None:
@@ -128,15 +174,31 @@ def _hashable(value: object) -> Hashable:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
+@dataclass(frozen=True)
+class Key:
+    """What a plan is for."""
+
+    graph: Signature
+    coupled: str
+    parameters: tuple[tuple[str, int], ...]
+    """Names and identities."""
+
+    @property
+    def structure(self) -> Hashable:
+        """The same without the shapes that may differ from batch to batch; leaves are known by identity."""
+        return tuple(part[:2] + part[3:] for part in self.graph), self.coupled, self.parameters
+
+
 class Plans:
-    """Plans of one model, the latest `PLANS_PER_MODEL` signatures; safe to use from several threads."""
+    """Plans of one model, the latest `PLANS_PER_MODEL` keys; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._plans: OrderedDict[Key, Plan] = OrderedDict()
+        self._of_structure: OrderedDict[Hashable, Plan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, key: Hashable) -> Plan | None:
-        """The plan for a signature."""
+    def find(self, key: Key) -> Plan | None:
+        """The plan for a key."""
         with self._lock:
             plan = self._plans.get(key)
             if plan is not None:
@@ -144,12 +206,20 @@ class Plans:
                 plan.calls += 1
             return plan
 
-    def keep(self, key: Hashable, plan: Plan) -> None:
+    def similar(self, key: Key) -> Plan | None:
+        """The latest plan for a graph of the same structure, see `derived`."""
+        with self._lock:
+            return self._of_structure.get(key.structure)
+
+    def keep(self, key: Key, plan: Plan) -> None:
         """Adds a plan and forgets the one unused longest."""
         with self._lock:
-            self._plans[key] = plan
-            while len(self._plans) > PLANS_PER_MODEL:
-                self._plans.popitem(last=False)
+            if self._plans.get(key) is plan:
+                return
+            self._plans[key] = self._of_structure[key.structure] = plan
+            for kept in (self._plans, self._of_structure):
+                while len(kept) > PLANS_PER_MODEL:
+                    kept.popitem(last=False)
 
 
 _OF_MODEL: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()

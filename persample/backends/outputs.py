@@ -7,12 +7,12 @@ parameter (section IV-C of the FNGD paper); no parameter gradient is computed on
 
 The first batch with a graph is attributed by probing and checked in full. Where the layout is proven to follow
 from the graph (`persample.layout`), later batches cost one backward pass to the outputs, and every
-`CHECK_EVERY`-th of them verifies one use in turn. Otherwise each batch is probed and checked in full.
+`persample.plans.CHECK_EVERY`-th of them verifies one use in turn. Otherwise each batch is probed and checked in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, register
-from persample.blocks import Block
+from persample.blocks import Block, Dense
 from persample.captured import capture_use, merged
 from persample.checks import SumCheck, binary_weights, check_losses, check_sum
 from persample.errors import CheckError, UnsupportedError
 from persample.graph import Graph, Node, call_node, sum_to, trace
-from persample.plans import Plan, Plans, make, plans_of, signature
-from persample.precision import coarsest
+from persample.plans import Key, Plan, Plans, derived, make, plans_of, signature
+from persample.precision import coarsest, full_precision
 from persample.provenance import Provenance
 from persample.rules import Site, build
 from persample.streaming import Stream, Take, ends, unpacked_by_hooks
@@ -38,8 +38,6 @@ PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
     "the kinds of its operations (see persample.layout)"
 )
-CHECK_EVERY = 8
-"""Of the batches with a proven plan, one in this many verifies one use against autograd."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Reading:
     plan: Plan | None
     known: Separation | None
     """z where the graph was attributed; None where a plan was followed."""
-    key: Hashable
+    key: Key | None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -64,8 +62,7 @@ class Reading:
     @property
     def turn(self) -> int | None:
         """Which use of a plan is to be verified with this batch, None for none."""
-        calls = 0 if self.plan is None else self.plan.calls
-        return None if self.known is not None or calls % CHECK_EVERY else calls // CHECK_EVERY
+        return None if self.known is not None or self.plan is None else self.plan.turn
 
 
 def read(
@@ -79,12 +76,13 @@ def read(
     """Returns the reading of losses that are already there."""
     losses = check_losses(losses)
     graph = trace(losses)
-    key = (
-        (signature(graph), coupled, tuple((name, id(p)) for name, p in parameters.items()))
-        if plans is not None
-        else None
-    )
-    plan = plans.find(key) if plans is not None else None
+    key = plan = None
+    if plans is not None:
+        key = Key(signature(graph), coupled, tuple((name, id(p)) for name, p in parameters.items()))
+        plan = plans.find(key)
+        if plan is None:
+            similar = plans.similar(key)
+            plan = None if similar is None else derived(similar, graph, losses.shape[0])
     if plan is not None and plan.owners is not None and plan.current():
         nodes = list(graph.order)
         owners = {nodes[position]: each for position, each in plan.owners.items()}
@@ -110,17 +108,18 @@ def capture_losses(
     """
     reading = read(losses, parameters, provenance=provenance, plans=plans, coupled=coupled)
     if reading.known is None:
-        return Capture(losses.detach(), captured_by_plan(reading, reading.turn if check else None))
-    with torch.no_grad():
-        captured = build_uses(reading.uses, reading.known, losses.shape[0])
-    if check:
+        captured = captured_by_plan(reading, reading.turn if check else None)
+    else:
+        with torch.no_grad():
+            captured = build_uses(reading.uses, reading.known, losses.shape[0])
+    if check and reading.known is not None:
 
         def each(take: Take) -> None:
             for name, found in captured.items():
                 take(name, found)
 
         check_batch(each, reading, parameters, coupled)
-    if plans is not None and reading.plan is not None:
+    if plans is not None and reading.plan is not None and reading.key is not None:
         plans.keep(reading.key, reading.plan)  # only what the check has passed
     return Capture(losses.detach(), captured, notes=reading.notes)
 
@@ -156,7 +155,7 @@ def hold_graph(problem: Problem) -> HeldGraph:
                 "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
             )
         held = HeldGraph(replace(found, known=None), problem.check)
-        if found.known is not None and found.plan is not None:
+        if found.known is not None and found.plan is not None and found.key is not None:
             if problem.check:
                 check_batch(held.stream, found, problem.parameters, problem.coupled)
             plans.keep(found.key, found.plan)
@@ -256,8 +255,10 @@ def check_site(site: Site, block: Block) -> None:
     # copies: a custom backward may work in place
     whole = call_node(site.node, [None if z is None else z.clone() for z in site.zs])[site.slot]
     expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
-    what, precision = f"an input of {site.node.name()}", coarsest(*filter_none(site.zs))
-    check_sum({what: [block]}, {what: expected}, precision=precision, backend="outputs")
+    what, zs = f"an input of {site.node.name()}", filter_none(site.zs)
+    # rows that are sums over positions: the terms may cancel, and leave their rounding errors
+    terms = max(float(torch.linalg.vector_norm(full_precision(z))) for z in zs) if isinstance(block, Dense) else 0.0
+    check_sum({what: [block]}, {what: expected}, precision=coarsest(*zs), backend="outputs", terms=terms)
 
 
 def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
