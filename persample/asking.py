@@ -23,18 +23,26 @@ class Asker:
 
     def gradients(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy."""
-        met = [(number, uses.layer, uses.layer.check(uses)) for number, uses in enumerate(group) if uses.found]
+        result: list[Tensor | None] = [None] * (2 * len(group))
+        met = []
+        for number, uses in enumerate(group):
+            layer, own = uses.layer, slice(2 * number, 2 * number + 2)
+            if uses.found and layer.shared is not None:  # found out after some of its calls
+                result[own] = layer.plain(uses, needed[own])
+            elif uses.found:
+                met.append((number, layer, layer.check(uses)))
         parts = {
             layer.path: (layer.module, found, needed[2 * number : 2 * number + 2], layer.axis)
             for number, layer, found in met
         }
+        if not parts:
+            return result
         grads = {path: layer_grads(*part) for path, part in parts.items()}
         self._asked = group[0].forward, parts
         try:
             answers = self._policy(grads) if self.joint else {path: self._policy(path, grads[path]) for path in grads}
         finally:
             self._asked = None
-        result: list[Tensor | None] = [None] * (2 * len(group))
         for number, layer, _ in met:
             result[2 * number : 2 * number + 2] = layer.combine(grads[layer.path], answers.get(layer.path))
         return result

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from persample import trial
 from persample.asking import Asker
 from persample.functional import Watcher, base_of
+from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
 from persample.weights import Layer
 
@@ -53,6 +54,7 @@ class ForwardHooks:
         self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
         self._call: tuple[tuple, dict] = (), {}
         self._met = False  # whether a forward pass for training has been seen
+        self._seen: Provenance | None = None  # while the first of them runs: what derives from the batch
 
     # --- the model ------------------------------------------------------------------------------------------
 
@@ -72,7 +74,26 @@ class ForwardHooks:
                     self._rehearse(args, kwargs)
             self.gates = self._joint_gates()
         self._call = args, kwargs
+        if not self._met:
+            self._follow(args, kwargs)
         self.enter_owner(self._watched, module, args, kwargs)
+
+    def _follow(self, args: tuple, kwargs: dict) -> None:
+        self._unfollow()  # left over from a forward pass that Ctrl-C ended
+        self._seen = Provenance(self._model)
+        self._seen.follow((args, kwargs))
+        self._seen.__enter__()
+
+    def _unfollow(self) -> None:
+        if self._seen is not None:
+            self._seen.__exit__(None, None, None)
+            self._seen = None
+
+    def _has_rows(self, layer: Layer, x: Any) -> bool:
+        """Whether the layer works on the batch, as far as the first forward pass has shown."""
+        if self._seen is not None and isinstance(x, Tensor) and not self._seen.may_be_data(x):
+            layer.shared = "it works on what all samples share (its input does not come from the model's)"
+        return layer.shared is None
 
     def _joint_gates(self) -> dict[str, tuple[Tensor, Uses]]:
         """One Gate for all layers: it runs when the last of their Taps has run."""
@@ -90,6 +111,7 @@ class ForwardHooks:
         """It ends, or raised an exception (output None)."""
         if self._trial is not None:
             return
+        self._unfollow()
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
         self.gates = None
         (args, kwargs), self._call = self._call, ((), {})
@@ -119,7 +141,9 @@ class ForwardHooks:
         """A layer's forward begins: its parameters are switched off."""
         self._running = layer
         # torch.func differentiates what it is given, and tensors inside it cannot be switched.
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return
+        if self._has_rows(layer, args[0] if args else kwargs.get("input")):
             layer.switch_off()
 
     def after(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
@@ -179,6 +203,8 @@ class ForwardHooks:
         if self._running is not None or not (training and weight.requires_grad):
             return F.linear(x, weight, bias)
         layer = self._function(name, weight, bias)
+        if not self._has_rows(layer, x):
+            return F.linear(x, weight, bias)
         batch = self.forward.batch
         if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
             layer.axis = axis

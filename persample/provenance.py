@@ -86,6 +86,11 @@ class Provenance(TorchDispatchMode):
             return None
         return next(t for place, t in enumerate(self._inputs) if read & samples & (FIRST << place))
 
+    def may_be_data(self, tensor: Tensor) -> bool:
+        """Whether the tensor may derive from an input: it does, or nobody saw where it came from."""
+        known = type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
+        return not known or bool(self._marks(tensor))
+
     def _read(self, node: Node) -> int:
         number = _number(node)
         return self._saw.get(number, self._elsewhere.get(number, 0))

@@ -61,6 +61,11 @@ def reweight(
         ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis.
             In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
 
+    Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
+    but not under torch.compile, and keep the plain gradient. Rows count as they lie in each layer: where a model
+    reorders its samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D],
+    must not be reweighted; it is refused unless T happens to be B.
+
     Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as
     in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
     subclasses with their own forward, and weights used without calling their layer keep the plain

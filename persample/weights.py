@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from persample.layers import LayerGrads
+from persample.layers import LayerGrads, layer_grads
 from persample.taps import Pass, Uses
 
 Parameters = tuple[Tensor | None, Tensor | None]
@@ -30,6 +30,8 @@ class Layer:
     owners: tuple[Tensor, ...] = ()
     off: list[nn.Parameter] = field(default_factory=list)
     called: bool = False
+    shared: str | None = None
+    """Why its gradient has no rows, whatever the shapes say; None where it has."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
 
@@ -57,6 +59,8 @@ class Layer:
 
     def why_plain(self) -> str | None:
         """Why the layer takes the plain gradient, None if it does not."""
+        if self.shared is not None:
+            return self.shared
         own = self._own()[0]
         if own is None:
             return "its weight is computed from other parameters (parametrised)"
@@ -106,6 +110,17 @@ class Layer:
                 "once per batch."
             )
         return found
+
+    def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
+        """Returns the (weight, bias) gradients of the sum over everything."""
+        found, uses.found = uses.found, []
+        total: list[Tensor | None] = [None, None]
+        for use in found:
+            grads = layer_grads(self.module, [use], needed, 0)
+            for place, part in enumerate(self.combine(grads, None)):
+                before = total[place]
+                total[place] = part if before is None or part is None else before + part
+        return total[0], total[1]
 
     def _find_axis(self, shape: tuple[int, ...], forward: Pass) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
