@@ -102,7 +102,7 @@ class GaussNewton(Optimizer):
 
     Linear systems are solved in float64 whatever the parameters' precision. With float32 parameters K has rounding
     errors of ε·tr(K), so smaller λ are raised to that. On the 2-D Poisson problem (width 32, 400 points, 60 steps, two
-    seeds) float32 ended at errors of 1e-4 to 7e-4 and float64 at 2e-5, both adaptive or at their better fixed λ. A step
+    seeds) float32 ended at errors of 1e-4 to 7e-4 and float64 at 2e-5, both adaptive. A step
     waits for the device several times.
 
     >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
