@@ -190,6 +190,11 @@ class PerSampleGrads:
         tensor([[25.,  4.],
                 [ 4.,  1.]])
         """
+        if other is not None and not isinstance(other, PerSampleGrads):
+            raise ValueError(
+                f"other must be what per_sample returned for another batch, without chunk_size; got "
+                f"{type(other).__name__}. For inner products with given vectors there is dot(vectors)"
+            )
         self._condense()
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
@@ -400,6 +405,10 @@ def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
 
 def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive; got {max_norm}")
+    try:
+        positive = float(max_norm) > 0
+    except (TypeError, ValueError):
+        positive = False
+    if not positive:
+        raise ValueError(f"max_norm must be positive; got {max_norm!r}")
     return torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))
