@@ -33,8 +33,8 @@ class Hook:
     """
 
     def __init__(self, function: Callable[..., Any], traced: Callable[..., Any] | None = None) -> None:
-        self.function = function
-        self.traced = torch.compiler.disable(function) if traced is None else traced
+        self.function = function if traced is not None else torch.compiler.disable(function)
+        self.traced = self.function if traced is None else traced
 
     def __call__(self, *args: Any) -> Any:
         return self.traced(*args) if torch.compiler.is_dynamo_compiling() else self.function(*args)
@@ -74,8 +74,10 @@ class Reweighting:
     def _register(self, model: nn.Module) -> Iterator[RemovableHandle]:
         eager, traced = self._eager, self._traced
         # The root's hook first: the model may be a layer itself.
-        yield model.register_forward_pre_hook(Hook(eager.enter_model, traced.enter_model), with_kwargs=True)
-        yield model.register_forward_hook(Hook(eager.leave_model, traced.leave_model), always_call=True)
+        # After a break in a graph Dynamo compiles what is called next, and these change more than it can follow.
+        enter, leave = (torch.compiler.disable(function) for function in (eager.enter_model, eager.leave_model))
+        yield model.register_forward_pre_hook(Hook(enter, traced.enter_model), with_kwargs=True)
+        yield model.register_forward_hook(Hook(leave, traced.leave_model), always_call=True)
         modules = dict(self._layers) | {path: self._layers[first] for path, first in self._tied.items()}
         for path, layer in modules.items():
             module, number = model.get_submodule(path), traced.number(layer)
