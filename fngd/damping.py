@@ -29,8 +29,8 @@ class Adaptive:
         low, high: λ stays between these multiples of tr K.
     """
 
-    initial: float = 1e-7
-    decrease: float = 0.3
+    initial: float = 1e-6
+    decrease: float = 0.1
     increase: float = 2.0
     good: float = 0.25
     poor: float = 0.05
@@ -53,8 +53,8 @@ class Adaptive:
     def within(self, damping: float | None, trace: float) -> float:
         """Returns λ for a point where K has this trace: `damping`, None at first, between the limits.
 
-        >>> Adaptive().within(None, 10.0), Adaptive(low=1e-8).within(1e-9, 10.0)
-        (1e-06, 1e-07)
+        >>> Adaptive().within(None, 2.0), Adaptive(low=1e-8).within(1e-9, 2.0)
+        (2e-06, 2e-08)
         """
         wanted = self.initial * trace if damping is None else damping
         return min(max(wanted, self.low * trace), self.high * trace)
@@ -63,7 +63,7 @@ class Adaptive:
         """Returns λ for the next step, from this one's, its gain ratio and size; NaN and −inf count as poor.
 
         >>> [Adaptive().next(1.0, gain, step) for gain, step in ((0.9, 1.0), (0.9, 0.125), (0.9, 0.01), (0.0, 1.0))]
-        [0.3, 1.0, 2.0, 2.0]
+        [0.1, 1.0, 2.0, 2.0]
         """
         if not gain >= self.poor or step < self.short:
             return damping * self.increase
