@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 E, HEADS, TIME = 4, 2, 3
 KINDS = ("self", "cross", "three", "widths")
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Attending(nn.Module):
@@ -131,8 +123,3 @@ def moved(model: nn.Module, optimizer: Any, x: Tensor) -> dict[str, Tensor]:
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
     step(model, optimizer, x)
     return {name: before[name] - each.detach() for name, each in model.named_parameters()}
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-8) -> None:
-    error = ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
-    assert error <= tolerance, f"relative deviation {error:.1e}"

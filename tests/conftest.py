@@ -38,10 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_state_before_and_after() -> Iterator[None]:
-    """Seeds torch, and fails a test that leaves torch's global state changed for the ones after it.
+    """Seeds torch, with one thread, and fails a test that leaves torch's global state changed for the ones after it.
 
     The seed is set once a test, not once an example: a property that needs random tensors draws their seed.
     """
+    torch.set_num_threads(1)  # commands that a test ran may have set another number
     torch.manual_seed(0)
     yield
     left = []
@@ -52,3 +53,11 @@ def _same_state_before_and_after() -> Iterator[None]:
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     assert not left, f"the test left behind: {', '.join(left)}"
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """float64 by default: for `pytest.mark.usefixtures("double")`."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

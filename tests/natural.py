@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,13 +26,6 @@ class Small(nn.Module):
         # tanh, not ReLU: no layer may be without a gradient
         x = self.conv(x).tanh().flatten(2).transpose(1, 2)
         return self.head(self.norm(self.inner(x)).tanh().mean(1))
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def data(size: int, channels: int = 2, classes: int = 3) -> tuple[Tensor, Tensor]:

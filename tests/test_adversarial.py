@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import loop_grads, rel_err
 from torch import Tensor, nn
 
 import persample
-from tests.oracle import loop_grads, rel_err
 
 B, T, D, OUT = 4, 4, 5, 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,15 +24,6 @@ from persample.rules import RULES, Site
 BACKENDS = persample.backends()
 needs_opacus = pytest.mark.filterwarnings("ignore::DeprecationWarning:opacus")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: threads that wait for each other on a busy machine cost twenty times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def squares(outputs: Tensor, targets: Any) -> Tensor:

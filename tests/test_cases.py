@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import module_db
 import pytest
@@ -42,15 +41,6 @@ TAGS = {
     ),
     *("complex", "float32", "routing", "time-major"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers: on a busy machine a second thread is waited for longer than it helps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from persample import compare, conformance, measure, peers
 from persample.__main__ import main, parser
 from persample.cases import CASES, find
 from persample.loop import deviation, loop_grads
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # --- measuring --------------------------------------------------------------------------------------------
 

@@ -10,24 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from natural import LAYERS, Small, blocks, close, cross_entropies, data, dense, grads_of, matrix, rows, vector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd import FNGD, NGD
-from tests.natural import (
-    LAYERS,
-    Small,
-    blocks,
-    close,
-    cross_entropies,
-    data,
-    dense,
-    double,  # noqa: F401
-    grads_of,
-    matrix,
-    rows,
-    vector,
-)
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -11,23 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from natural import LAYERS, Small, blocks, clean, cross_entropies, data, matrix, rows, vector
 from torch import Tensor
 from torch.nn import functional as F
 
 from fngd import FNGD, NGD
 from fngd.adaptive import AdaptiveDamping
-from tests.natural import (
-    LAYERS,
-    Small,
-    blocks,
-    clean,
-    cross_entropies,
-    data,
-    double,  # noqa: F401
-    matrix,
-    rows,
-    vector,
-)
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from attending import KINDS, Attending, Use, close, double, gradients, losses_of, moved, problem, separately, step
+from attending import KINDS, Attending, Use, gradients, losses_of, moved, problem, separately, step
+from preconditioned import close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,6 @@ from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva, Shampoo
 from fngd.members import Part, members, scaled_rows
 from fngd.natural import NaturalSGD
 
-__all__ = ["double"]
 pytestmark = pytest.mark.usefixtures("double")
 PLAIN = {"momentum": 0.0}
 

@@ -9,13 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preconditioned import Net, Positions, batch, check_resume, close, double, problems, train
+from preconditioned import Net, Positions, batch, check_resume, close, problems, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd.eva import Eva
-
-__all__ = ["double"]
 
 
 def dense_direction(a: Tensor, b: Tensor, grad: Tensor, damping: float) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preconditioned import Net, Positions, batch, check_resume, close, double, problems, train
+from preconditioned import Net, Positions, batch, check_resume, close, problems, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +18,6 @@ from fngd.eva import Eva
 from fngd.kfac import KFAC, damped_inverse, symmetric_eigen
 from fngd.kl_clip import kl_clip_factor
 from fngd.skfac import SKFAC
-
-__all__ = ["double"]
 
 
 def factors(problem: Positions) -> tuple[Tensor, Tensor]:

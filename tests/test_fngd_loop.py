@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from natural import Small, data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
@@ -16,7 +17,6 @@ from torch.optim import lr_scheduler
 from fngd import FNGD, NGD
 from fngd.guards import reduction_of
 from fngd.options import Options
-from tests.natural import Small, data, double  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preconditioned import Net, batch, check_resume, close, double, train
+from preconditioned import Net, batch, check_resume, close, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd.shampoo import Shampoo, block_slices, inverse_root, merged_shape
-
-__all__ = ["double"]
 
 EPSILON = 1e-3  # large, so that the root of a rank-deficient matrix is well conditioned in these tests
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preconditioned import Net, Positions, batch, check_resume, close, double, problems, train
+from preconditioned import Net, Positions, batch, check_resume, close, problems, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd.kfac import KFAC
 from fngd.skfac import SKFAC, compact, low_rank_product, replaced, solve_rows
-
-__all__ = ["double"]
 
 
 def dense_direction(a_columns: Tensor, g_columns: Tensor, grad: Tensor, damping: float) -> Tensor:

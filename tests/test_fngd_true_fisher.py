@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from natural import LAYERS, Small, blocks, close, cross_entropies, data, dense, grads_of, matrix, rows, vector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,20 +20,6 @@ from fngd import NGD
 from fngd.directions import inner_products
 from fngd.likelihoods import sampled_losses
 from persample.layers import layer_grads
-from tests.natural import (
-    LAYERS,
-    Small,
-    blocks,
-    close,
-    cross_entropies,
-    data,
-    dense,
-    double,  # noqa: F401
-    grads_of,
-    matrix,
-    rows,
-    vector,
-)
 
 pytestmark = pytest.mark.usefixtures("double")
 
