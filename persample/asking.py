@@ -9,6 +9,10 @@ from torch import Tensor
 
 from persample.layers import LayerGrads, layer_grads
 from persample.taps import Pass, Uses
+from persample.weights import Layer, Parameters
+
+Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
+"""The arguments of `layer_grads`."""
 
 Policy = Callable[..., Any]
 """(layer path, LayerGrads) → factors [B], a pair of gradients or None; jointly, one dict by path → another."""
@@ -19,32 +23,46 @@ class Asker:
 
     def __init__(self, policy: Policy, joint: bool) -> None:
         self._policy, self.joint = policy, joint
-        self._asked: tuple[Pass, dict[str, tuple]] | None = None
+        self._asked: tuple[Pass, dict[str, Part]] | None = None
 
-    def gradients(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
-        """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy."""
+    def of_layer(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
+        """Returns the gradients of a layer's weight and bias, after asking the policy about it."""
+        layer: Layer = uses.layer
+        if layer.shared is not None:  # found out after some of its calls
+            return layer.plain(uses, needed)
+        part = layer.module, layer.check(uses), needed, layer.axis
+        grads = layer_grads(*part)
+        self._asked = uses.forward, {layer.path: part}
+        try:
+            answer = (
+                self._policy({layer.path: grads}).get(layer.path) if self.joint else self._policy(layer.path, grads)
+            )
+        finally:
+            self._asked = None
+        return layer.combine(grads, answer)
+
+    def of_all(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
         result: list[Tensor | None] = [None] * (2 * len(group))
+        parts: dict[str, Part] = {}
         met = []
         for number, uses in enumerate(group):
             layer, own = uses.layer, slice(2 * number, 2 * number + 2)
-            if uses.found and layer.shared is not None:  # found out after some of its calls
+            if uses.found and layer.shared is not None:
                 result[own] = layer.plain(uses, needed[own])
             elif uses.found:
-                met.append((number, layer, layer.check(uses)))
-        parts = {
-            layer.path: (layer.module, found, needed[2 * number : 2 * number + 2], layer.axis)
-            for number, layer, found in met
-        }
+                parts[layer.path] = layer.module, layer.check(uses), needed[own], layer.axis
+                met.append((own, layer))
         if not parts:
             return result
         grads = {path: layer_grads(*part) for path, part in parts.items()}
         self._asked = group[0].forward, parts
         try:
-            answers = self._policy(grads) if self.joint else {path: self._policy(path, grads[path]) for path in grads}
+            answers = self._policy(grads)
         finally:
             self._asked = None
-        for number, layer, _ in met:
-            result[2 * number : 2 * number + 2] = layer.combine(grads[layer.path], answers.get(layer.path))
+        for own, layer in met:
+            result[own] = layer.combine(grads[layer.path], answers.get(layer.path))
         return result
 
     @property

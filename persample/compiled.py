@@ -65,8 +65,8 @@ def _gradients(
     if current.batch != batch:  # another forward pass came in between
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
-    got = without_autocast(target.hooks.asker.gradients, [uses], (True, needs_bias), z.device.type)
-    grad_weight, grad_bias = got[0], got[1]
+    asker = target.hooks.asker
+    grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z.device.type)
     assert grad_weight is not None, "it was needed"
     empty = z.new_empty(0)
     return grad_weight.to(weight.dtype), empty if grad_bias is None else grad_bias.to(weight.dtype)

@@ -45,7 +45,9 @@ class ForwardHooks:
         self.asker, self.layers, self.outputs = asker, layers, outputs
         self.watcher = Watcher(weights, self._linear)
         self.forward = Pass()
-        self.gates: dict[str, tuple[Tensor, Uses]] | None = None
+        self.uses: dict[str, Uses] | None = None
+        """Of the layers that the running pass has met, by path; None outside of it."""
+        self._token: Tensor | None = None  # of the Gate, where layers are asked jointly
         self._model, self._axis_of = model, axis_of
         self._watched = list(weights)
         self._entered: list[list[nn.Parameter]] = []
@@ -65,14 +67,14 @@ class ForwardHooks:
         self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
         while self._entered:  # left over from a forward pass that Ctrl-C ended
             self.watcher.stop(self._entered.pop())
-        self.gates = {}
+        self.uses, self._token = {}, None
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return
         if self.asker.joint:
             if not self._met and self._watched:  # the Gate must know every layer beforehand
                 with trial.rehearsal(self._model):
                     self._rehearse(args, kwargs)
-            self.gates = self._joint_gates()
+            self._join()
         self._call = args, kwargs
         if not self._met:
             self._follow(args, kwargs)
@@ -95,17 +97,15 @@ class ForwardHooks:
             layer.shared = "it works on what all samples share (its input does not come from the model's)"
         return layer.shared is None
 
-    def _joint_gates(self) -> dict[str, tuple[Tensor, Uses]]:
+    def _join(self) -> None:
         """One Gate for all layers: it runs when the last of their Taps has run."""
         layers = [layer for layer in self.layers.values() if layer.parameters()]
-        group = [Uses(layer, self.forward) for layer in layers]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):
             raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
-        if not group:
-            return {}
-        token = Gate.apply(self.asker.gradients, group, *parameters)
-        return {uses.layer.path: (token, uses) for uses in group}
+        if layers:
+            self.uses = {layer.path: Uses(layer, self.forward) for layer in layers}
+            self._token = Gate.apply(self.asker.of_all, list(self.uses.values()), *parameters)
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends, or raised an exception (output None)."""
@@ -113,7 +113,7 @@ class ForwardHooks:
             return
         self._unfollow()
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
-        self.gates = None
+        self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
         self.leave_owner(module, args, output)
         if output is None:  # the forward raised
@@ -156,25 +156,22 @@ class ForwardHooks:
         layer.switch_on()
         if not isinstance(output, Tensor):  # the forward raised
             return None
-        return self._tapped(layer, args[0] if args else kwargs["input"], output)
+        return self._tapped(layer, args[0] if args else kwargs["input"], output, *layer.parameters())
 
-    def _tapped(self, layer: Layer, x: Tensor, output: Tensor) -> Tensor:
+    def _tapped(self, layer: Layer, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer.called = True
         if layer.axis is None and self.forward.batch is not None:
             axes = layer.candidates(tuple(output.shape), self.forward.batch)
             if len(axes) > 1:
                 self._unsure[layer] = axes
-        token, uses = self._gate(layer)
-        return Tap.apply(output, x, token, uses)
-
-    def _gate(self, layer: Layer) -> tuple[Tensor, Uses]:
-        if self.gates is not None and layer.path in self.gates:
-            return self.gates[layer.path]
-        uses = Uses(layer, self.forward)
-        token = Gate.apply(self.asker.gradients, [uses], *layer.parameters())
-        if self.gates is not None:
-            self.gates[layer.path] = token, uses
-        return token, uses
+        uses = None if self.uses is None else self.uses.get(layer.path)
+        if self._token is not None and uses is not None:
+            return Tap.apply(output, x, uses, None, self._token, None)
+        if uses is None:
+            uses = Uses(layer, self.forward)
+            if self.uses is not None:
+                self.uses[layer.path] = uses
+        return Tap.apply(output, x, uses, self.asker.of_layer, weight, bias)
 
     # --- functions ------------------------------------------------------------------------------------------
 
@@ -213,7 +210,8 @@ class ForwardHooks:
             self._trial.setdefault(layer, []).append(output)
             return output
         layer.source = lambda: (weight, bias)
-        return self._tapped(layer, x, F.linear(x, weight.detach(), None if bias is None else bias.detach()))
+        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        return self._tapped(layer, x, output, *layer.parameters())
 
     def _function(self, name: str, weight: Tensor, bias: Tensor | None) -> Layer:
         """The layer of a function's weight and bias; a weight with several biases is several layers."""

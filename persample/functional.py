@@ -129,7 +129,7 @@ def _tapped(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int | None) ->
         return F.linear(x, weight, bias)
     name = owner.watcher.names[owner]
     if weight is not owner:  # rows of it: the projections of queries, keys and values are one parameter
-        first = weight.storage_offset() // owner.shape[1]
+        first = (weight.storage_offset() - owner.storage_offset()) // owner.shape[1]
         name += f"[{first}:{first + len(weight)}]"
     return owner.watcher.linear(x, weight, bias, name, axis)
 

@@ -30,6 +30,7 @@ from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
 from persample.chunking import chunks
 from persample.precision import full_precision
 from persample.products import gram_of_rows, weight_product
+from persample.scratch import scaled
 
 
 def real_rows(values: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ def weighted_sum(block: Block, c: Float[Tensor, " batch"]) -> Tensor:
 @weighted_sum.register
 def _(block: Outer, c: Tensor) -> Tensor:
     x, z = full_precision(block.x), full_precision(block.z)
-    scale = c.to(z.dtype)[:, None, None]
-    x, z = (x, z * scale) if z.shape[2] <= x.shape[2] else (x * scale, z)
+    c = c.to(z.dtype)
+    x, z = (x, scaled(z, c)) if z.shape[2] <= x.shape[2] else (scaled(x, c), z)
     return weight_product(z.flatten(0, 1), x.flatten(0, 1))
 
 

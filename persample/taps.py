@@ -1,18 +1,20 @@
-"""The two nodes that `reweight` puts into the autograd graph in place of a layer's own weight gradient.
+"""The node that `reweight` puts into the autograd graph in place of a layer's own weight gradient.
 
 While a layer runs, its weight and bias do not require a gradient, so autograd computes only the input
-gradient of the operation and keeps no x for it. Two nodes replace what was switched off:
+gradient of the operation and keeps no x for it. A Tap replaces what was switched off:
 
-    weight, bias ──▶ Gate ──token──▶ Tap ◀── output of the layer
-                                      │
-                                      ▼
-                                the next layer
+    weight, bias ──▶ Tap ◀── output of the layer          jointly:   all weights ──▶ Gate ──token──▶ Tap ◀── output
+                      │                                                                               │
+                      ▼                                                                               ▼
+                the next layer                                                                 the next layer
 
-Tap passes the output on; in the backward pass it leaves (x, z) with its Gate. The engine runs a Gate when all
-of its Taps have run, that is, when every use of the layer in this forward pass is known: a layer that is
-called several times is one layer with one Gram matrix. The Gate asks the policy and returns the gradients of
-weight and bias, which reach `.grad` through autograd as always, so that DDP, FSDP2, GradScaler, accumulation
-and clipping see nothing unusual.
+Tap passes the output on; in the backward pass it adds (x, z) to the uses of its layer. The last Tap of a layer that
+this backward pass runs knows every use of the layer in that forward pass: a layer that is called several times
+is one layer with one Gram matrix. It asks the policy and returns the gradients of weight and bias, which reach
+`.grad` through autograd as always, so that DDP, FSDP2, GradScaler, accumulation and clipping see nothing unusual.
+
+Where the policy is asked about all layers at once, one Gate takes their weights. The engine runs it when all Taps
+have run.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,23 +39,86 @@ class Pass:
 
 @dataclass(eq=False)
 class Uses:
-    """The uses of one layer in one forward pass: filled by Taps, emptied by the Gate."""
+    """The uses of one layer in one forward pass: found by Taps, taken away by the last of them, or by the Gate."""
 
     layer: Any
     forward: Pass
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    taps: list[ref] = field(default_factory=list)
+    _backward: int = -1
+    _left: int = 0
+
+    def met(self, call: Callable[[], Tensor], z: Tensor | None) -> bool:
+        """A Tap runs: adds the use (call() is x; with z None there is none). Whether no more will run in this pass."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward, self.found = backward, []  # an exception may have ended the one before
+            self._left = 1 if len(self.taps) == 1 else sum(_runs(tap()) for tap in self.taps)
+        if z is not None:
+            self.found.append((call().detach(), z.detach()))
+        self._left -= 1
+        return self._left == 0
 
 
-Gradients = Callable[[list[Uses], Sequence[bool]], list[Tensor | None]]
-"""(uses of each layer, whether each weight and bias needs a gradient) → those gradients."""
+Gradients = Callable[[Any, Sequence[bool]], Sequence[Tensor | None]]
+"""(the uses of a layer or of several, whether each weight and bias needs a gradient) → those gradients."""
 
 
-def without_autocast(gradients: Gradients, group: list[Uses], needed: Sequence[bool], kind: str) -> list[Tensor | None]:
-    """Returns gradients(group, needed) in the precision of x and z; `backward()` may be called inside autocast."""
+def without_autocast(gradients: Gradients, uses: Any, needed: Sequence[bool], kind: str) -> Sequence[Tensor | None]:
+    """Returns gradients(uses, needed) in the precision of x and z; `backward()` may be called inside autocast."""
     if not torch.is_autocast_enabled(kind):
-        return gradients(group, needed)
+        return gradients(uses, needed)
     with torch.autocast(kind, enabled=False):
-        return gradients(group, needed)
+        return gradients(uses, needed)
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward pass that is under way runs a node of the graph; None is one that is gone."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # said of a leaf whose gradient autograd.grad was asked for
+        return True
+
+
+class Tap(torch.autograd.Function):
+    """Tap.apply(output, x, uses, gradients, weight, bias): the output, watched; bias None where it needs no gradient.
+
+    Jointly it is Tap.apply(output, x, uses, None, token, None).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        uses: Uses,
+        gradients: Gradients | None,
+        source: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Returns the output itself."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)  # where a checkpoint wants to, it is dropped and recomputed
+        ctx.uses, ctx.gradients = uses, gradients
+        uses.taps.append(ref(ctx))
+        # Neither the input itself nor a differentiable view of it: an in-place ReLU may follow. No copy.
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns z, and from the last Tap of a layer the gradients of its weight and bias."""
+        nothing = z, None, None, None, None, None
+        # autograd.grad(loss, inputs) wants no weight gradient: ask nothing, leave nothing for a later backward pass.
+        if not any(_runs(node) for node, _ in ctx.next_functions[2:]):
+            return nothing
+        uses: Uses = ctx.uses
+        complete = uses.met(lambda: ctx.saved_tensors[0], z)
+        if ctx.gradients is None or not complete or not uses.found:
+            return nothing
+        kind = uses.found[0][1].device.type
+        weight, bias = without_autocast(ctx.gradients, uses, ctx.needs_input_grad[4:], kind)
+        return z, None, None, None, weight, bias
 
 
 class Gate(torch.autograd.Function):
@@ -63,7 +129,6 @@ class Gate(torch.autograd.Function):
         """Returns the token, an empty tensor."""
         ctx.set_materialize_grads(False)  # Taps send no gradient along the token
         ctx.gradients, ctx.group = gradients, group
-        ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
         return torch.empty(0, device=next(p.device for p in parameters if p is not None))
 
     @staticmethod
@@ -72,29 +137,5 @@ class Gate(torch.autograd.Function):
         """Returns what the policy makes of the uses that were left."""
         met = [uses.found[0][1] for uses in ctx.group if uses.found]
         if not met:
-            return None, None, *(None for _ in ctx.dtypes)
-        found = without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0].device.type)
-        pairs = zip(found, ctx.dtypes, strict=True)
-        return None, None, *(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs)
-
-
-class Tap(torch.autograd.Function):
-    """Tap.apply(output, x, token, uses): the output, watched."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, token: Tensor, uses: Uses) -> Tensor:
-        """Returns the output itself."""
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)  # where a checkpoint wants to, it is dropped and recomputed
-        ctx.uses, ctx.gate = uses, token.grad_fn
-        # Neither the input itself nor a differentiable view of it: an in-place ReLU may follow. No copy.
-        return output.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Leaves (x, z) with the Gate."""
-        # autograd.grad(loss, inputs) never runs the Gate: leave nothing for a later backward pass to find.
-        if z is not None and torch._C._will_engine_execute_node(ctx.gate):
-            ctx.uses.found.append((ctx.saved_tensors[0].detach(), z.detach()))
-        return z, None, None, None
+            return None, None, *(None for _ in ctx.needs_input_grad[2:])
+        return None, None, *without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0].device.type)

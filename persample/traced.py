@@ -33,14 +33,14 @@ class TracedHooks:
             return
         compiled.begin(self._root.number)
         self._eager.forward = Pass(batch_size(args, kwargs))
-        self._eager.gates = {}
+        self._eager.uses = {}
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """It ends."""
         eager = self._eager
         if eager.asker.joint or (eager.outputs and not isinstance(output, Tensor)):
             return _outside(eager.leave_model, module, args, output)
-        eager.gates = None
+        eager.uses = None
         if eager.outputs and torch.is_grad_enabled():
             return compiled.watched_output(output, self._root.number)
         return None

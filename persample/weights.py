@@ -82,13 +82,14 @@ class Layer:
         self.switch_on()  # left over from a forward pass that Ctrl-C ended
         for parameter in self.parameters():
             if isinstance(parameter, nn.Parameter):
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False
                 self.off.append(parameter)
 
     def switch_on(self) -> None:
         """Ends `switch_off`."""
-        while self.off:
-            self.off.pop().requires_grad_(True)
+        for parameter in self.off:
+            parameter.requires_grad = True
+        self.off = []
 
     def candidates(self, shape: tuple[int, ...], batch: int) -> list[int]:
         """The axes of an output of that shape that may count samples."""
@@ -102,7 +103,7 @@ class Layer:
         found, uses.found = uses.found, []
         if self.axis is None:
             self.axis = self._find_axis(tuple(found[-1][1].shape), uses.forward)
-        sizes = {z.shape[self.axis] for _, z in found}
+        sizes = {z.shape[self.axis] for _, z in found} if len(found) > 1 else ()
         if len(sizes) > 1:
             raise ValueError(
                 f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
