@@ -30,7 +30,7 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
-        part = layer.module, layer.check(uses), needed, layer.axis
+        part: Part = layer.module, layer.check(uses), needed, layer.axis
         grads = layer_grads(*part)
         self._asked = uses.forward, {layer.path: part}
         try:

@@ -216,7 +216,9 @@ def layer_grads(
 
 
 def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
-    factor = factor.movedim(axis, 0)
+    factor = factor.movedim(axis, 0) if axis else factor
+    if factor.dim() == 3:
+        return factor
     return factor.unsqueeze(1) if factor.dim() == 2 else factor.flatten(1, -2)
 
 

@@ -88,13 +88,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        x: Tensor,
-        uses: Uses,
-        gradients: Gradients | None,
-        source: Tensor,
-        bias: Tensor | None,
+        ctx: Any, output: Tensor, x: Tensor, uses: Uses, gradients: Gradients | None, *sources: Tensor | None
     ) -> Tensor:
         """Returns the output itself."""
         ctx.set_materialize_grads(False)

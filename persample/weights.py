@@ -40,8 +40,8 @@ class Layer:
         """Whether it is linear, so that any axis but the last may count samples."""
         return self.module is None or isinstance(self.module, nn.Linear)
 
-    def parameters(self) -> list[Tensor | None]:
-        """[weight, bias], or an empty list where the layer is to take the plain gradient."""
+    def parameters(self) -> list[Any]:
+        """[weight, bias or None], or an empty list where the layer is to take the plain gradient."""
         if self.why_plain() is not None:
             return []
         weight, bias = self._own()
