@@ -1,0 +1,64 @@
+"""The `vmap` backend: randomness, buffers, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from capturing import X, network, squares, state
+from torch import nn
+
+import persample
+
+
+def test_vmap_randomness() -> None:
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 2)).double()
+    same = X[:1].repeat(6, 1)
+    with pytest.raises(persample.UnsupportedError, match=r"randomness='different'.*'same'") as refusal:
+        persample.per_sample(model, squares, same, backend="vmap")
+    assert isinstance(refusal.value.__cause__, RuntimeError)
+    spread = {}
+    for randomness in ("same", "different"):
+        psg = persample.per_sample(model, squares, same, backend="vmap", randomness=randomness)
+        assert any("check skipped" in note for note in psg.notes)
+        spread[randomness] = float(psg.grads()["0.weight"].std(0).max())
+    assert spread["same"] < 1e-12 < spread["different"]
+    with pytest.raises(ValueError, match="randomness must be one of 'error', 'same', 'different'; got 'maybe'"):
+        persample.per_sample(model, squares, same, backend="vmap", randomness="maybe")
+
+
+def test_vmap_checks_models_without_dropout_whatever_the_option() -> None:
+    assert not persample.per_sample(network(), squares, X, backend="vmap", randomness="different").notes
+
+
+def test_vmap_refuses_changes_of_buffers_and_undoes_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double()
+    before = state(model)
+    with pytest.raises(persample.UnsupportedError, match=r"changes buffers \('1\.running_mean'.*eval"):
+        persample.per_sample(model, squares, X, backend="vmap")
+    assert state(model) == before
+
+
+def test_vmap_refuses_losses_that_depend_on_the_batch() -> None:
+    with pytest.raises(persample.UnsupportedError, match=r"sample 0 alone has the loss.*influence each other"):
+        persample.per_sample(network(), lambda out, _: squares(out, _) / len(out), X, backend="vmap")
+
+
+def test_vmap_refuses_another_layout() -> None:
+    loss = lambda out, _: out.square().sum((0, 2))  # noqa: E731
+    with pytest.raises(persample.UnsupportedError, match="outputs"):
+        persample.per_sample(network(), loss, X.view(2, 3, 4), backend="vmap")
+    with pytest.raises(persample.UnsupportedError, match=r"no tensor with 3 samples"):
+        persample.per_sample(network(), loss, X.view(2, 3, 4)[:1], backend="vmap")
+
+
+def test_vmap_keeps_the_cause() -> None:
+    with pytest.raises(persample.UnsupportedError, match="functorch cannot batch") as refusal:
+        persample.per_sample(network(), lambda out, _: squares(out, _) * float(out.detach()[0, 0] > -1e9), X,
+                             backend="vmap")  # fmt: skip
+    assert refusal.value.__cause__ is not None
+
+
+def test_vmap_reports_unused_parameters() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(2, 2)}).double()
+    model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
+    psg = persample.per_sample(model, squares, X, backend="vmap")
+    assert psg.unused == ("idle.weight", "idle.bias")
