@@ -1,0 +1,53 @@
+"""Chunks of the batch give what the whole gives, or are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import persample
+from persample.cases import find
+
+
+@pytest.mark.parametrize("name", ["language/gpt2", "vision/vit"])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_chunks_equal_the_whole(name: str, chunk_size: int) -> None:
+    model, loss_fn, inputs, targets = find(name).build()
+    whole = persample.per_sample(model, loss_fn, inputs, targets)
+    chunked = persample.per_sample(model, loss_fn, inputs, targets, chunk_size=chunk_size)
+    c = torch.randn(whole.batch).double()
+    v = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    for one, other in (
+        (whole.losses, chunked.losses),
+        (whole.grads(), chunked.grads()),
+        (whole.norms("layer"), chunked.norms("layer")),
+        (whole.gram(), chunked.gram()),
+        (whole.gram("param", other=whole), chunked.gram("param", other=whole)),
+        (whole.weighted_sum(c), chunked.weighted_sum(c)),
+        (whole.dot(v), chunked.dot(v)),
+        (whole.clipped_sum(0.1), chunked.clipped_sum(0.1)),
+    ):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_chunks_replay_dropout() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 2)).double()
+    psg = persample.per_sample(model, lambda out, _: out.square().sum(1), torch.randn(6, 4).double(), chunk_size=4)
+    torch.testing.assert_close(psg.norms().square(), psg.gram().diagonal())
+    torch.testing.assert_close(psg.norms(), psg.norms())
+
+
+def test_chunks_of_something_else_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="the batch must lie there"):
+        persample.per_sample(model, lambda out, _: out.sum((0, 2)), torch.randn(6, 5, 3), chunk_size=4)
+    with pytest.raises(ValueError, match="positive number of samples"):
+        persample.per_sample(model, lambda out, _: out.sum(1), torch.randn(6, 3), chunk_size=0)
+
+
+def test_chunks_do_not_mix_with_rows() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        persample.per_sample(
+            nn.BatchNorm1d(3), lambda out, _: out.sum(1), torch.randn(6, 3), coupled="rows", chunk_size=2
+        )
