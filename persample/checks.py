@@ -60,10 +60,10 @@ class SumCheck:
     model is allowed as well.
     """
 
-    def __init__(self, weights: Tensor, terms: float = 0.0) -> None:
+    def __init__(self, weights: Tensor) -> None:
         self._weights = weights
         self._sums: dict[str, Tensor] = {}
-        self._largest = torch.tensor(terms, dtype=torch.float64)
+        self._largest = torch.zeros((), dtype=torch.float64)
 
     def add(self, name: str, uses: Sequence[Block | Captured]) -> None:
         """Takes the blocks of one parameter, all of them."""
@@ -108,13 +108,9 @@ def check_sum(
     *,
     precision: torch.dtype,
     backend: str,
-    terms: float = 0.0,
 ) -> None:
-    """Raises `CheckError` unless Σ_b g_b equals the batch gradient for every parameter, see `SumCheck`.
-
-    terms: the norm of what rows were summed from, where that is not to be seen from the blocks.
-    """
-    check = SumCheck(torch.ones(next((found[0].batch for found in blocks.values() if found), 0)), terms)
+    """Raises `CheckError` unless Σ_b g_b equals the batch gradient for every parameter, see `SumCheck`."""
+    check = SumCheck(torch.ones(next((found[0].batch for found in blocks.values() if found), 0)))
     for name, found in blocks.items():
         check.add(name, found)
     check.compare(batch_gradient, precision=precision, backend=backend)

@@ -22,14 +22,15 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, register
-from persample.blocks import Block, Dense
+from persample.blocks import Block
 from persample.captured import capture_use, merged
-from persample.checks import SumCheck, binary_weights, check_losses, check_sum
+from persample.checks import SumCheck, binary_weights, check_losses
 from persample.errors import CheckError, UnsupportedError
-from persample.graph import Graph, Node, call_node, sum_to, trace
+from persample.graph import Graph, Node, trace
 from persample.plans import Key, Plan, Plans, derived, make, plans_of, signature
-from persample.precision import coarsest, full_precision
+from persample.precision import coarsest
 from persample.provenance import Provenance
+from persample.rule_check import check_site, check_use
 from persample.rules import Site, build
 from persample.streaming import Stream, Take, ends, unpacked_by_hooks
 from persample.uses import Separation, Use, find_uses
@@ -239,26 +240,6 @@ def check_batch(
     zs = [] if known is None else [z for zs in known.zs.values() for z in filter_none(zs)]
     precision = coarsest(losses, *parameters.values(), *zs)
     sums.compare(dict(zip(parameters, total, strict=True)), precision=precision, backend="outputs")
-
-
-def check_use(uses: Mapping[str, list[Use]], known: Separation, batch: int, turn: int) -> None:
-    """One use, in turn, against the node's own gradient."""
-    places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
-    if places:
-        node, slot = places[turn % len(places)]
-        site = Site(node, slot, known.zs[node], known.owners[node], batch)
-        check_site(site, build(site)[0])
-
-
-def check_site(site: Site, block: Block) -> None:
-    """The block of one use against the node's own gradient."""
-    # copies: a custom backward may work in place
-    whole = call_node(site.node, [None if z is None else z.clone() for z in site.zs])[site.slot]
-    expected = None if whole is None else sum_to(whole[None], (1, *site.input_shape))[0]
-    what, zs = f"an input of {site.node.name()}", filter_none(site.zs)
-    # rows that are sums over positions: the terms may cancel, and leave their rounding errors
-    terms = max(float(torch.linalg.vector_norm(full_precision(z))) for z in zs) if isinstance(block, Dense) else 0.0
-    check_sum({what: [block]}, {what: expected}, precision=coarsest(*zs), backend="outputs", terms=terms)
 
 
 def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

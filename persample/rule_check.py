@@ -1,0 +1,154 @@
+"""The check of a rule: the rows of one use against the operation itself, called once for all samples.
+
+A node is linear in z, so with weights w_b given to the entries of z by their owner
+
+    Σ_b w_b g_b = node(w ∘ z)
+
+for the rows g_b of the block. Weights that are all different see what a plain sum does not: rows of two samples mixed
+up. Nothing is allowed but the rounding of the sum, relative to its result. Where positions cancel (a convolution's bias
+in front of a normalisation, the bias of attention keys: gradients of zero) the result is rounding and says nothing of
+the rule. A floor, some part of what was summed, would let wrong rules pass there. Instead the rule is applied again, to
+z with random signs, where nothing cancels and every entry is as large as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import hypot, sqrt
+
+import torch
+from torch import Tensor
+
+from persample.attribution import Owner
+from persample.blocks import Block
+from persample.checks import distinct_weights
+from persample.errors import CheckError
+from persample.graph import call_node, sum_to
+from persample.precision import coarsest, full_precision
+from persample.reductions import weighted_sum
+from persample.rules import Site, build
+from persample.uses import Separation, Use
+
+DRAWS = 4
+"""Draws of signs, judged together: one alone may happen to cancel in a parameter of few entries."""
+UNITS, GROWTH = 8.0, 0.5
+"""Rounding allowed, in units of the precision: `UNITS` + `GROWTH` √n for a sum of n terms, one after the other."""
+LONGEST_HALF = 256.0
+"""Terms of a sum, at most, in half precision: of longer ones, added in half precision, rounding leaves too little."""
+
+
+def check_use(uses: Mapping[str, Sequence[Use]], known: Separation, batch: int, turn: int) -> None:
+    """One use, in turn; see `check_site`."""
+    places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
+    if places:
+        node, slot = places[turn % len(places)]
+        site = Site(node, slot, known.zs[node], known.owners[node], batch)
+        check_site(site, build(site)[0])
+
+
+@torch.no_grad()
+def check_site(site: Site, block: Block) -> None:
+    """Raises `CheckError` unless the block's rows are those of the site's operation.
+
+    The operation is called once; where its gradient cancels, operation and rule `DRAWS` times more.
+    """
+    tolerance = rounding(site)
+    miss, norm = deviation(site, block)
+    if miss <= tolerance * norm:
+        return
+    signed = [replace(site, zs=zs, shared={}) for zs in with_signs(site)]
+    pairs = [deviation(each, build(each)[0]) for each in signed]
+    miss, norm = (hypot(*parts) for parts in zip(*pairs, strict=True))
+    if not miss <= tolerance * norm:
+        raise CheckError(
+            f"the rule for {site.node.name()} gives rows that do not add up to what the operation itself gives (norm "
+            f"of the difference {miss:.3g}, of the gradient {norm:.3g}; rounding explains {tolerance * norm:.1g}): the "
+            "result would be wrong. Correct the rule if it is your own, or report the model; check=False turns this "
+            "check off, backend='vmap' may cover the model"
+        )
+
+
+def deviation(site: Site, block: Block) -> tuple[float, float]:
+    """Norms of Σ_b w_b g_b − node(w ∘ z) and of node(w ∘ z); zeros where z is not finite."""
+    present = next(z for z in site.zs if z is not None)
+    # rounded to the precision of z, so that both sides have the same weights
+    weights = distinct_weights(present.new_empty(site.batch, dtype=present.dtype.to_real()))
+    weighted = [
+        None if z is None or owner is None else weigh(z, owner, weights)
+        for z, owner in zip(site.zs, site.owners, strict=True)
+    ]
+    whole = call_node(site.node, weighted)[site.slot]
+    rows = weighted_sum(block, weights.to(block.dtype.to_real()))
+    expected = torch.zeros_like(rows) if whole is None else full_precision(whole.to_dense())
+    expected = sum_to(expected[None], (1, *site.input_shape))[0]
+    if not bool(expected.isfinite().all()):
+        return 0.0, 0.0  # NaN in a sample's loss: its row is NaN, the others are right
+    return float(torch.linalg.vector_norm(rows - expected)), float(torch.linalg.vector_norm(expected))
+
+
+def weigh(z: Tensor, owner: Owner, weights: Tensor) -> Tensor:
+    """z with each entry multiplied by its owner's weight."""
+    each = weights.to(z.dtype.to_real())[owner.ids.clamp(min=0)]  # entries of nobody are zero
+    return z * (each if owner.axis is None else each.view([-1 if d == owner.axis else 1 for d in range(z.ndim)]))
+
+
+def with_signs(site: Site) -> list[tuple[Tensor | None, ...]]:
+    """z with random signs, `DRAWS` times; the same ones every time, and the user's random numbers are left alone.
+
+    In half precision some of z is left out where the sum is of more than `LONGEST_HALF` terms.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept = min(1.0, longest(site) / terms(site))
+
+    def draw(z: Tensor | None) -> Tensor | None:
+        if z is None:
+            return None
+        signs = 2 * torch.randint(2, z.shape, generator=generator, dtype=torch.int8) - 1
+        if kept < 1:
+            signs *= torch.rand(z.shape, generator=generator) < kept
+        return z * signs.to(z.device)
+
+    return [tuple(draw(z) for z in site.zs) for _ in range(DRAWS)]
+
+
+def rounding(site: Site) -> float:
+    """Largest ‖difference‖/‖gradient‖ that rounding explains, where nothing cancels.
+
+    Kernels add n terms in some order, at worst one after the other: n terms of random sign, of size t, have a sum of
+    √n t, and rounding errors of eps √k t each, √(Σ_k k) eps t = √(n/2) √n eps t together.
+    """
+    precision, device = _precision(site)
+    return torch.finfo(precision).eps * (UNITS + GROWTH * sqrt(longest(site))) + _lowered(precision, device)
+
+
+def longest(site: Site) -> float:
+    """Terms of the longest sum that rounding is allowed for."""
+    half = torch.finfo(_precision(site)[0]).bits < 32
+    return min(terms(site), LONGEST_HALF) if half else terms(site)
+
+
+def terms(site: Site) -> float:
+    """Terms n that one entry of the gradient sums: z, but for the axis along which the parameter has entries."""
+    found = 1.0
+    for z, owner in zip(site.zs, site.owners, strict=True):
+        if z is not None and owner is not None:
+            own = [size for axis, size in enumerate(z.shape) if axis != owner.axis and size in site.input_shape]
+            found = max(found, z.numel() / max(own, default=1))
+    return found
+
+
+def _precision(site: Site) -> tuple[torch.dtype, torch.device]:
+    zs = [z for z in site.zs if z is not None]
+    return coarsest(*zs), zs[0].device
+
+
+def _lowered(precision: torch.dtype, device: torch.device) -> float:
+    """Rounding of the factors of a product of float32: accelerators take TF32 for convolutions, by default."""
+    if precision not in (torch.float32, torch.complex64):
+        return 0.0
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by backend, which this function refuses to sum up
+        allowed = "medium"
+    return {"highest": 0.0 if device.type == "cpu" else 2.0**-10, "high": 2.0**-10}.get(allowed, 2.0**-7)
