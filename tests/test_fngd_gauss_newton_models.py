@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from residuals import DAMPING, by_autograd, close, dense_direction, flat, network
 from torch import Tensor, nn
 
 from fngd import GaussNewton
-from tests.test_fngd_gauss_newton import DAMPING, by_autograd, close, dense_direction, flat, network
 
 
 def rows_of(params: list[Tensor], residuals: Tensor) -> tuple[Tensor, Tensor]:
