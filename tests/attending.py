@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 E, HEADS, TIME = 4, 2, 3
 KINDS = ("self", "cross", "three", "widths")
+PLAIN = {"momentum": 0.0}
 
 
 class Attending(nn.Module):
@@ -123,3 +124,22 @@ def moved(model: nn.Module, optimizer: Any, x: Tensor) -> dict[str, Tensor]:
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
     step(model, optimizer, x)
     return {name: before[name] - each.detach() for name, each in model.named_parameters()}
+
+
+def columns(use: Use, losses: Tensor) -> Tensor:
+    """U [N, B]: the samples' own gradients."""
+    x, z = use.rows(losses)
+    return torch.einsum("bto,bti->boi", z, x).flatten(1).T
+
+
+def natural(u: Tensor, g: Tensor, alpha: float, scale: str) -> Tensor:
+    """(λI + UUᵀ/B)⁻¹ g from the N × N matrix."""
+    lam = alpha * torch.linalg.matrix_norm(u.T @ u)
+    d = torch.linalg.solve(lam * torch.eye(len(u)) + u @ u.T / u.shape[1], g)
+    return {"absorb": d * lam, "per_layer": d, "graft": d * g.norm() / d.norm()}[scale]
+
+
+def plain_gradient(model: Attending, x: Tensor) -> dict[str, Tensor]:
+    own = dict(model.named_parameters())
+    found = torch.autograd.grad(losses_of(separately(model, x)[0]).mean(), list(own.values()), allow_unused=True)
+    return {name: each for name, each in zip(own, found, strict=True) if each is not None}

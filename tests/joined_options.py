@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable
 from typing import Any
 
 import attending
 import torch
+from checkpoints import reloaded
 from processes import (
     Model,
     alone,
@@ -176,14 +176,12 @@ def resuming_goes_on_bit_for_bit(rank: int, world: int) -> None:
 
     for make in RESUMED.values():
         model = build()
-        opt, file = make(model), io.BytesIO()
+        opt = make(model)
         net = ddp(model)
         for step in range(6):
             turn(net, opt, step)
             if step == 2:
-                torch.save((model.state_dict(), opt.state_dict()), file)
-        file.seek(0)
-        weights, state = torch.load(file, weights_only=True)
+                weights, state = reloaded((model.state_dict(), opt.state_dict()))
         second = build()
         second.load_state_dict(weights)
         resumed = make(second)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import reloaded
 from hypothesis import given
 from hypothesis import strategies as st
 from natural import LAYERS, Small, blocks, clean, cross_entropies, data, matrix, rows, vector
@@ -116,10 +116,7 @@ def test_damping_is_what_the_factor_says_and_is_saved() -> None:
     opt._predicted = torch.tensor(-1.0)  # a step of length 0 predicts nothing
     assert opt.adapt(2.0, 1.0) == 1
     assert opt.damping_factor == 0.5
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = reloaded(opt.state_dict())
     fixed = NGD(second, lr=0.0, alpha=5e-3)
     assert torch.equal(gradient(model, opt), gradient(second, fixed))
     fixed.remove()

@@ -16,19 +16,7 @@ import joined_factors
 import joined_options
 import pytest
 import torch
-from processes import (
-    alone,
-    average,
-    batch_of,
-    build,
-    check,
-    ddp,
-    grads,
-    joined_batch,
-    loss_of,
-    sharded,
-    values,
-)  # fmt: skip
+from processes import alone, average, batch_of, build, check, ddp, grads, joined_batch, loss_of, sharded, values
 from torch import distributed as dist
 
 from fngd import FNGD, NGD

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
 import torch
+from checkpoints import reloaded
 from coefficients import assert_close, data, directions, explicit, own_gradients, run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,10 +155,7 @@ def test_resuming_goes_on_bit_for_bit(stop: int, share: str, control: str | None
     before = copy.deepcopy(start)
     opt = build(before)
     steps(before, opt, range(stop))
-    file = io.BytesIO()
-    torch.save({"model": before.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = reloaded({"model": before.state_dict(), "opt": opt.state_dict()})
     after = Net()
     after.load_state_dict(saved["model"])
     resumed = build(after)
