@@ -15,6 +15,8 @@ TOLERANCE = 1e-8
 class Small(nn.Module):
     """A convolution, a linear layer with positions, one without a bias, and a normalisation."""
 
+    activation = staticmethod(torch.tanh)  # not ReLU: no layer may be without a gradient
+
     def __init__(self, channels: int = 2, width: int = 3, classes: int = 3) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, width, 3, padding=1, stride=2)
@@ -23,8 +25,7 @@ class Small(nn.Module):
         self.head = nn.Linear(4, classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # tanh, not ReLU: no layer may be without a gradient
-        x = self.conv(x).tanh().flatten(2).transpose(1, 2)
+        x = self.activation(self.conv(x)).flatten(2).transpose(1, 2)
         return self.head(self.norm(self.inner(x)).tanh().mean(1))
 
 
@@ -34,7 +35,7 @@ def data(size: int, channels: int = 2, classes: int = 3) -> tuple[Tensor, Tensor
 
 def clean(model: Small) -> Small:
     """A copy without hooks."""
-    copy = Small(model.conv.in_channels, model.conv.out_channels, model.head.out_features)
+    copy = type(model)(model.conv.in_channels, model.conv.out_channels, model.head.out_features)
     copy.load_state_dict(model.state_dict())
     return copy
 

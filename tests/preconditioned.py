@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from checkpoints import reloaded
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,11 +145,8 @@ def check_resume(make: Make, seed: int, steps: int = 12) -> None:
     first.load_state_dict(start)
     optimizer = make(first)
     train(first, optimizer, range(at))
-    file = io.BytesIO()
-    torch.save((first.state_dict(), optimizer.state_dict()), file)
+    weights, state = reloaded((first.state_dict(), optimizer.state_dict()))
     del first, optimizer
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
     second = Net()
     second.load_state_dict(weights)
     resumed = make(second)
@@ -157,6 +154,21 @@ def check_resume(make: Make, seed: int, steps: int = 12) -> None:
     train(second, resumed, range(at, steps))
     for name, value in model.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+def check_accumulation(make: Make) -> None:
+    """A batch in two backward passes of unequal size makes the step of the batch in one."""
+    x, y = batch(0, 6)
+    results = []
+    for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
+        torch.manual_seed(0)
+        opt = make(model := Net())
+        for part in parts:
+            (F.cross_entropy(model(x[part]), y[part]) * (part.stop - part.start) / 6).backward()
+        opt.step()
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        close(results[1][name], value, 1e-10)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-8) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preconditioned import Net, Positions, batch, check_resume, close, problems, train
+from preconditioned import Net, Positions, batch, check_accumulation, check_resume, close, problems, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,17 +101,7 @@ def test_bad_batch_leaves_the_vectors() -> None:
 
 @pytest.mark.usefixtures("double")
 def test_accumulation_has_the_vectors_of_the_joined_batch() -> None:
-    x, y = batch(0, 6)
-    results = []
-    for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
-        torch.manual_seed(0)
-        opt = Eva(model := Net(), lr=0.05)
-        for part in parts:
-            (F.cross_entropy(model(x[part]), y[part]) * (part.stop - part.start) / 6).backward()
-        opt.step()
-        results.append(model.state_dict())
-    for name, value in results[0].items():
-        close(results[1][name], value, 1e-10)
+    check_accumulation(lambda model: Eva(model, lr=0.05))
 
 
 @pytest.mark.parametrize(
