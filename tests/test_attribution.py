@@ -1,15 +1,12 @@
-"""Whose row is whose: probing with powers of two, the regular layouts, and the proof that lets a plan be kept."""
+"""Whose row is whose: probing with powers of two, the regular layouts, and what a tolerance would let through."""
 
 from __future__ import annotations
-
-import importlib
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import loop_grads, norms, rel_err
+from oracle import loop_grads, rel_err
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -18,7 +15,6 @@ from persample.attribution import NOBODY, Owner, attribute
 from persample.cases import CASES, Case, call
 from persample.graph import edge_shape, trace
 from persample.layout import lying, proven, stride_of
-from persample.plans import plans_of
 from persample.uses import find_uses
 
 seeds = st.integers(0, 2**16)
@@ -151,94 +147,6 @@ def test_a_kept_plan_is_right_for_other_samples(case: Case) -> None:
         assert rel_err(found[name], rows) < tolerance or float((found[name] - rows).abs().max()) < 1e-13 * largest
 
 
-def test_plans_are_made_once_and_go_with_the_model() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    for _ in range(3):
-        persample.per_sample(model, lambda out, _: out.square().sum(1), torch.randn(5, 3).double())
-    plans = list(plans_of(model)._plans.values())
-    assert len(plans) == 1
-    assert plans[0].calls == 2
-    assert plans[0].owners is not None
-
-
-class Sequences(nn.Module):
-    """Attention, a recurrent layer over time first, and a head on all positions as one batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.lstm, self.head = nn.Embedding(7, 4), nn.GRU(4, 6), nn.Linear(6, 3)
-        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = self.lstm(self.block(self.table(x)).transpose(0, 1))[0].transpose(0, 1)
-        return self.head(steps.flatten(0, 1)).view(*x.shape, 3)
-
-
-def squares(outputs: Tensor, targets: Any) -> Tensor:
-    return outputs.square().flatten(1).sum(1)
-
-
-@pytest.mark.parametrize("kind", ["images", "sequences"])
-def test_other_sizes_follow_a_proven_plan(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poisson-sampled batches, sequences of any length: the layout is proven for each size, and nothing is probed."""
-    if kind == "images":
-        first = nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        model: nn.Module = nn.Sequential(*first, nn.Linear(12, 2)).double()
-        shapes = [(4, 2, 5, 5), (7, 2, 5, 5), (3, 2, 9, 6), (4, 2, 4, 4), (2, 2, 5, 5), (4, 2, 5, 5)]
-        batches = [torch.randn(shape).double() for shape in shapes]
-    else:
-        model = Sequences().double()
-        shapes = [(4, 3), (5, 5), (3, 4), (2, 1), (6, 3), (3, 6)]
-        batches = [torch.randint(7, shape) for shape in shapes]
-    for number, x in enumerate(batches):
-        expected = loop_grads(model, squares, x, None)
-        for _ in range(2):
-            found = persample.per_sample(model, squares, x)
-            for name, rows in found.grads().items():
-                torch.testing.assert_close(rows, expected[name])
-            torch.testing.assert_close(found.norms(), norms(expected))
-        if not number and kind == "images":  # a recurrent layer has another graph for each length
-            monkeypatch.setattr(importlib.import_module("persample.backends.outputs"), "find_uses", None)
-
-
-def test_sizes_at_which_samples_mix_are_refused() -> None:
-    """The same operations and another batch: what is proven for eight samples does not hold for six."""
-
-    class Pairs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lin(x).reshape(4, -1, 2).tanh().flatten(0, 1).reshape(len(x), -1)
-
-    class Mixing(Pairs):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).reshape(2, -1).cumsum(1).reshape(len(x), -1)
-
-    model = Pairs().double()
-    for size in (8, 4, 12, 8):
-        x = torch.randn(size, 3).double()
-        rows = persample.per_sample(model, squares, x).grads()
-        torch.testing.assert_close(rows["lin.weight"], loop_grads(Alone(model), squares, x, None)["model.lin.weight"])
-    with pytest.raises(persample.CoupledSamplesError):
-        persample.per_sample(Mixing().double(), squares, torch.randn(8, 3).double())
-
-
-class Alone(nn.Module):
-    """A model that cannot run on one sample, as if it could."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.expand(4, -1))[:1] if len(x) == 1 else self.model(x)
-
-
-# --- what a tolerance would let through --------------------------------------------------------------------
-
-
 class Positions(nn.Module):
     """A position table added to a layer: z of the table sums over samples."""
 
@@ -302,68 +210,3 @@ def test_nan_with_as_many_features_as_samples() -> None:
     x[1, 2, 3] = torch.nan
     norms = persample.per_sample(model, lambda out, _: out.square().sum((1, 2)), x).norms()
     assert norms.isnan().tolist() == [False, True, False, False]
-
-
-# --- what a check rejects, or cannot see, is not kept -------------------------------------------------------
-
-
-def test_a_refused_batch_leaves_no_plan() -> None:
-    """A hook inside changes the gradient of the sum alone: refused the first time and every time after."""
-    weight = nn.Parameter(torch.randn(3, 5).double())
-
-    class Hooked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            doubled = self.weight * 2
-            doubled.register_hook(lambda g: 3 * g)
-            return x @ doubled.T
-
-    model = Hooked()
-    for _ in range(3):
-        with pytest.raises(persample.CheckError):
-            persample.per_sample(model, lambda out, _: out.square().sum(1), torch.randn(4, 5).double())
-
-
-def test_gradient_hooks_of_parameters_are_refused() -> None:
-    model = nn.Linear(5, 3)
-    model.weight.register_hook(lambda g: 2 * g)
-    with pytest.raises(persample.UnsupportedError, match="'weight' has gradient hooks"):
-        persample.per_sample(model, lambda out, _: out.square().sum(1), torch.randn(4, 5))
-
-
-def test_reentrant_checkpoints_and_nested_tensors_are_refused_in_words() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    layer = nn.Linear(5, 3)
-    losses = checkpoint(lambda x: layer(x).square(), torch.randn(4, 5, requires_grad=True), use_reentrant=True).sum(1)
-    outer = nn.Parameter(torch.ones(()))
-    with pytest.raises(persample.UnsupportedError, match="use_reentrant=False"):
-        persample.grad(losses * outer.square(), [*layer.parameters(), outer])
-
-
-def test_custom_functions_that_leave_out_zero_gradients() -> None:
-    class Sometimes(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor, w: Tensor) -> Tensor:
-            ctx.save_for_backward(x, w)  # type: ignore[attr-defined]
-            return x * w
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            x, w = ctx.saved_tensors  # type: ignore[attr-defined]
-            return (None, None) if g.abs().sum() == 0 else (g * w, (g * x).sum(0))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(5).double())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Sometimes.apply(x, self.w)
-
-    x, scale = torch.randn(3, 5).double(), torch.tensor([1.0, 0.0, 2.0]).double()
-    found = persample.per_sample(Model(), lambda out, s: s * out.sum(1), x, scale).grads()["w"]
-    torch.testing.assert_close(found, scale[:, None] * x)
