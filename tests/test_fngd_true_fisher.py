@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import reloaded
 from hypothesis import given
 from hypothesis import strategies as st
 from natural import LAYERS, Small, blocks, close, cross_entropies, data, dense, grads_of, matrix, rows, vector
@@ -94,11 +94,9 @@ def test_labels_are_drawn_anew_for_every_forward_pass_and_state_goes_on() -> Non
     opt = NGD(model, lr=0.0, fisher="true", alpha=1e-3)
     first = directions(opt, 2)
     assert not torch.allclose(*first)
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
+    saved = reloaded(opt.state_dict())
     again = NGD(other, lr=0.0, fisher="true", alpha=1e-3, seed=9)
-    again.load_state_dict(torch.load(file, weights_only=True))
+    again.load_state_dict(saved)
     assert torch.equal(directions(opt, 1)[0], directions(again, 1)[0])
 
 
