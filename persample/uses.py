@@ -120,6 +120,7 @@ def find_uses(
             for meeting in meetings:
                 node = meeting[0]
                 if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
+                    separate(graph, losses, behind(graph, [node]), known)
                     raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
                 if known.separated(node) and trusted(node, graph, known, provenance, batch):
                     if (

@@ -344,3 +344,17 @@ def test_lazy_modules_that_were_never_called() -> None:
     model = nn.Sequential(nn.LazyLinear(OUT), nn.Tanh(), nn.LazyLinear(2)).double()
     got = persample.per_sample(model, loss, SAMPLES).grads()
     assert rel_err(got, loop_grads(model, loss, SAMPLES, None)) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("layers", "where"),
+    [
+        ((nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4)), "in layer '2'"),
+        ((nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Softmax(0)), "in layer '2'"),
+    ],
+    ids=["twice", "and a softmax"],
+)
+def test_batch_norm_below_what_couples_samples_again(layers: tuple[nn.Module, ...], where: str) -> None:
+    """The first parameter met is that of a batch normalisation, and its rows cannot be told apart."""
+    with pytest.raises(persample.CoupledSamplesError, match=where):
+        persample.per_sample(nn.Sequential(*layers), lambda out, _: out.square().sum(1), torch.randn(5, 4))
