@@ -54,6 +54,7 @@ def per_sample(
         CoupledSamplesError: samples influence each other; the message names the operation.
         UnsupportedError: the backend does not cover the model; the message names the layer.
         CheckError: the rows do not add up to the batch gradient.
+        PerSampleError: the losses do not require a gradient, as in `losses.sum().backward()`.
         ValueError, TypeError: losses of another shape, unknown options.
 
     Example:
@@ -149,6 +150,9 @@ def grad(
 
     Returns:
         One tensor [B, *shape] for each parameter; zeros where no loss depends on it.
+
+    Raises:
+        PerSampleError: the losses do not require a gradient, so that there is no graph.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)

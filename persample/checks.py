@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from persample.backends import Captured
 from persample.blocks import Block
-from persample.errors import CheckError
+from persample.errors import CheckError, PerSampleError
 from persample.reductions import full_precision, weighted_sum
 
 # What rounding may explain: a part of the largest sum in the model, and a part of the batch gradient itself.
@@ -37,6 +37,23 @@ def check_losses(losses: object) -> Tensor:
     if not losses.is_floating_point():
         raise ValueError(f"losses must be real floating-point numbers; got dtype {losses.dtype}")
     return losses
+
+
+def check_graph(losses: Tensor, parameters: Collection[object]) -> None:
+    """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does.
+
+    A parameter that no loss depends on has a gradient of zero; losses that depend on nothing at all are a mistake.
+
+    Raises:
+        PerSampleError: the losses have no graph, and there are parameters to differentiate for.
+    """
+    if parameters and not losses.requires_grad:
+        raise PerSampleError(
+            f"the losses do not require a gradient: {tuple(losses.shape)} numbers without a graph, though the "
+            f"parameters to differentiate for ({len(parameters)}) do. Compute them from the model's output with "
+            "gradients enabled: no torch.no_grad, .detach(), .item() or conversion to NumPy on the way; and let "
+            "parameters require a gradient that the model uses"
+        )
 
 
 def distinct_weights(losses: Tensor) -> Tensor:

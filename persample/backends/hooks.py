@@ -29,7 +29,7 @@ from persample.backends import Capture, Captured, Problem, outputs, register
 from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_batch_statistics, place, rule_of
 from persample.backends.shared import ADVICE, buffers_kept
 from persample.blocks import Block
-from persample.checks import check_losses, check_sum
+from persample.checks import check_graph, check_losses, check_sum
 from persample.coupling import row_owner
 from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.precision import coarsest
@@ -171,10 +171,11 @@ def _capture(problem: Problem) -> Capture:
             provenance.follow(problem.inputs)
         with provenance or nullcontext():
             losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+    check_graph(losses, problem.parameters)
     if problem.coupled == "error":
         _refuse_batch_statistics(records)
     refuse_modified(records)
-    if not losses.requires_grad:
+    if not problem.parameters:
         return Capture(losses.detach(), dict.fromkeys(problem.parameters, ()))
     zs, owners, batch_gradient = attribute(losses, records, problem)
     captured: dict[str, list[Captured]] = {name: [] for name in problem.parameters}

@@ -21,7 +21,7 @@ from persample.backends import Capture, Captured, Problem, register
 from persample.backends.module_rules import place
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Block, Dense
-from persample.checks import check_losses
+from persample.checks import check_graph, check_losses
 from persample.errors import UnsupportedError
 
 
@@ -88,8 +88,9 @@ def _forward(problem: Problem, hooks: Any) -> Tensor:
 def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...]]:
     """The rows that Opacus' hooks leave on the parameters."""
     names = list(problem.parameters)
-    if not losses.requires_grad or not names:
-        return dict.fromkeys(names, ())
+    check_graph(losses, names)
+    if not names:
+        return {}
     # a module's hook fires when the gradients of its inputs are complete, so they have to be asked for too
     inputs = [t for t in tree_leaves(problem.inputs) if isinstance(t, Tensor) and t.requires_grad]
     wanted = [*problem.parameters.values(), *inputs]

@@ -24,7 +24,7 @@ from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, register
 from persample.blocks import Block
 from persample.captured import capture_use, merged
-from persample.checks import SumCheck, binary_weights, check_losses
+from persample.checks import SumCheck, binary_weights, check_graph, check_losses
 from persample.errors import CheckError, UnsupportedError
 from persample.graph import Graph, Node, trace
 from persample.plans import Key, Plan, Plans, derived, make, plans_of, signature
@@ -76,10 +76,13 @@ def read(
 ) -> Reading:
     """Returns the reading of losses that are already there."""
     losses = check_losses(losses)
+    check_graph(losses, parameters)
     graph = trace(losses)
     key = plan = None
     if plans is not None:
-        key = Key(signature(graph), coupled, tuple((name, id(p)) for name, p in parameters.items()))
+        key = Key(
+            signature(graph, parameters.values()), coupled, tuple((name, id(p)) for name, p in parameters.items())
+        )
         plan = plans.find(key)
         if plan is None:
             similar = plans.similar(key)
@@ -229,7 +232,7 @@ def check_batch(
 ) -> None:
     """Every parameter against autograd's gradient of weighted losses: one ordinary backward pass."""
     losses, known = reading.losses, reading.known
-    if not parameters or not losses.requires_grad:
+    if not parameters:
         return
     # the row reading of coupled samples adds up, and promises no more
     weights = torch.ones_like(losses) if coupled == "rows" else binary_weights(losses.detach())

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from persample.backends import Capture, Captured, Problem, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Dense
-from persample.checks import check_losses
+from persample.checks import check_graph, check_losses
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import trace
 from persample.precision import coarsest
@@ -46,6 +46,8 @@ def _capture(problem: Problem) -> Capture:
     with buffers_kept(problem.model) as changed_buffers:
         with torch.set_grad_enabled(problem.check):
             losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+        if problem.check:
+            check_graph(losses, problem.parameters)
         random = not all(map(torch.equal, drawn, _random_state()))
         changed = changed_buffers()
         if changed:
@@ -54,6 +56,9 @@ def _capture(problem: Problem) -> Capture:
                 f"in training mode, and a model under vmap must not. Call model.eval(), or the layer's. {ADVICE}"
             )
         gradients, alone = differentiate(problem, losses.shape[0])
+        if not problem.check and not any(bool(rows.any()) for rows in gradients.values()):
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # functorch gives zeros without a graph, too
+                check_graph(problem.loss_fn(problem.outputs(), problem.targets), problem.parameters)
     notes = []
     if not random:
         refuse_other_losses(alone, losses.detach())
