@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from persample.attribution import Owner
 from persample.graph import Graph, Node, Route, edge_shape, shape_of
@@ -145,16 +145,21 @@ def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:
 
 
 Signature = tuple[tuple[Hashable, ...], ...]
-"""By node: kind, edges, shapes and static attributes; of a leaf its identity and shape."""
+"""By node: kind, edges, shapes and static attributes. Of a leaf its shape, and which parameter it is, if it is one."""
 
 
-def signature(graph: Graph) -> Signature:
-    """Everything about the graph that a plan relies on."""
+def signature(graph: Graph, parameters: Iterable[Tensor]) -> Signature:
+    """Everything about the graph that a plan relies on.
+
+    What the other leaves are (inputs that require a gradient) makes no difference: rows are gradients of the losses for
+    parameters alone, and where samples lie is proven from the losses back to these.
+    """
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
     parts: list[tuple[Hashable, ...]] = []
     for node in graph.order:
         variable = getattr(node, "variable", None)
         if variable is not None:
-            parts.append((id(variable), tuple(variable.shape)))
+            parts.append(("leaf", places.get(id(variable)), tuple(variable.shape)))
             continue
         kind = node.name()
         if kind not in _static_of_kind:
@@ -185,7 +190,7 @@ class Key:
 
     @property
     def structure(self) -> Hashable:
-        """The same without the shapes that may differ from batch to batch; leaves are known by identity."""
+        """The same without the shapes, which may differ from batch to batch."""
         return tuple(part[:2] + part[3:] for part in self.graph), self.coupled, self.parameters
 
 
