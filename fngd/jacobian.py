@@ -69,7 +69,7 @@ class Jacobian:
         name, start, stop = piece
         tilt = generic(stop - start, self.scaled)
         with torch.enable_grad():
-            part = self.residuals.groups[name][start:stop] * tilt
+            part = _connected(self.residuals.groups[name][start:stop] * tilt, self.params)
         grads = persample.grad(part, self.params, check=self.check)
         scale = (self.residuals.factors[name] / tilt).unsqueeze(1)
         if out is None:
@@ -168,7 +168,7 @@ class Jacobian:
     def _factors(self, piece: tuple[str, int, int]) -> persample.PerSampleGrads:
         name, start, stop = piece
         tilt = generic(stop - start, self.scaled)
-        module = _Closure(self.params, lambda: self.again().groups[name][start:stop] * tilt)
+        module = _Closure(self.params, lambda: _connected(self.again().groups[name][start:stop] * tilt, self.params))
         found = persample.per_sample(module, _residuals_themselves, (), check=self.check)
         if not isinstance(found, persample.PerSampleGrads):  # only with chunk_size, which is not given
             raise TypeError(f"per_sample returned {type(found).__name__}")
@@ -216,6 +216,11 @@ class _Closure(nn.Module):
 
     def forward(self) -> Tensor:
         return self.function()
+
+
+def _connected(residuals: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The residuals with a graph, where a group is constant: its gradients are zeros."""
+    return residuals if residuals.requires_grad else residuals + 0.0 * params[0].sum()
 
 
 def _residuals_themselves(residuals: Tensor, _: Any) -> Tensor:

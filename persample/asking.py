@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from persample.layers import LayerGrads, layer_grads
+from persample.layer_sum import Parameters
+from persample.layers import LayerGrads
 from persample.taps import Pass, Uses
-from persample.weights import Layer, Parameters
+from persample.weights import Layer
 
 Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
-"""The arguments of `layer_grads`."""
+"""The arguments of `LayerGrads`."""
 
 Policy = Callable[..., Any]
 """(layer path, LayerGrads) → factors [B], a pair of gradients or None; jointly, one dict by path → another."""
@@ -31,7 +32,7 @@ class Asker:
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
         part: Part = layer.module, layer.check(uses), needed, layer.axis
-        grads = layer_grads(*part)
+        grads = LayerGrads(*part)
         self._asked = uses.forward, {layer.path: part}
         try:
             answer = (
@@ -55,7 +56,7 @@ class Asker:
                 met.append((own, layer))
         if not parts:
             return result
-        grads = {path: layer_grads(*part) for path, part in parts.items()}
+        grads = {path: LayerGrads(*part) for path, part in parts.items()}
         self._asked = group[0].forward, parts
         try:
             answers = self._policy(grads)
@@ -75,6 +76,6 @@ class Asker:
         if self._asked is None:
             raise ValueError("joined(gather) is for policies; no backward pass is asking one now")
         return {
-            path: layer_grads(module, [(gather(x, axis), gather(z, axis)) for x, z in found], needed, axis)
+            path: LayerGrads(module, [(gather(x, axis), gather(z, axis)) for x, z in found], needed, axis)
             for path, (module, found, needed, axis) in self._asked[1].items()
         }

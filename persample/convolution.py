@@ -25,6 +25,9 @@ from persample.scratch import scaled
 
 __all__ = ["ConvSpec", "choose", "gram", "per_sample_grads", "sqnorms", "weighted_grad"]
 
+PIECE = 2**20
+"""Bytes of x or z that are scaled at a time: about what stays in the cache of one core."""
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -33,11 +36,36 @@ def weighted_grad(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor | None = None)
     x, z, spec = ordinary(x, z, spec)
     if not x.shape[0]:
         return x.new_zeros(spec.weight_shape)
-    if c is not None:
-        # The sum is linear in x and in z: scale the smaller one.
-        c = c.to(x.dtype)
-        x, z = (scaled(x, c), z) if x.numel() < z.numel() else (x, scaled(z, c))
+    if c is None:
+        return weight_gradient(x, z, spec)
+    c, size = c.to(x.dtype), _piece(x, z, spec)
+    if size >= x.shape[0]:
+        return _scaled_sum(x, z, spec, c)
+    first, *rest = zip(x.split(size), z.split(size), c.split(size), strict=True)
+    total = _scaled_sum(first[0], first[1], spec, first[2])
+    for part_x, part_z, part_c in rest:
+        total += _scaled_sum(part_x, part_z, spec, part_c)
+    return total
+
+
+def _scaled_sum(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor) -> Tensor:
+    """Σ_b c_b g_b: as the sum is linear in x and in z, the smaller of them is scaled."""
+    x, z = (scaled(x, c), z) if x.numel() < z.numel() else (x, scaled(z, c))
     return weight_gradient(x, z, spec)
+
+
+def _piece(x: Tensor, z: Tensor, spec: ConvSpec) -> int:
+    """How many samples to scale and sum at a time, so that what is scaled, and copied, stays in the cache.
+
+    Measured for 16 channels of 32 × 32 pixels, 128 samples, on two cores and on one, in milliseconds: a weight gradient
+    6.9 and 9.8; with z scaled 7.5 and 11.9 in one piece, 3.7 and 5.0 in eight, because what oneDNN copies for itself
+    is fresh memory, too. With an allocator that keeps memory 3.7, 4.3, 4.4 and 5.0, 5.8, 5.4. Below 8 MiB one piece
+    is faster, and where the weight is not small beside a piece: it is added once for each.
+    """
+    batch, size = x.shape[0], min(x.nbytes, z.nbytes)
+    if size < 8 * PIECE or 16 * math.prod(spec.weight_shape) * x.element_size() > PIECE or x.device.type != "cpu":
+        return batch
+    return max(1, batch * PIECE // size)
 
 
 def per_sample_grads(

@@ -92,7 +92,7 @@ class ForwardHooks:
             self._seen = None
 
     def _has_rows(self, layer: Layer, x: Any) -> bool:
-        """Whether the layer works on the batch, as far as the first forward pass has shown."""
+        """Whether the layer works on the batch, as far as the first forward pass has shown; asked while it runs."""
         if self._seen is not None and isinstance(x, Tensor) and not self._seen.may_be_data(x):
             layer.shared = "it works on what all samples share (its input does not come from the model's)"
         return layer.shared is None
@@ -143,7 +143,7 @@ class ForwardHooks:
         # torch.func differentiates what it is given, and tensors inside it cannot be switched.
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return
-        if self._has_rows(layer, args[0] if args else kwargs.get("input")):
+        if self._seen is None or self._has_rows(layer, args[0] if args else kwargs.get("input")):
             layer.switch_off()
 
     def after(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
@@ -153,12 +153,13 @@ class ForwardHooks:
             self._trial.setdefault(layer, []).append(output)
         if not layer.off:
             return None
+        weight, *rest = layer.off
         layer.switch_on()
         if not isinstance(output, Tensor):  # the forward raised
             return None
-        return self._tapped(layer, args[0] if args else kwargs["input"], output, *layer.parameters())
+        return self._tapped(layer, args[0] if args else kwargs["input"], output, weight, *rest)
 
-    def _tapped(self, layer: Layer, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _tapped(self, layer: Layer, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer.called = True
         if layer.axis is None and self.forward.batch is not None:
             axes = layer.candidates(tuple(output.shape), self.forward.batch)

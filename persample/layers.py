@@ -9,18 +9,19 @@ K        the layer's Gram matrix ⟨g_a, g_b⟩                                 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from persample import reductions
 from persample.blocks import Block, Conv, Dense, Outer
-from persample.convolution import ConvSpec
 from persample.convolution_algorithms import patches
+from persample.convolution_blocks import conv_block
 from persample.convolution_choice import gram_form
+from persample.layer_sum import Parameters, layer_sum
+from persample.precision import full_precision
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -42,8 +43,41 @@ class LayerGrads:
     'LayerGrads'
     """
 
-    def __init__(self, weight: Block | None, bias: Block | None, calls: Sequence[Outer | Conv] = ()) -> None:
-        self._weight, self._bias, self._calls = weight, bias, tuple(calls)
+    def __init__(
+        self, module: nn.Module | None, uses: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int
+    ) -> None:
+        self._module, self._uses, self._needed, self._axis = module, uses, needed, axis
+        self._formed: Dense | None = None  # the rows of the weight, once they are
+
+    @cached_property
+    def _calls(self) -> list[Outer | Conv]:
+        if isinstance(self._module, nn.Linear | None):
+            pairs = [(_rows(x, self._axis), _rows(z, self._axis)) for x, z in self._uses]
+            # Several calls are more positions: Σ_t runs over all of them, cross terms included.
+            return [
+                Outer(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True)))
+            ]
+        return [conv_block(self._module, x, z) for x, z in self._uses]
+
+    @property
+    def _weight(self) -> Block | None:
+        if self._formed is not None or not self._needed[0]:
+            return self._formed
+        if len(self._calls) > 1:
+            first, *rest = map(reductions.materialise, self._calls)
+            self._formed = Dense(sum(rest, first))
+            return self._formed
+        return self._calls[0]
+
+    @cached_property
+    def _bias(self) -> Block | None:
+        if not self._needed[1]:
+            return None
+        if isinstance(self._module, nn.Linear | None):
+            rows = full_precision(self._calls[0].z)
+            return Dense(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1))
+        first, *rest = (full_precision(z).flatten(2).sum(2) for _, z in self._uses)
+        return Dense(sum(rest, first))
 
     @property
     def batch_size(self) -> int:
@@ -55,7 +89,7 @@ class LayerGrads:
         >>> seen[""]
         2
         """
-        return self._blocks[0].batch
+        return self._uses[0][1].shape[self._axis]
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +101,7 @@ class LayerGrads:
         >>> seen[""]
         device(type='cpu')
         """
-        return self._blocks[0].device
+        return self._uses[0][1].device
 
     @property
     def calls(self) -> tuple[Outer | Conv, ...]:
@@ -79,7 +113,7 @@ class LayerGrads:
         >>> [(type(call).__name__, list(call.x.shape), list(call.z.shape)) for call in seen[""]]
         [('Outer', [2, 1, 2], [2, 1, 1])]
         """
-        return self._calls
+        return tuple(self._calls)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -111,8 +145,8 @@ class LayerGrads:
         first, *rest = (reductions.squared_norms(block) for block in self._blocks)
         return sum(rest, first).clamp_min(0).sqrt()
 
-    def weighted_sum(self, c: Float[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient.
+    def weighted_sum(self, c: Float[Tensor, " batch"] | None = None) -> Parameters:
+        """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient. c: by default all ones.
 
         >>> model, seen, c = nn.Linear(2, 1, bias=False), {}, torch.tensor([1.0, 2.0])
         >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.weighted_sum(c)})):
@@ -120,9 +154,10 @@ class LayerGrads:
         >>> seen[""]
         (tensor([[3., 6.]]), None)
         """
-        blocks = (self._weight, self._bias)
-        weight, bias = (None if block is None else reductions.weighted_sum(block, c) for block in blocks)
-        return weight, bias
+        if self._formed is not None and c is not None:
+            bias = self._bias
+            return reductions.weighted_sum(self._formed, c), None if bias is None else reductions.weighted_sum(bias, c)
+        return layer_sum(self._module, self._uses, self._needed, self._axis, c)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """Returns for each call of the layer (x, z) with g_b = Σ_t z_bt ⊗ x_bt in every group, in float32 or better.
@@ -144,7 +179,7 @@ class LayerGrads:
         """
         result = []
         for block in self._calls:
-            x, z = reductions.full_precision(block.x), reductions.full_precision(block.z)
+            x, z = full_precision(block.x), full_precision(block.z)
             if isinstance(block, Outer):
                 result.append((x.mT.unsqueeze(1), z.mT.unsqueeze(1)))
                 continue
@@ -173,7 +208,7 @@ class LayerGrads:
         )
 
     def _form(self) -> None:
-        """Replaces a convolution's block by its rows where its Gram matrix would form them anyway.
+        """Forms a convolution's rows where its Gram matrix would form them anyway.
 
         A linear layer's rows are formed and consumed a few at a time, in the cache; its weighted sum from x and z
         costs no more than reading them back would.
@@ -182,37 +217,7 @@ class LayerGrads:
         if isinstance(weight, Conv) and gram_form(weight.x, weight.z, weight.spec) == "materialise":
             bytes_each = torch.finfo(weight.dtype).bits // 8
             if weight.batch * weight.numel * bytes_each <= KEEP_BYTES:
-                self._weight = Dense(reductions.materialise(weight))
-
-
-def layer_grads(
-    module: nn.Module | None, uses: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int
-) -> LayerGrads:
-    """Returns the per-sample gradients of a layer that was called once or several times.
-
-    Arguments:
-        module: a linear or convolution layer; None: a linear function, given its weight.
-        uses: (x, z) of each call, as the module received and returned them.
-        needed: whether the weight, and whether the bias, needs a gradient.
-        axis: which axis of x and z counts samples (for a convolution 0).
-    """
-    if module is None or isinstance(module, nn.Linear):
-        pairs = [(_rows(x, axis), _rows(z, axis)) for x, z in uses]
-        # Several calls are more positions: Σ_t runs over all of them, cross terms included.
-        x, z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
-        calls: list[Any] = [Outer(x, z)]
-        weight: Block = calls[0]
-        rows = reductions.full_precision(z)
-        bias = Dense(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)) if needed[1] else None
-    else:
-        calls = [conv_block(module, x, z) for x, z in uses]
-        weight = calls[0]
-        if len(calls) > 1:
-            first, *rest = map(reductions.materialise, calls)
-            weight = Dense(sum(rest, first))
-        sums = (reductions.full_precision(z).flatten(2).sum(2) for _, z in uses)
-        bias = Dense(sum(sums, next(sums))) if needed[1] else None
-    return LayerGrads(weight if needed[0] else None, bias, calls)
+                self._formed = Dense(reductions.materialise(weight))
 
 
 def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
@@ -220,33 +225,3 @@ def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
     if factor.dim() == 3:
         return factor
     return factor.unsqueeze(1) if factor.dim() == 2 else factor.flatten(1, -2)
-
-
-def conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
-    """Returns the block of a convolution module's weight from its input and output gradient, every padding included."""
-    kernel, padding = module.kernel_size, module.padding
-    output_padding = (0,) * len(kernel)
-    if module.transposed:
-        # From the shapes, because the call's `output_size=` overrides the module's own.
-        geometry = (z.shape[2:], x.shape[2:], module.stride, padding, module.dilation, kernel)
-        output_padding = tuple(
-            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for out, n, s, p, d, k in zip(*geometry, strict=True)
-        )
-    else:
-        # 'same' may need one more element on one side, and other modes copy: both are padded by hand.
-        both = module._reversed_padding_repeated_twice
-        if module.padding_mode == "zeros" and both[0::2] == both[1::2]:
-            padding = tuple(both[0::2][::-1])
-        else:
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x, padding = F.pad(x, both, mode=mode), output_padding
-    spec = ConvSpec(
-        weight_shape=tuple(module.weight.shape),
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        transposed=module.transposed,
-        output_padding=output_padding,
-        groups=module.groups,
-    )
-    return Conv(x, z, spec)

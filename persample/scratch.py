@@ -26,14 +26,15 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    """Returns factors[b] * rows[b], of the shape of rows; to be read before the next call, and never returned.
+def scaled(rows: Tensor, factors: Tensor, axis: int = 0) -> Tensor:
+    """Returns the product of rows and factors, of the shape of rows; to be read before the next call, never returned.
 
     Arguments:
-        rows: [B, …].
+        rows: [B, …], or with B on another axis.
         factors: [B], of the same dtype and device.
+        axis: of rows that counts samples.
     """
-    factors = factors.view(-1, *[1] * (rows.dim() - 1))
+    factors = factors.view(-1, *[1] * (rows.dim() - 1 - axis))
     if not _fits(rows) or rows.requires_grad or factors.requires_grad:
         return rows * factors
     size, memory = rows.numel(), _kept.memory.get(rows.dtype)

@@ -99,20 +99,24 @@ class Tap(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns z, and from the last Tap of a layer the gradients of its weight and bias."""
-        nothing = z, None, None, None, None, None
-        # autograd.grad(loss, inputs) wants no weight gradient: ask nothing, leave nothing for a later backward pass.
-        if not any(_runs(node) for node, _ in ctx.next_functions[2:]):
-            return nothing
-        uses: Uses = ctx.uses
-        complete = uses.met(lambda: ctx.saved_tensors[0], z)
-        if ctx.gradients is None or not complete or not uses.found:
-            return nothing
-        kind = uses.found[0][1].device.type
-        weight, bias = without_autocast(ctx.gradients, uses, ctx.needs_input_grad[4:], kind)
-        return z, None, None, None, weight, bias
+        return _leave_marked(ctx, z) if torch.is_grad_enabled() else _leave(ctx, z)
+
+
+def _leave(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
+    # autograd.grad(loss, inputs) wants no weight gradient: ask nothing, leave nothing for a later backward pass.
+    if not any(_runs(node) for node, _ in ctx.next_functions[2:]):
+        return z, None, None, None, None, None
+    uses: Uses = ctx.uses
+    complete = uses.met(lambda: ctx.saved_tensors[0], z)
+    if ctx.gradients is None or not complete or not uses.found:
+        return z, None, None, None, None, None
+    needed, kind = ctx.needs_input_grad[4:], uses.found[0][1].device.type
+    return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
+
+
+_leave_marked = once_differentiable(_leave)  # with create_graph=True: to differentiate its result is refused
 
 
 class Gate(torch.autograd.Function):

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from persample.layers import LayerGrads, layer_grads
+from persample.layer_sum import Parameters, layer_sum
+from persample.layers import LayerGrads
 from persample.taps import Pass, Uses
-
-Parameters = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(eq=False)
@@ -78,12 +76,12 @@ class Layer:
         return "reweighted" + ("" if self.axis is None else f", samples on axis {self.axis} of its output")
 
     def switch_off(self) -> None:
-        """While the layer runs, its parameters need no gradient."""
-        self.switch_on()  # left over from a forward pass that Ctrl-C ended
-        for parameter in self.parameters():
-            if isinstance(parameter, nn.Parameter):
-                parameter.requires_grad = False
-                self.off.append(parameter)
+        """While the layer's module runs, its parameters need no gradient."""
+        if self.off:
+            self.switch_on()  # left over from a forward pass that Ctrl-C ended
+        self.off = [each for each in self.parameters() if each is not None]
+        for parameter in self.off:
+            parameter.requires_grad = False
 
     def switch_on(self) -> None:
         """Ends `switch_off`."""
@@ -115,13 +113,7 @@ class Layer:
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
         found, uses.found = uses.found, []
-        total: list[Tensor | None] = [None, None]
-        for use in found:
-            grads = layer_grads(self.module, [use], needed, 0)
-            for place, part in enumerate(self.combine(grads, None)):
-                before = total[place]
-                total[place] = part if before is None or part is None else before + part
-        return total[0], total[1]
+        return layer_sum(self.module, found, needed, 0)
 
     def _find_axis(self, shape: tuple[int, ...], forward: Pass) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
@@ -152,7 +144,7 @@ class Layer:
     def combine(self, grads: LayerGrads, answer: Any) -> Parameters:
         """Returns the (weight, bias) gradients that the policy's answer stands for."""
         if answer is None:
-            return grads.weighted_sum(torch.ones(grads.batch_size, device=grads.device))
+            return grads.weighted_sum()
         if isinstance(answer, tuple) and len(answer) == 2:
             return answer
         if not isinstance(answer, Tensor) or answer.shape != (grads.batch_size,):

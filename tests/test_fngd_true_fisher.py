@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fngd import NGD
 from fngd.directions import inner_products
 from fngd.likelihoods import sampled_losses
-from persample.layers import layer_grads
+from persample.layers import LayerGrads
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -185,7 +185,7 @@ def test_inner_products(kind: str) -> None:
     for _ in range(2 if kind == "twice" else 1):
         x = torch.randn(size)
         uses.append((x, torch.randn_like(layer(x))))
-    grads = layer_grads(layer, uses, [True, layer.bias is not None], 0)
+    grads = LayerGrads(layer, uses, [True, layer.bias is not None], 0)
     vectors = torch.randn_like(layer.weight), None if layer.bias is None else torch.randn_like(layer.bias)
     expected = []
     for b in range(5):

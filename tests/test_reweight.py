@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from persample.blocks import Dense
 from persample.layers import LayerGrads
 from persample.reweight import reweight
 
@@ -486,20 +485,15 @@ def test_torch_compile() -> None:
 
 def test_a_stored_step_asks_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """With given factors neither Gram matrix nor rows are formed, and no weight gradient is computed twice."""
-    from persample import reductions
+    from persample import convolution, layer_sum, reductions
 
     model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 2)), torch.randn(B, 1, 5, 5)
     calls: list[str] = []
-    original = reductions.weighted_sum
-    for name in ("gram", "squared_norms"):
+    for name in ("gram", "squared_norms", "materialise", "weighted_sum"):
         monkeypatch.setattr(reductions, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
-    formed = reductions.materialise
-    monkeypatch.setattr(
-        reductions, "materialise", lambda block: formed(block) if isinstance(block, Dense) else pytest.fail("formed")
-    )
-    monkeypatch.setattr(
-        reductions, "weighted_sum", lambda block, c: calls.append(type(block).__name__) or original(block, c)
-    )
+    conv, linear = convolution.weight_gradient, layer_sum.weight_product
+    monkeypatch.setattr(convolution, "weight_gradient", lambda *args: calls.append("conv") or conv(*args))
+    monkeypatch.setattr(layer_sum, "weight_product", lambda *args: calls.append("linear") or linear(*args))
     with reweight(model, fixed):
         loss = model(x).sin().sum()
         nodes, todo = set(), [loss.grad_fn]
@@ -513,7 +507,7 @@ def test_a_stored_step_asks_for_nothing_else(monkeypatch: pytest.MonkeyPatch) ->
             node.name() for node in nodes if any("AccumulateGrad" in str(parent) for parent, _ in node.next_functions)
         }
         loss.backward()
-    assert sorted(calls) == ["Conv", "Dense", "Dense", "Outer"]
+    assert sorted(calls) == ["conv", "linear"]
 
 
 def test_the_rows_formed_for_a_convolutions_gram_matrix_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from persample.attribution import NOBODY, Owner
 from persample.blocks import Block, Dense, Outer, Rows
+from persample.convolution_blocks import conv_block
 from persample.errors import UnsupportedError
-from persample.layers import conv_block
 from persample.reductions import full_precision, materialise
 
 
