@@ -220,7 +220,7 @@ class _Closure(nn.Module):
 
 def _connected(residuals: Tensor, params: Sequence[Tensor]) -> Tensor:
     """The residuals with a graph, where a group is constant: its gradients are zeros."""
-    return residuals if residuals.requires_grad else residuals + 0.0 * params[0].sum()
+    return residuals if residuals.requires_grad else residuals + params[0].flatten()[:0].sum()
 
 
 def _residuals_themselves(residuals: Tensor, _: Any) -> Tensor:
