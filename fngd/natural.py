@@ -85,6 +85,7 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
         handle = self._policy.handle = self._handle = reweight(
             model,
             self._policy.of_all if joint else self._policy.of_layer,
+            known=self._policy.known if self._table is not None and not joint else None,
             batch_axis=batch_axis,
             joint=joint,
             outputs=fisher == "improved",

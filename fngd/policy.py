@@ -89,6 +89,16 @@ class Policy:
         # The public get_scale() waits for the device.
         return None if self._scaler is None else self._scaler._get_scale_async()
 
+    def known(self, layer: str, batch: int, device: torch.device) -> Tensor | None:
+        """Returns stored factors, where they are all that the step needs."""
+        table = self._table
+        if table is None or self._method.accumulate == "joint" or self._drawing or self._compares():
+            return None
+        if not table.has(layer) or table.probing(layer) or not self._chosen(layer):
+            return None
+        self.met_batch = True
+        return table.lookup(layer, batch, device)
+
     def of_layer(self, layer: str, grads: LayerGrads) -> Any:
         """The policy where layers are asked one by one."""
         return self.of_all({layer: grads}).get(layer)

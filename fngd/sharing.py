@@ -85,6 +85,15 @@ class CoefficientTable:
             or (self.refresh_epochs is not None and self.epoch % self.refresh_epochs == 0)
         )
 
+    def has(self, layer: str) -> bool:
+        """Whether `lookup` would find factors for the layer's next backward pass, or raise; changes nothing."""
+        if self.computing:
+            return False
+        if self.control == "constant" or self.share == "sample":
+            return self.control == "constant" or (layer, 0) in self._rows
+        lengths = self._lengths.get((layer, self._calls.get(layer, 0)))
+        return lengths is not None and lengths[self.index % self.steps_per_epoch] > 0
+
     def lookup(self, layer: str, batch: int, device: torch.device) -> Float[Tensor, " batch"] | None:
         """Returns the factors to use now, None where they must be computed; for one backward pass."""
         if self._explicit and self.index >= self.steps_per_epoch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from persample.layer_sum import Parameters
@@ -18,12 +19,15 @@ Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
 Policy = Callable[..., Any]
 """(layer path, LayerGrads) → factors [B], a pair of gradients or None; jointly, one dict by path → another."""
 
+Known = Callable[[str, int, torch.device], Tensor | None]
+"""(layer path, batch size, device) → factors [B] that do not depend on the gradients, or None."""
+
 
 class Asker:
     """Knows the policy, and while that runs, what it is asked about."""
 
-    def __init__(self, policy: Policy, joint: bool) -> None:
-        self._policy, self.joint = policy, joint
+    def __init__(self, policy: Policy, known: Known | None, joint: bool) -> None:
+        self._policy, self._known, self.joint = policy, known, joint
         self._asked: tuple[Pass, dict[str, Part]] | None = None
 
     def of_layer(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
@@ -31,7 +35,14 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
-        part: Part = layer.module, layer.check(uses), needed, layer.axis
+        found = layer.check(uses)
+        if self._known is not None:
+            z, axis = found[0][1], layer.axis or 0
+            factors = self._known(layer.path, z.shape[axis], z.device)
+            if factors is not None:
+                layer.check_factors(factors, z.shape[axis])
+                return layer.sum(found, needed, factors)
+        part: Part = layer.module, found, needed, layer.axis
         grads = LayerGrads(*part)
         self._asked = uses.forward, {layer.path: part}
         try:

@@ -11,19 +11,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
-from persample.asking import Policy
+from persample.asking import Asker, Known, Policy
 from persample.functional import watchable
 from persample.layers import LAYERS
 from persample.reweighting import Hook, Reweighting
 from persample.weights import Layer
 
-__all__ = ["Policy", "Reweighting", "reweight"]
+__all__ = ["Known", "Policy", "Reweighting", "reweight"]
 
 
 def reweight(
     model: nn.Module,
     policy: Policy,
     *,
+    known: Known | None = None,
     batch_axis: int | Mapping[str, int] | None = None,
     joint: bool = False,
     outputs: bool = False,
@@ -44,6 +45,9 @@ def reweight(
         policy: called once for each layer in each backward pass, with the layer's path and its `LayerGrads`.
             Returns None (the plain gradient), c of shape [B] (all ones is the plain gradient too), or the
             gradients of (weight, bias) themselves, where it has formed them anyway.
+        known: asked before the policy, with the layer's path, the number of samples and their device: returns c where
+            that does not depend on the gradients (stored factors), or None, whereupon the policy is asked. It saves
+            what asking costs, which counts beside small layers. Not with joint=True.
         batch_axis: which axis of a layer's output counts samples; an int for all linear layers, or a dict by
             layer path. By default it is found in the first backward pass: the axis that is as long as axis 0
             of the first tensor given to the model. In a convolution it is axis 0; giving {path: 0} makes
@@ -58,7 +62,8 @@ def reweight(
             "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
 
     Raises:
-        ValueError: the model is reweighted already, or `batch_axis` names no layer or an impossible axis.
+        ValueError: the model is reweighted already, `batch_axis` names no layer or an impossible axis, or `known` is
+            given with joint=True.
             In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
@@ -76,6 +81,8 @@ def reweight(
     >>> with reweight(model, clip):
     ...     model(torch.randn(5, 3)).sum().backward()
     """
+    if joint and known is not None:
+        raise ValueError("known= is asked layer by layer, but joint=True asks for all layers at once; give one of them")
     for path, module in model.named_modules():
         hooks = itertools.chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
         if any(isinstance(hook, Hook) for hook in hooks):
@@ -90,7 +97,8 @@ def reweight(
     axis_of = _axes(modules, names, batch_axis)
     tied = _tied(modules)
     layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
-    return Reweighting(model, policy, layers, tied, axis_of, weights, joint=joint, outputs=outputs)
+    asker = Asker(policy, known, joint)
+    return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from persample.asking import Asker, Policy
+from persample.asking import Asker
 from persample.forward_hooks import ForwardHooks
 from persample.functional import owners
 from persample.layers import LayerGrads
@@ -55,17 +55,16 @@ class Reweighting:
     def __init__(
         self,
         model: nn.Module,
-        policy: Policy,
+        asker: Asker,
         layers: dict[str, Layer],
         tied: dict[str, str],
         axis_of: Callable[[str], int | None],
         weights: dict[nn.Parameter, str],
         *,
-        joint: bool,
         outputs: bool,
     ) -> None:
         self._layers, self._tied = layers, tied
-        self._asker = Asker(policy, joint)
+        self._asker = asker
         self._eager = ForwardHooks(model, self._asker, layers, axis_of, weights, outputs=outputs)
         self._watcher = self._eager.watcher
         self._traced = TracedHooks(self._eager)

@@ -48,14 +48,14 @@ class Uses:
     _backward: int = -1
     _left: int = 0
 
-    def met(self, call: Callable[[], Tensor], z: Tensor | None) -> bool:
-        """A Tap runs: adds the use (call() is x; with z None there is none). Whether no more will run in this pass."""
+    def met(self, x: Tensor | None, z: Tensor | None) -> bool:
+        """A Tap runs: adds the use, if there is one. Returns whether no more will run in this backward pass."""
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward, self.found = backward, []  # an exception may have ended the one before
             self._left = 1 if len(self.taps) == 1 else sum(_runs(tap()) for tap in self.taps)
-        if z is not None:
-            self.found.append((call().detach(), z.detach()))
+        if x is not None and z is not None:
+            self.found.append((x.detach(), z.detach()))
         self._left -= 1
         return self._left == 0
 
@@ -105,15 +105,18 @@ class Tap(torch.autograd.Function):
 
 
 def _leave(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
+    _, _, (source, _), *bias = ctx.next_functions
     # autograd.grad(loss, inputs) wants no weight gradient: ask nothing, leave nothing for a later backward pass.
-    if not any(_runs(node) for node, _ in ctx.next_functions[2:]):
+    if not _runs(source) and not (bias and _runs(bias[0][0])):
         return z, None, None, None, None, None
     uses: Uses = ctx.uses
-    complete = uses.met(lambda: ctx.saved_tensors[0], z)
-    if ctx.gradients is None or not complete or not uses.found:
+    complete = uses.met(None if z is None else ctx.saved_tensors[0], z)
+    if not complete or ctx.gradients is None or not uses.found:
         return z, None, None, None, None, None
     needed, kind = ctx.needs_input_grad[4:], uses.found[0][1].device.type
-    return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
+    if torch.is_autocast_enabled(kind):
+        return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
+    return z, None, None, None, *ctx.gradients(uses, needed)
 
 
 _leave_marked = once_differentiable(_leave)  # with create_graph=True: to differentiate its result is refused

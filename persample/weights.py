@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from persample import prepared
 from persample.layer_sum import Parameters, layer_sum
 from persample.layers import LayerGrads
 from persample.taps import Pass, Uses
@@ -30,6 +31,7 @@ class Layer:
     called: bool = False
     shared: str | None = None
     """Why its gradient has no rows, whatever the shapes say; None where it has."""
+    _prepared: tuple[Any, Any] = None, None
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
 
@@ -110,6 +112,17 @@ class Layer:
             )
         return found
 
+    def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], c: Tensor) -> Parameters:
+        """Returns the (weight, bias) parts of Σ_b c_b g_b."""
+        assert self.axis is not None, "check() has found it"
+        if len(found) > 1:
+            return layer_sum(self.module, found, needed, self.axis, c)
+        [(x, z)] = found
+        key = prepared.signature(self.module, x, z, needed, self.axis)
+        if key != self._prepared[0]:
+            self._prepared = key, prepared.prepare(self.module, x, z, needed, self.axis)
+        return self._prepared[1](x, z, c.to(z.dtype))
+
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
         found, uses.found = uses.found, []
@@ -147,11 +160,15 @@ class Layer:
             return grads.weighted_sum()
         if isinstance(answer, tuple) and len(answer) == 2:
             return answer
-        if not isinstance(answer, Tensor) or answer.shape != (grads.batch_size,):
+        self.check_factors(answer, grads.batch_size)
+        return grads.weighted_sum(answer)
+
+    def check_factors(self, answer: Any, batch: int) -> None:
+        """Raises ValueError unless the answer is a tensor [B]."""
+        if not isinstance(answer, Tensor) or answer.shape != (batch,):
             returned = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(
                 f"the policy returned {returned} for layer '{self.path}'; allowed are None (the plain "
-                f"gradient), a tensor of shape [{grads.batch_size}], one factor per sample, and a pair of "
+                f"gradient), a tensor of shape [{batch}], one factor per sample, and a pair of "
                 "the gradients of weight and bias themselves."
             )
-        return grads.weighted_sum(answer)
