@@ -12,12 +12,13 @@ All are exact. float16 and bfloat16 inputs are accumulated, and returned, in flo
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from persample import memory
+from persample import memory, scratch
 from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, patches, weight_gradient
 from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, product_costs, ranges
 from persample.products import LONGEST, gram_of_rows
@@ -70,11 +71,17 @@ def pieces(x: Tensor, z: Tensor, spec: ConvSpec) -> int:
 
 
 def per_sample_grads(
-    x: Tensor, z: Tensor, spec: ConvSpec, algorithm: str | None = None, out: Tensor | None = None
+    x: Tensor,
+    z: Tensor,
+    spec: ConvSpec,
+    algorithm: str | None = None,
+    out: Tensor | None = None,
+    empty: Callable[[Sequence[int], Tensor], Tensor] = memory.empty,
 ) -> Tensor:
     """The weight gradient of each sample, [batch, *weight_shape].
 
     algorithm: a name of `ALGORITHMS`; default: what `choose` says. out: written to and returned where given.
+    empty: (shape, like) → memory to write to otherwise, where an algorithm does not bring its own.
     Raises ValueError if the algorithm is unknown or cannot handle the convolution.
     """
     x, z, spec = ordinary(x, z, spec)
@@ -92,7 +99,7 @@ def per_sample_grads(
     elements = (x.numel() + z.numel()) // batch + temporary
     parts = ranges(batch, elements * x.element_size(), CACHE)
     if out is None and (chosen.temporary != "result" or len(parts) > 1):
-        out = memory.empty((batch, *spec.weight_shape), x)
+        out = empty((batch, *spec.weight_shape), x)
     if out is None or chosen.temporary == "nothing" or len(parts) == 1:
         return chosen.compute(x, z, spec, out)
     # In parts whose temporaries stay in the cache, and come from memory that has been touched before: oneDNN
@@ -133,7 +140,7 @@ def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
             products *= torch.bmm(rows.mT, rows).view_as(products)
             result[part] = products.flatten(1).sum(1).view(-1, spec.groups).sum(1)
         else:
-            grads = per_sample_grads(x[part], z[part], spec).flatten(1)
+            grads = per_sample_grads(x[part], z[part], spec, empty=scratch.empty).flatten(1)
             # Not vector_norm: it adds one after the other in float32, 1e-4 off for 2^21 elements; sum is pairwise.
             result[part] = grads.square_().sum(1)
     return result
@@ -217,16 +224,18 @@ def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: Co
     # Whole groups together while they fit, otherwise some of the output channels of one group.
     for group in ranges(spec.groups, per_channel * out, budget):
         for part in ranges(out, per_channel * (group.stop - group.start), budget, 16):
-            rows = _partial_grads(*first, spec, group, part)
-            result += gram_of_rows(rows, None if second is None else _partial_grads(*second, spec, group, part))
+            columns = None if second is None else _partial_grads(*second, spec, group, part, memory.empty)
+            result += gram_of_rows(_partial_grads(*first, spec, group, part, scratch.empty), columns)
 
 
-def _partial_grads(x: Tensor, z: Tensor, spec: ConvSpec, group: slice, part: slice) -> Tensor:
+def _partial_grads(
+    x: Tensor, z: Tensor, spec: ConvSpec, group: slice, part: slice, empty: Callable[[Sequence[int], Tensor], Tensor]
+) -> Tensor:
     groups, out = group.stop - group.start, part.stop - part.start
     x = x.unflatten(1, (spec.groups, -1))[:, group].flatten(1, 2)
     z = z.unflatten(1, (spec.groups, -1))[:, group, part].flatten(1, 2)
     partial = replace(spec, weight_shape=(groups * out, *spec.weight_shape[1:]), groups=groups)
-    return per_sample_grads(x, z, partial).flatten(1)
+    return per_sample_grads(x, z, partial, empty=empty).flatten(1)
 
 
 _FORMS = {"materialise": _add_materialised, "hadamard": _add_hadamard}

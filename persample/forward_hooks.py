@@ -99,6 +99,8 @@ class ForwardHooks:
 
     def _join(self) -> None:
         """One Gate for all layers: it runs when the last of their Taps has run."""
+        for layer in self.layers.values():
+            layer.switch_on()  # left over from a forward pass that Ctrl-C ended
         layers = [layer for layer in self.layers.values() if layer.parameters()]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):
@@ -200,6 +202,8 @@ class ForwardHooks:
         training = torch.is_grad_enabled() or self._trial is not None
         if self._running is not None or not (training and weight.requires_grad):
             return F.linear(x, weight, bias)
+        if bias is not None and not isinstance(base_of(bias), nn.Parameter):  # computed: another one in each pass
+            return self._linear(x, weight, None, name, axis) + bias
         layer = self._function(name, weight, bias)
         if not self._has_rows(layer, x):
             return F.linear(x, weight, bias)

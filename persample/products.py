@@ -33,6 +33,8 @@ def widest(factor: Tensor) -> bool:
 
 def _by_onednn(left: Tensor, right: Tensor) -> bool:
     size = left.shape[0] * left.shape[1] * right.shape[0]
+    if left.requires_grad or right.requires_grad or torch._C._are_functorch_transforms_active():
+        return False  # not differentiable: where a sum is differentiated by its factors, nothing may reach it
     return widest(left) and widest(right) and left.shape[1] <= LONGEST and size >= SMALLEST
 
 
