@@ -49,6 +49,7 @@ def _convolution(block: Any) -> Sum:
     scale_x = block.x.numel() < block.z.numel()
 
     def weighted(x: Tensor, z: Tensor, c: Tensor) -> Parameters:
+        c = c.to(z.dtype)
         if scale_x:
             x = scaled(x, c)
         else:

@@ -136,6 +136,9 @@ class Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns what the policy makes of the uses that were left."""
+        for uses in ctx.group:
+            if uses._backward != torch._C._current_graph_task_id():
+                uses.found = []  # of a backward pass that an exception ended
         met = [uses.found[0][1] for uses in ctx.group if uses.found]
         if not met:
             return None, None, *(None for _ in ctx.needs_input_grad[2:])

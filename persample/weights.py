@@ -64,6 +64,8 @@ class Layer:
         own = self._own()[0]
         if own is None:
             return "its weight is computed from other parameters (parametrised)"
+        if own.is_complex():
+            return "its weight is complex"
         if not own.requires_grad and all(own is not parameter for parameter in self.off):
             return "its weight is frozen"
         return None
@@ -103,6 +105,13 @@ class Layer:
         found, uses.found = uses.found, []
         if self.axis is None:
             self.axis = self._find_axis(tuple(found[-1][1].shape), uses.forward)
+        for _, z in found:
+            if self.linear and self.axis > z.dim() - 2:
+                raise ValueError(
+                    f"layer '{self.path}' has its samples on axis {self.axis}, but a call of it an output of shape "
+                    f"{list(z.shape)}, whose last axis counts features. Give all of its calls the same axes, or call "
+                    "two layers that share a weight and have biases of their own."
+                )
         sizes = {z.shape[self.axis] for _, z in found} if len(found) > 1 else ()
         if len(sizes) > 1:
             raise ValueError(
@@ -121,7 +130,7 @@ class Layer:
         key = prepared.signature(self.module, x, z, needed, self.axis)
         if key != self._prepared[0]:
             self._prepared = key, prepared.prepare(self.module, x, z, needed, self.axis)
-        return self._prepared[1](x, z, c.to(z.dtype))
+        return self._prepared[1](x, z, c)
 
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
