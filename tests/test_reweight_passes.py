@@ -709,7 +709,6 @@ def test_a_computed_bias_is_no_new_layer_in_each_pass(mode: Mode) -> None:
 
 @pytest.fixture
 def _no_collection() -> Any:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
