@@ -101,7 +101,8 @@ class ForwardHooks:
         """One Gate for all layers: it runs when the last of their Taps has run."""
         for layer in self.layers.values():
             layer.switch_on()  # left over from a forward pass that Ctrl-C ended
-        layers = [layer for layer in self.layers.values() if layer.parameters()]
+        # A computed bias of this pass is not there yet.
+        layers = [layer for layer in self.layers.values() if not _computed(layer.owners) and layer.parameters()]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):
             raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
@@ -202,8 +203,6 @@ class ForwardHooks:
         training = torch.is_grad_enabled() or self._trial is not None
         if self._running is not None or not (training and weight.requires_grad):
             return F.linear(x, weight, bias)
-        if bias is not None and not isinstance(base_of(bias), nn.Parameter):  # computed: another one in each pass
-            return self._linear(x, weight, None, name, axis) + bias
         layer = self._function(name, weight, bias)
         if not self._has_rows(layer, x):
             return F.linear(x, weight, bias)
@@ -227,9 +226,24 @@ class ForwardHooks:
             if layer is None:
                 layer = self.layers[path] = Layer(path, None, self._axis_of(name), owners=owners)
                 layer.source = lambda: (weight, bias)
-            if layer.module is None and [id(each) for each in layer.owners] == [id(each) for each in owners]:
+            if layer.module is None and self._owned(layer, owners):
+                layer.owners = owners
                 return layer
         raise AssertionError("count never ends")
+
+    def _owned(self, layer: Layer, owners: tuple[Tensor, ...]) -> bool:
+        """Whether they are a function's layer's; a bias that is computed is another tensor in each pass."""
+        if [id(each) for each in layer.owners] == [id(each) for each in owners]:
+            return True
+        if layer.owners[0] is not owners[0] or not (_computed(layer.owners) and _computed(owners)):
+            return False
+        uses = (self.uses or {}).get(layer.path)
+        return layer not in self._trial if self._trial is not None else uses is None or not uses.taps
+
+
+def _computed(owners: tuple[Tensor, ...]) -> bool:
+    """Whether a bias among them is no parameter."""
+    return any(not isinstance(each, nn.Parameter) for each in owners)
 
 
 def _first_tensor(tree: Any) -> Tensor | None:

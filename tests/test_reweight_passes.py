@@ -686,25 +686,28 @@ def test_functions_of_a_model_that_calls_itself(mode: Mode) -> None:
 
 
 class Scaled(nn.Module):
-    """A function's bias that is computed anew in each pass."""
+    """A function's biases that are computed anew in each pass, two of one weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2))
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.first, self.second = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias * 2)
+        h = F.linear(x, self.weight, self.first * self.second)
+        return F.linear(h.tanh(), self.weight, self.second.exp())
 
 
-@every_mode
-def test_a_computed_bias_is_no_new_layer_in_each_pass(mode: Mode) -> None:
-    """It gets the plain gradient, as a computed weight does."""
+@each_asking
+def test_computed_biases_are_no_new_layers_in_each_pass(mode: Mode) -> None:
     model, x = Scaled(), torch.randn(B, 3)
-    expected = mode.expected(model, squares(model(x)), {"weight": ["weight"]})
+    expected = mode.expected(model, squares(model(x)), {"all": ["weight", "first", "second"]})
     with mode.on(model, functions=True) as handle:
         for _ in range(4):
             same(step(model, lambda: squares(model(x))), expected)
-        assert list(handle.explain()) == ["weight"]
+            assert sorted(path for paths in mode.asked for path in paths) == ["weight", "weight (2)"]
+            assert list(handle.explain()) == ["weight", "weight (2)"]
+            mode.asked.clear()
 
 
 @pytest.fixture
