@@ -94,8 +94,8 @@ def ordinary(x: Tensor, z: Tensor, spec: ConvSpec) -> tuple[Tensor, Tensor, Conv
 
 def weight_gradient(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
     """The weight gradient summed over the batch, [*weight_shape]: one call that computes nothing else."""
-    # Only the shape of the weight is read: expanding a single element allocates nothing.
-    weight = x.new_empty(1).expand(spec.weight_shape)
+    # Only its shape is read. Not expanded from one element: that would be copied in full.
+    weight = x.new_empty(spec.weight_shape)
     return _convolution_backward(
         z, x, weight, None, spec.stride, spec.padding, spec.dilation,
         spec.transposed, spec.output_padding, spec.groups, [False, True, False],

@@ -55,6 +55,7 @@ class ForwardHooks:
         self._unsure: dict[Layer, list[int]] = {}
         self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
         self._call: tuple[tuple, dict] = (), {}
+        self._passes: list[Pass] = []  # under way, one inside the other; and those that Ctrl-C ended
         self._met = False  # whether a forward pass for training has been seen
         self._seen: Provenance | None = None  # while the first of them runs: what derives from the batch
 
@@ -65,6 +66,7 @@ class ForwardHooks:
         if self._trial is not None:
             return
         self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
+        self._passes.append(self.forward)
         while self._entered:  # left over from a forward pass that Ctrl-C ended
             self.watcher.stop(self._entered.pop())
         self.uses, self._token = {}, None
@@ -115,12 +117,20 @@ class ForwardHooks:
         if self._trial is not None:
             return
         self._unfollow()
+        interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
         self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
         self.leave_owner(module, args, output)
         if output is None:  # the forward raised
             return
+        functions = sorted(path for path, layer in self.layers.items() if layer.module is None)
+        if interrupted and functions:
+            raise RuntimeError(
+                "the model called itself in its own forward, and the inner call ended the watch over the weights that "
+                f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
+                "part of the model that does not call itself."
+            )
         if self._unsure and self.forward.batch is not None:
             found = trial.batch_axes(self._model, self._rehearse, args, kwargs, self._unsure, self.forward.batch)
             for layer, axis in found.items():

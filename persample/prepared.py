@@ -44,7 +44,7 @@ def prepare(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: int
 
 def _convolution(block: Any) -> Sum:
     spec = block.spec
-    weight = block.x.new_empty(1).expand(spec.weight_shape)  # only its shape is read
+    weight = block.x.new_empty(spec.weight_shape)  # only its shape is read
     geometry = spec.stride, spec.padding, spec.dilation, False, spec.output_padding, spec.groups, _WEIGHT_ONLY
     scale_x = block.x.numel() < block.z.numel()
 

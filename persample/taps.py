@@ -26,7 +26,11 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+_SECOND = (
+    b"gradients of a model that persample.reweight reweights cannot be differentiated again: they do not depend on the "
+    b"weights. Call remove() on the handle, or on the optimiser, for losses that need second derivatives"
+)
 
 
 class Pass:
@@ -37,27 +41,42 @@ class Pass:
         self.output_grad: Tensor | None = None
 
 
+@dataclass
+class _Finds:
+    """What the Taps of a layer have found in one backward pass, and how many of them it has still to run."""
+
+    uses: list[tuple[Tensor, Tensor]]
+    left: int
+
+
 @dataclass(eq=False)
 class Uses:
-    """The uses of one layer in one forward pass: found by Taps, taken away by the last of them, or by the Gate."""
+    """The uses of one layer in one forward pass, (x, z) each, as the backward pass that is under way has found them."""
 
     layer: Any
     forward: Pass
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     taps: list[ref] = field(default_factory=list)
-    _backward: int = -1
-    _left: int = 0
+    _finds: dict[int, _Finds] = field(default_factory=dict)
+    """By backward pass: one may run inside another, and an exception may have ended one."""
 
-    def met(self, x: Tensor | None, z: Tensor | None) -> bool:
-        """A Tap runs: adds the use, if there is one. Returns whether no more will run in this backward pass."""
+    def met(self, node: Any, x: Tensor | None, z: Tensor | None) -> bool:
+        """A Tap runs, `node`: adds the use, if there is one. Returns whether no more will run in this backward pass."""
         backward = torch._C._current_graph_task_id()
-        if backward != self._backward:
-            self._backward, self.found = backward, []  # an exception may have ended the one before
-            self._left = 1 if len(self.taps) == 1 else sum(_runs(tap()) for tap in self.taps)
+        finds = self._finds.get(backward)
+        if finds is None:
+            # The engine does not say of the node that a backward pass starts at that it runs it.
+            others = sum(_runs(tap()) for tap in self.taps if tap() is not node)
+            finds = self._finds[backward] = _Finds([], 1 + others)
         if x is not None and z is not None:
-            self.found.append((x.detach(), z.detach()))
-        self._left -= 1
-        return self._left == 0
+            finds.uses.append((x.detach(), z.detach()))
+        finds.left -= 1
+        return finds.left == 0
+
+    def take(self) -> None:
+        """Makes what this backward pass has found the uses."""
+        finds = self._finds.pop(torch._C._current_graph_task_id(), None)
+        self.found = [] if finds is None else finds.uses
 
 
 Gradients = Callable[[Any, Sequence[bool]], Sequence[Tensor | None]]
@@ -101,7 +120,10 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns z, and from the last Tap of a layer the gradients of its weight and bias."""
-        return _leave_marked(ctx, z) if torch.is_grad_enabled() else _leave(ctx, z)
+        if not torch.is_grad_enabled():
+            return _leave(ctx, z)
+        with torch.no_grad():
+            return _refusing(_leave(ctx, z))
 
 
 def _leave(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -110,16 +132,23 @@ def _leave(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
     if not _runs(source) and not (bias and _runs(bias[0][0])):
         return z, None, None, None, None, None
     uses: Uses = ctx.uses
-    complete = uses.met(None if z is None else ctx.saved_tensors[0], z)
-    if not complete or ctx.gradients is None or not uses.found:
-        return z, None, None, None, None, None
-    needed, kind = ctx.needs_input_grad[4:], uses.found[0][1].device.type
-    if torch.is_autocast_enabled(kind):
-        return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
-    return z, None, None, None, *ctx.gradients(uses, needed)
+    if uses.met(ctx, None if z is None else ctx.saved_tensors[0], z) and ctx.gradients is not None:
+        uses.take()
+        if uses.found:
+            needed, kind = ctx.needs_input_grad[4:], uses.found[0][1].device.type
+            return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
+    return z, None, None, None, None, None
 
 
-_leave_marked = once_differentiable(_leave)  # with create_graph=True: to differentiate its result is refused
+def _refusing(results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The results under create_graph=True: to differentiate them is refused in words."""
+    places = {place: result for place, result in enumerate(results) if result is not None}
+    if not places:
+        return results
+    refuse = torch._C._functions.DelayedError(_SECOND, len(places))
+    refused: Any = refuse(*[result.detach().requires_grad_() for result in places.values()])
+    places = dict(zip(places, (refused,) if len(places) == 1 else refused, strict=True))
+    return tuple(places.get(place) for place in range(len(results)))
 
 
 class Gate(torch.autograd.Function):
@@ -133,13 +162,18 @@ class Gate(torch.autograd.Function):
         return torch.empty(0, device=next(p.device for p in parameters if p is not None))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns what the policy makes of the uses that were left."""
-        for uses in ctx.group:
-            if uses._backward != torch._C._current_graph_task_id():
-                uses.found = []  # of a backward pass that an exception ended
-        met = [uses.found[0][1] for uses in ctx.group if uses.found]
-        if not met:
-            return None, None, *(None for _ in ctx.needs_input_grad[2:])
-        return None, None, *without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0].device.type)
+        if not torch.is_grad_enabled():
+            return _answer(ctx)
+        with torch.no_grad():
+            return _refusing(_answer(ctx))
+
+
+def _answer(ctx: Any) -> tuple[Tensor | None, ...]:
+    for uses in ctx.group:
+        uses.take()
+    met = [uses.found[0][1] for uses in ctx.group if uses.found]
+    if not met:
+        return None, None, *(None for _ in ctx.needs_input_grad[2:])
+    return None, None, *without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0].device.type)

@@ -62,7 +62,7 @@ class Layer:
         if self.shared is not None:
             return self.shared
         own = self._own()[0]
-        if own is None:
+        if own is None or (self.module is not None and not own.is_leaf):
             return "its weight is computed from other parameters (parametrised)"
         if own.is_complex():
             return "its weight is complex"
