@@ -116,7 +116,7 @@ class Watch:
                 self._likeness[layer] = likeness(used, smw_coefficients(gram, alpha=alpha))
             return used
 
-        handle._asker._policy = policy
+        handle._asker._policy, handle._asker._known = policy, None  # all factors go through the policy
 
     def figures(self) -> Result:
         """Returns the epoch's figures and starts anew."""
