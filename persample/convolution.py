@@ -41,17 +41,17 @@ def weighted_grad(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor | None = None)
         return weight_gradient(x, z, spec)
     c, number = c.to(x.dtype), pieces(x, z, spec)
     if number == 1:
-        return _scaled_sum(x, z, spec, c)
+        return scaled_sum(x, z, spec, c)
     size = -(-x.shape[0] // number)
     first, *rest = zip(x.split(size), z.split(size), c.split(size), strict=True)
-    total = _scaled_sum(first[0], first[1], spec, first[2])
+    total = scaled_sum(first[0], first[1], spec, first[2])
     for part_x, part_z, part_c in rest:
-        total += _scaled_sum(part_x, part_z, spec, part_c)
+        total += scaled_sum(part_x, part_z, spec, part_c)
     return total
 
 
-def _scaled_sum(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor) -> Tensor:
-    """Σ_b c_b g_b: as the sum is linear in x and in z, the smaller of them is scaled."""
+def scaled_sum(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor) -> Tensor:
+    """Σ_b c_b g_b in one piece, of an ordinary convolution: linear in x and in z, so the smaller of them is scaled."""
     x, z = (scaled(x, c), z) if x.numel() < z.numel() else (x, scaled(z, c))
     return weight_gradient(x, z, spec)
 

@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.convolution import pieces
+from persample.convolution import pieces, scaled_sum
 from persample.convolution_blocks import conv_block
 from persample.layer_sum import Parameters, layer_sum
-from persample.scratch import scaled
 
 Sum = Callable[[Tensor, Tensor, Tensor], Parameters]
 """(x, z, c) → Σ_b c_b g_b for weight and bias."""
-
-_convolution_backward = torch.ops.aten.convolution_backward
-_WEIGHT_ONLY = [False, True, False]
 
 
 def signature(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: int) -> Hashable:
@@ -38,22 +34,6 @@ def prepare(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: int
     if ordinary and tuple(needed) == (True, False) and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         block = conv_block(module, x, z)
         if block.x is x and pieces(x, z, block.spec) == 1:
-            return _convolution(block)
+            spec = block.spec  # alone: the block holds x and z
+            return lambda x, z, c: (scaled_sum(x, z, spec, c.to(z.dtype)), None)
     return lambda x, z, c: layer_sum(module, [(x, z)], needed, axis, c)
-
-
-def _convolution(block: Any) -> Sum:
-    spec = block.spec
-    weight = block.x.new_empty(spec.weight_shape)  # only its shape is read
-    geometry = spec.stride, spec.padding, spec.dilation, False, spec.output_padding, spec.groups, _WEIGHT_ONLY
-    scale_x = block.x.numel() < block.z.numel()
-
-    def weighted(x: Tensor, z: Tensor, c: Tensor) -> Parameters:
-        c = c.to(z.dtype)
-        if scale_x:
-            x = scaled(x, c)
-        else:
-            z = scaled(z, c)
-        return _convolution_backward(z, x, weight, None, *geometry)[1], None
-
-    return weighted
