@@ -25,13 +25,14 @@ def conv_block(module: Any, x: Tensor, z: Tensor) -> Conv:
             out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for out, n, s, p, d, k in zip(*sizes, strict=True)
         )
     else:
-        # 'same' may need one more element on one side, and other modes copy: both are padded by hand.
+        # As the module does it: 'same' may need one more element on one side, and other modes copy.
         both = module._reversed_padding_repeated_twice
-        if module.padding_mode == "zeros" and both[0::2] == both[1::2]:
-            padding = tuple(both[0::2][::-1])
-        else:
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x, padding = F.pad(x, both, mode=mode), output_padding
+        if module.padding_mode != "zeros" or isinstance(padding, str):
+            if module.padding_mode == "zeros" and both[0::2] == both[1::2]:
+                padding = tuple(both[0::2][::-1])
+            else:
+                mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+                x, padding = F.pad(x, both, mode=mode), output_padding
     shape = tuple(module.weight.shape)
     geometry = module.stride, padding, module.dilation, module.transposed, output_padding, module.groups
     return Conv(x, z, _spec(shape, *geometry))

@@ -163,3 +163,14 @@ def test_resuming_goes_on_bit_for_bit(stop: int, share: str, control: str | None
     steps(after, resumed, range(stop, 8))
     for p, q in zip(whole.parameters(), after.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_group_that_is_switched_off_later_takes_the_plain_gradient() -> None:
+    """Though coefficients for it are stored."""
+    model, (batch,) = Net(), data(6)
+    opt = FNGD(model, lr=0.0, alpha=1e-3, steps_per_epoch=1)
+    rows = own_gradients(model, batch)
+    assert_close(run(model, opt, batch), directions(rows, explicit(rows, 1e-3)))
+    for group in opt.param_groups:
+        group["precondition"] = False
+    assert_close(run(model, opt, batch), directions(rows, {}))

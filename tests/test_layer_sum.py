@@ -346,3 +346,18 @@ def test_several_calls_and_a_function() -> None:
         torch.autograd.grad(F.linear(x[:, b], weight), weight, c[b] * z[:, b])[0] for x, z in calls for b in range(5)
     )
     torch.testing.assert_close(total, expected)
+
+
+def test_a_geometry_that_changes_between_steps_is_seen() -> None:
+    """Though all shapes stay the same; factors are given beforehand, so that the sum is a prepared one."""
+    layer, x, c = nn.Conv2d(2, 3, 3, padding=1, bias=False).double(), torch.randn(4, 2, 6, 6).double(), torch.rand(4)
+    handle = reweight(layer, lambda *_: pytest.fail("known= has answered"), known=lambda *_: c)
+    for reach in (1, 2, 1):
+        layer.padding = layer.dilation = (reach, reach)
+        layer.zero_grad()
+        layer(x).sin().sum().backward()
+        weight = layer.weight.detach().requires_grad_()
+        output = F.conv2d(x, weight, padding=reach, dilation=reach).sin().flatten(1).sum(1)
+        (expected,) = torch.autograd.grad(output @ c.double(), weight)
+        torch.testing.assert_close(layer.weight.grad, expected)
+    handle.remove()
