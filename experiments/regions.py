@@ -14,8 +14,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -90,25 +91,22 @@ def _everywhere(function: Callable[..., Any], clock: Clock) -> list[tuple[Any, s
 def watched(optimizer: Any, clock: Clock) -> Iterator[None]:
     """Times the parts of one of our optimisers; torch's own have nothing but their update."""
     places: list[tuple[Any, str, Any]] = []
+    wrapped: AbstractContextManager[None] = nullcontext()
     if hasattr(optimizer, "_moments"):  # Shampoo
         places.append((optimizer, "_updated", clock.timed("statistics", optimizer._updated)))
         places.append((optimizer, "_direction", clock.timed("direction", optimizer._direction)))
         places += _everywhere(shampoo.inverse_root, clock)
     elif hasattr(optimizer, "_running"):  # KFAC, SKFAC, Eva
-        asker = optimizer._handle._asker
-        places.append((asker, "_policy", clock.timed("statistics", asker._policy)))
+        wrapped = optimizer.handle.wrapped(partial(clock.timed, "statistics"))
         places.append((optimizer, "_method", _Timed(optimizer._method, clock)))
     else:  # NGD and FNGD; torch's optimisers never call these
         places.append((LayerGrads, "gram", clock.timed("statistics", LayerGrads.gram)))
         places += _everywhere(smw_coefficients, clock)
-    patches = [mock.patch.object(owner, name, new) for owner, name, new in places]
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(wrapped)
+        for owner, name, new in places:
+            stack.enter_context(mock.patch.object(owner, name, new))
         yield
-    finally:
-        for patch in reversed(patches):
-            patch.stop()
 
 
 def breakdown(

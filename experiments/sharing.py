@@ -27,6 +27,7 @@ from fngd.models import build_model
 from fngd.recipes import SCHEDULES
 from fngd.training import evaluate
 from persample import LayerGrads
+from persample.reweight import Policy
 
 METHODS = ("constant", "ngd", "fngd", "permuted", "sample", "refreshed")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -101,22 +102,24 @@ def optimizer(
 class Watch:
     """Looks at the factors that an optimiser uses, and compares stored ones with fresh ones where asked to."""
 
-    def __init__(self, optimizer: NGD | FNGD, alpha: float | None) -> None:
+    def __init__(self, alpha: float | None) -> None:
         self.comparing = False
+        self._alpha = alpha
         self._factors: list[tuple[Tensor, Tensor]] = []
         self._likeness: dict[str, tuple[Tensor, Tensor]] = {}
-        handle = optimizer._handle
-        inner = handle._asker._policy
 
-        def policy(layer: str, grads: LayerGrads) -> Tensor:
-            used = inner(layer, grads)
+    def __call__(self, policy: Policy) -> Policy:
+        """Returns the policy, watched."""
+
+        def watched(layer: str, grads: LayerGrads) -> Tensor:
+            used = policy(layer, grads)
             self._factors.append((used.mean(), used.std(correction=0)))
             if self.comparing:
                 gram = grads.gram() * grads.batch_size**2  # of the samples' own gradients: the loss is a mean
-                self._likeness[layer] = likeness(used, smw_coefficients(gram, alpha=alpha))
+                self._likeness[layer] = likeness(used, smw_coefficients(gram, alpha=self._alpha))
             return used
 
-        handle._asker._policy, handle._asker._known = policy, None  # all factors go through the policy
+        return watched
 
     def figures(self) -> Result:
         """Returns the epoch's figures and starts anew."""
@@ -155,7 +158,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     samples = len(dataset.train.labels)
     steps = math.ceil(samples / settings["batch_size"])
     opt = optimizer(method, model, alpha, settings, steps, samples)
-    watch, factor = Watch(opt, alpha), SCHEDULES[settings["schedule"]]
+    watch, factor = Watch(alpha), SCHEDULES[settings["schedule"]]
     epochs: list[Result] = []
     state = context.load()
     if state is not None:
@@ -165,19 +168,20 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     for epoch in range(len(epochs), settings["epochs"]):
         model.train()
         total = torch.zeros((), device=context.device)
-        reuses = alpha is not None and isinstance(opt, FNGD) and not opt._sharing().computing
-        for number, (ids, images, labels) in enumerate(batches(dataset.train, settings, seed, epoch)):
-            for group in opt.param_groups:
-                group["lr"] = settings["lr"] * factor((epoch * steps + number) / (settings["epochs"] * steps))
-            if method == "sample":
-                opt.next_batch(ids)  # type: ignore[union-attr]
-            watch.comparing = number == 0 and reuses
-            loss = F.cross_entropy(model(images.to(context.device)), labels.to(context.device))
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            total += loss.detach() * len(labels)
-            context.progress(epoch * steps + number + 1, settings["epochs"] * steps, f"epoch {epoch + 1}")
+        reuses = alpha is not None and isinstance(opt, FNGD) and not opt.computing
+        with opt.handle.wrapped(watch):
+            for number, (ids, images, labels) in enumerate(batches(dataset.train, settings, seed, epoch)):
+                for group in opt.param_groups:
+                    group["lr"] = settings["lr"] * factor((epoch * steps + number) / (settings["epochs"] * steps))
+                if method == "sample":
+                    opt.next_batch(ids)  # type: ignore[union-attr]
+                watch.comparing = number == 0 and reuses
+                loss = F.cross_entropy(model(images.to(context.device)), labels.to(context.device))
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                total += loss.detach() * len(labels)
+                context.progress(epoch * steps + number + 1, settings["epochs"] * steps, f"epoch {epoch + 1}")
         test_loss, accuracy = evaluate(model, test)
         figures = {"train_loss": total.item() / samples, "test_loss": test_loss, "test_accuracy": accuracy}
         epochs.append({**figures, **watch.figures()})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fngd.distributed import Exchange
-from fngd.members import Part, attention_parameters, is_function, members, unseen
+from fngd.members import Part, attention_parameters, members, unseen
 from fngd.sharers import conflicts, never_preconditioned
 from persample.reweight import Reweighting
 
@@ -83,7 +83,7 @@ class Chosen:
         if not self._changed:
             return
         self._changed = False
-        self._functions = {path for path in self.handle.layers if is_function(self.handle, path)}
+        self._functions = set(self.handle.functions) & set(self.handle.layers)
         if self._functions:
             used = {path: members(self.handle, path) for path in sorted(self._met)}
             self._plain |= conflicts(self._model, used, self._functions)

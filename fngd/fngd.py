@@ -116,6 +116,21 @@ class FNGD(NaturalSGD):
         """
         self._sharing().start_epoch()
 
+    @property
+    def computing(self) -> bool:
+        """Whether the coming backward pass computes coefficients, as far as its epoch tells: or stored ones are used.
+
+        >>> model = nn.Linear(3, 1)
+        >>> opt, found = fngd.FNGD(model, lr=0.1, steps_per_epoch=1), []
+        >>> for epoch in range(2):
+        ...     found.append(opt.computing)
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     opt.step()
+        >>> found
+        [True, False]
+        """
+        return self._table is None or self._table.computing
+
     def _sharing(self) -> CoefficientTable:
         if self._table is None:
             raise ValueError("share=None keeps no coefficients, so there is nothing to announce")

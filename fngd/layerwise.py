@@ -21,7 +21,7 @@ from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.statistics import Factors, Statistics
-from persample import LayerGrads, reweight
+from persample import LayerGrads, Reweighting, reweight
 
 REDUCTIONS = ("mean", "sum")
 State = dict[str, Tensor]
@@ -221,6 +221,15 @@ class LayerPreconditioned(Preconditioned):
         'preconditioned, samples on axis 0 of its output'
         """
         return self._chosen.explain(self.param_groups)
+
+    @property
+    def handle(self) -> Reweighting:
+        """The handle of `persample.reweight` on the model: its layers, and a way to watch what they are answered.
+
+        >>> fngd.KFAC(nn.Linear(3, 1), lr=0.1).handle.layers
+        ('',)
+        """
+        return self._handle
 
     @property
     def bytes_sent(self) -> int:

@@ -10,68 +10,31 @@ Functions are known from the first forward pass on, the parameters of attention 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from persample.parts import Part, Parts
 from persample.reweight import Reweighting
 
-
-@dataclass(frozen=True)
-class Part:
-    """Rows start … stop − 1 of a parameter, along its first axis."""
-
-    param: Tensor
-    start: int
-    stop: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are all rows."""
-        return self.start == 0 and self.stop == len(self.param)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Returns these rows of a tensor that is like the parameter: a view, or the tensor itself."""
-        return tensor if self.whole else tensor[self.start : self.stop]
-
-    def meets(self, other: Part) -> bool:
-        """Whether the two have rows in common.
-
-        >>> parameter = nn.Parameter(torch.zeros(6, 2))
-        >>> Part(parameter, 0, 4).meets(Part(parameter, 3, 6))
-        True
-        """
-        return self.param is other.param and self.start < other.stop and other.start < self.stop
+__all__ = [
+    "Members", "Part", "attention_parameters", "by_parameter", "covered", "members", "parameter_of",
+    "parameters", "scaled_rows", "unseen",
+]  # fmt: skip
 
 
-Members = tuple[Part | None, Part | None]
-"""(weight, bias) of a layer; None for what it has not."""
+Members = Parts
 
 
 def members(handle: Reweighting, path: str) -> Members:
-    """Returns where the weight and the bias of a layer are, by a path of `handle.explain()`.
+    """Returns where the weight and the bias of a layer are, as `handle.parts(path)` does.
 
     (None, None) for a path that is no layer (yet), and for a function whose bias is no parameter and no rows of one.
     """
-    # What `handle.parameters(path)` does not tell: which rows.
-    layer = handle._layers.get(handle._tied.get(path, path))
-    if layer is None:
+    try:
+        return handle.parts(path)
+    except KeyError:
         return None, None
-    if layer.module is not None:
-        own = layer.module._parameters
-        return _all_of(own.get("weight")), _all_of(own.get("bias"))
-    assert layer.source is not None, "a function's layer is made with one"
-    weight, bias = layer.source()
-    owners = [*layer.owners, None]
-    found = _rows(weight, owners[0]), _rows(bias, owners[1])
-    return (None, None) if found[0] is None or (bias is not None and found[1] is None) else found
-
-
-def is_function(handle: Reweighting, path: str) -> bool:
-    """Whether a path is that of a function, not of a module's call."""
-    layer = handle._layers.get(path)
-    return layer is not None and layer.module is None
 
 
 def parameters(handle: Reweighting, path: str) -> list[Tensor]:
@@ -173,17 +136,3 @@ def _times(grad: Tensor, factor: Tensor) -> Tensor:
         return grad * factor
     local, placing = grad.to_local() * factor, (grad.device_mesh, grad.placements)  # type: ignore[attr-defined]
     return type(grad).from_local(local, *placing, shape=grad.shape, stride=grad.stride())  # type: ignore[attr-defined]
-
-
-def _all_of(param: Tensor | None) -> Part | None:
-    return None if param is None else Part(param, 0, len(param))
-
-
-def _rows(own: Tensor | None, owner: Tensor | None) -> Part | None:
-    """Where in a parameter a function's weight or bias is."""
-    if own is None or owner is None or not owner.is_leaf or own.shape[1:] != owner.shape[1:]:
-        return None
-    if not own.is_contiguous() or not owner.is_contiguous():
-        return _all_of(owner) if own is owner else None
-    first = (own.storage_offset() - owner.storage_offset()) // max(1, owner[0].numel())
-    return Part(owner, first, first + len(own))

@@ -20,7 +20,7 @@ from fngd.method import Method
 from fngd.policy import Policy
 from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
-from persample import reweight
+from persample import Reweighting, reweight
 
 CHECK_EVERY = 100
 """Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
@@ -134,6 +134,15 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
     def _option(self, layer: str, name: str, default: Any) -> Any:
         number = self._group_of.get(layer)
         return default if number is None else self.param_groups[number].get(name, default)
+
+    @property
+    def handle(self) -> Reweighting:
+        """The handle of `persample.reweight` on the model: its layers, and a way to watch what they are answered.
+
+        >>> fngd.NGD(nn.Linear(3, 1), lr=0.1).handle.layers
+        ('',)
+        """
+        return self._handle
 
     @property
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class Asker:
     def __init__(self, policy: Policy, known: Known | None, joint: bool) -> None:
         self._policy, self._known, self.joint = policy, known, joint
         self._asked: tuple[Pass, dict[str, Part]] | None = None
+
+    @contextmanager
+    def wrapped(self, wrap: Callable[[Policy], Policy]) -> Iterator[None]:
+        """See `Reweighting.wrapped`."""
+        before = self._policy, self._known
+        self._policy, self._known = wrap(self._policy), None
+        try:
+            yield
+        finally:
+            self._policy, self._known = before
 
     def of_layer(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the gradients of a layer's weight and bias, after asking the policy about it."""

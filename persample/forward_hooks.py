@@ -1,10 +1,12 @@
-"""The hooks of `persample.reweight` in a forward pass: they put Taps and Gates (`persample.taps`) into its graph."""
+"""The hooks of `persample.reweight` in a forward pass: they put Taps and Gates (`persample.taps`) into its graph.
+
+What a function does with a weight counts as a layer's call, too; `persample.function_layers` knows which layer's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from persample import trial
 from persample.asking import Asker
-from persample.functional import Watcher, base_of
+from persample.function_layers import FunctionLayers, computed
 from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
 from persample.weights import Layer
@@ -43,14 +45,12 @@ class ForwardHooks:
         outputs: bool,
     ) -> None:
         self.asker, self.layers, self.outputs = asker, layers, outputs
-        self.watcher = Watcher(weights, self._linear)
+        self.functions = FunctionLayers(weights, self._linear, layers, axis_of)
         self.forward = Pass()
         self.uses: dict[str, Uses] | None = None
         """Of the layers that the running pass has met, by path; None outside of it."""
         self._token: Tensor | None = None  # of the Gate, where layers are asked jointly
-        self._model, self._axis_of = model, axis_of
-        self._watched = list(weights)
-        self._entered: list[list[nn.Parameter]] = []
+        self._model = model
         self._running: Layer | None = None
         self._unsure: dict[Layer, list[int]] = {}
         self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
@@ -67,20 +67,19 @@ class ForwardHooks:
             return
         self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
         self._passes.append(self.forward)
-        while self._entered:  # left over from a forward pass that Ctrl-C ended
-            self.watcher.stop(self._entered.pop())
+        self.functions.leave_all()  # left over from a forward pass that Ctrl-C ended
         self.uses, self._token = {}, None
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return
         if self.asker.joint:
-            if not self._met and self._watched:  # the Gate must know every layer beforehand
+            if not self._met and self.functions.watched:  # the Gate must know every layer beforehand
                 with trial.rehearsal(self._model):
                     self._rehearse(args, kwargs)
             self._join()
         self._call = args, kwargs
         if not self._met:
             self._follow(args, kwargs)
-        self.enter_owner(self._watched, module, args, kwargs)
+        self.functions.enter(self.functions.watched)
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
         self._unfollow()  # left over from a forward pass that Ctrl-C ended
@@ -104,7 +103,7 @@ class ForwardHooks:
         for layer in self.layers.values():
             layer.switch_on()  # left over from a forward pass that Ctrl-C ended
         # A computed bias of this pass is not there yet.
-        layers = [layer for layer in self.layers.values() if not _computed(layer.owners) and layer.parameters()]
+        layers = [layer for layer in self.layers.values() if not computed(layer.owners) and layer.parameters()]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):
             raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
@@ -121,7 +120,7 @@ class ForwardHooks:
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
         self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
-        self.leave_owner(module, args, output)
+        self.functions.leave()
         if output is None:  # the forward raised
             return
         functions = sorted(path for path, layer in self.layers.items() if layer.module is None)
@@ -138,11 +137,7 @@ class ForwardHooks:
             self._unsure = {}
         if torch.is_grad_enabled() and not self._met:
             self._met = True
-            called = {id(weight) for layer in self.layers.values() if layer.called for weight in layer.members()}
-            functional = {
-                id(weight) for layer in self.layers.values() if layer.module is None for weight in layer.owners
-            }
-            self._watched = [each for each in self._watched if id(each) not in called or id(each) in functional]
+            self.functions.forget_called()
         if self.outputs:
             first = _first_tensor(output)
             if first is not None and first.requires_grad:
@@ -187,22 +182,21 @@ class ForwardHooks:
                 self.uses[layer.path] = uses
         return Tap.apply(output, x, uses, self.asker.of_layer, weight, bias)
 
-    # --- functions ------------------------------------------------------------------------------------------
+    # --- a function -----------------------------------------------------------------------------------------
 
     def enter_owner(self, weights: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The forward of a module begins that may use weights as functions do."""
-        self._entered.append(self.watcher.start(weights) if torch.is_grad_enabled() or self._trial is not None else [])
+        self.functions.enter(weights if torch.is_grad_enabled() or self._trial is not None else [])
 
     def leave_owner(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends."""
-        if self._entered:
-            self.watcher.stop(self._entered.pop())
+        self.functions.leave()
 
     def _rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[Tensor]]:
         """Runs the model; outputs by layer."""
         self._trial = {}
         try:
-            with self.watcher.watching(self._watched):
+            with self.functions.watching():
                 self._model(*args, **kwargs)
             return self._trial
         finally:
@@ -213,7 +207,7 @@ class ForwardHooks:
         training = torch.is_grad_enabled() or self._trial is not None
         if self._running is not None or not (training and weight.requires_grad):
             return F.linear(x, weight, bias)
-        layer = self._function(name, weight, bias)
+        layer = self.functions.layer(name, weight, bias, self._used)
         if not self._has_rows(layer, x):
             return F.linear(x, weight, bias)
         batch = self.forward.batch
@@ -227,33 +221,12 @@ class ForwardHooks:
         output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
         return self._tapped(layer, x, output, *layer.parameters())
 
-    def _function(self, name: str, weight: Tensor, bias: Tensor | None) -> Layer:
-        """The layer of a function's weight and bias; a weight with several biases is several layers."""
-        owners = tuple(base_of(each) for each in (weight, bias) if each is not None)
-        for number in count(1):
-            path = name if number == 1 else f"{name} ({number})"
-            layer = self.layers.get(path)
-            if layer is None:
-                layer = self.layers[path] = Layer(path, None, self._axis_of(name), owners=owners)
-                layer.source = lambda: (weight, bias)
-            if layer.module is None and self._owned(layer, owners):
-                layer.owners = owners
-                return layer
-        raise AssertionError("count never ends")
-
-    def _owned(self, layer: Layer, owners: tuple[Tensor, ...]) -> bool:
-        """Whether they are a function's layer's; a bias that is computed is another tensor in each pass."""
-        if [id(each) for each in layer.owners] == [id(each) for each in owners]:
-            return True
-        if layer.owners[0] is not owners[0] or not (_computed(layer.owners) and _computed(owners)):
-            return False
+    def _used(self, layer: Layer) -> bool:
+        """Whether the pass that runs has met the layer."""
+        if self._trial is not None:
+            return layer in self._trial
         uses = (self.uses or {}).get(layer.path)
-        return layer not in self._trial if self._trial is not None else uses is None or not uses.taps
-
-
-def _computed(owners: tuple[Tensor, ...]) -> bool:
-    """Whether a bias among them is no parameter."""
-    return any(not isinstance(each, nn.Parameter) for each in owners)
+        return uses is not None and bool(uses.taps)
 
 
 def _first_tensor(tree: Any) -> Tensor | None:

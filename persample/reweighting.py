@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from persample.asking import Asker
+from persample.asking import Asker, Policy
 from persample.forward_hooks import ForwardHooks
 from persample.functional import owners
 from persample.layers import LayerGrads
+from persample.parts import Parts, parts_of
 from persample.traced import TracedHooks
 from persample.weights import Layer
 
@@ -66,7 +68,7 @@ class Reweighting:
         self._layers, self._tied = layers, tied
         self._asker = asker
         self._eager = ForwardHooks(model, self._asker, layers, axis_of, weights, outputs=outputs)
-        self._watcher = self._eager.watcher
+        self._watcher = self._eager.functions.watcher
         self._traced = TracedHooks(self._eager)
         self._hooks = list(self._register(model))
 
@@ -138,6 +140,55 @@ class Reweighting:
         if not found:
             raise KeyError(f"no layer is called '{path}'; there are {sorted(self.explain())}")
         return found
+
+    def parts(self, path: str) -> Parts:
+        """Returns where the weight and the bias of a layer are: parameters, or rows of them (`persample.parts`).
+
+        (None, None) for a function whose bias is no parameter and no rows of one; None for a bias that there is not.
+        Raises KeyError for a path of no layer, or of a function that has not been called yet.
+
+        >>> model = nn.MultiheadAttention(4, 2)
+        >>> handle = persample.reweight(model, lambda layer, grads: None, functions=True)
+        >>> x, memory = torch.randn(3, 2, 4), torch.randn(5, 2, 4)
+        >>> output, _ = model(x, memory, memory)  # queries are one layer, keys and values another
+        >>> [(name, handle.parts(name)[0].start, handle.parts(name)[0].stop) for name in handle.functions]
+        [('in_proj_weight[0:4]', 0, 4), ('in_proj_weight[4:12]', 4, 12), ('out_proj', 0, 4)]
+        """
+        layer = self._layers.get(self._tied.get(path, path))
+        if layer is None:
+            raise KeyError(f"no layer is called '{path}'; there are {sorted([*self._layers, *self._tied])}")
+        return parts_of(layer)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Paths of the layers that are functions, as far as forward passes have met them; `parts` has an example.
+
+        >>> handle = persample.reweight(nn.Linear(3, 1), lambda layer, grads: None, functions=True)
+        >>> handle.functions
+        ()
+        """
+        return tuple(path for path, layer in self._layers.items() if layer.module is None)
+
+    def wrapped(self, wrap: Callable[[Policy], Policy]) -> AbstractContextManager[None]:
+        """Returns a context within which wrap(policy) is asked instead of the policy: to watch it, or to time it.
+
+        `known` is not asked then, so that every answer passes the wrapped policy. Contexts nest; each ends those that
+        were entered after it.
+
+        >>> model, seen = nn.Linear(3, 1), []
+        >>> handle = persample.reweight(model, lambda layer, grads: 1 / grads.norms())
+        >>> def noting(policy):
+        ...     def noted(layer, grads):
+        ...         factors = policy(layer, grads)
+        ...         seen.append(tuple(factors.shape))
+        ...         return factors
+        ...     return noted
+        >>> with handle.wrapped(noting):
+        ...     model(torch.randn(5, 3)).sum().backward()
+        >>> seen
+        [(5,)]
+        """
+        return self._asker.wrapped(wrap)
 
     def remove(self) -> None:
         """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated.

@@ -1,0 +1,92 @@
+"""Layers that are functions: whose weight it is that a function of torch is given (see `persample.functional`).
+
+A module is one layer, known beforehand. A function is known when it is called, by what it is called with: the
+parameters that own its weight and bias. A weight with several biases is several layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import count
+
+from torch import Tensor, nn
+
+from persample.functional import Linear, Watcher, base_of
+from persample.weights import Layer
+
+
+class FunctionLayers:
+    """Watches weights while forward passes run, and finds the layers of the functions that use them.
+
+    Arguments:
+        weights: parameters that functions may use → their names.
+        linear: what is called in place of `F.linear` with a watched weight.
+        layers: by path, those of modules; functions are added as they are met.
+        axis_of: path → the batch axis that the user gave.
+    """
+
+    def __init__(
+        self,
+        weights: dict[nn.Parameter, str],
+        linear: Linear,
+        layers: dict[str, Layer],
+        axis_of: Callable[[str], int | None],
+    ) -> None:
+        self.watcher = Watcher(weights, linear)
+        self.watched = list(weights)
+        """What is watched for the whole of the model's forward."""
+        self._layers, self._axis_of = layers, axis_of
+        self._entered: list[list[nn.Parameter]] = []
+
+    def enter(self, weights: list[nn.Parameter]) -> None:
+        """A forward begins that may use these weights; to be followed by `leave`."""
+        self._entered.append(self.watcher.start(weights))
+
+    def leave(self) -> None:
+        """It ends."""
+        if self._entered:
+            self.watcher.stop(self._entered.pop())
+
+    def leave_all(self) -> None:
+        """No forward runs."""
+        while self._entered:
+            self.leave()
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Within the context what is watched for the model's forward is watched."""
+        return self.watcher.watching(self.watched)
+
+    def forget_called(self) -> None:
+        """From now on weights are not watched that modules use, and no function."""
+        called = {id(weight) for layer in self._layers.values() if layer.called for weight in layer.members()}
+        given = {id(weight) for layer in self._layers.values() if layer.module is None for weight in layer.owners}
+        self.watched = [each for each in self.watched if id(each) not in called or id(each) in given]
+
+    def layer(self, name: str, weight: Tensor, bias: Tensor | None, used: Callable[[Layer], bool]) -> Layer:
+        """Returns the layer of a function's weight and bias; `used`: whether the pass that runs has met a layer."""
+        owners = tuple(base_of(each) for each in (weight, bias) if each is not None)
+        for number in count(1):
+            path = name if number == 1 else f"{name} ({number})"
+            layer = self._layers.get(path)
+            if layer is None:
+                layer = self._layers[path] = Layer(path, None, self._axis_of(name), owners=owners)
+                layer.source = lambda: (weight, bias)
+            if layer.module is None and _owned(layer, owners, used):
+                layer.owners = owners
+                return layer
+        raise AssertionError("count never ends")
+
+
+def computed(owners: tuple[Tensor, ...]) -> bool:
+    """Whether a bias among them is no parameter."""
+    return any(not isinstance(each, nn.Parameter) for each in owners)
+
+
+def _owned(layer: Layer, owners: tuple[Tensor, ...], used: Callable[[Layer], bool]) -> bool:
+    """Whether they are a function's layer's; a bias that is computed is another tensor in each pass."""
+    if [id(each) for each in layer.owners] == [id(each) for each in owners]:
+        return True
+    if layer.owners[0] is not owners[0] or not (computed(layer.owners) and computed(owners)):
+        return False
+    return not used(layer)
