@@ -1,7 +1,7 @@
 """Σ_b c_b g_b of a layer, straight from its inputs x and output gradients z: one weight gradient for each call.
 
-The sum is linear in x and in z, so the smaller of them is scaled by c, and the ordinary weight gradient is formed of
-the two. Positions of one sample are more rows with the same factor, in any order: no axis is moved.
+The sum is linear in x and in z, so one of them is scaled by c, and the ordinary weight gradient is formed of the two.
+Positions of one sample are more rows with the same factor, in any order: no axis is moved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from persample import convolution
 from persample.convolution_blocks import conv_block
 from persample.precision import full_precision
 from persample.products import weight_product
-from persample.scratch import scaled
 
 Parameters = tuple[Tensor | None, Tensor | None]
 """What belongs to a layer's weight, and to its bias; None for one that needs no gradient."""
@@ -58,16 +57,12 @@ def _total(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _linear(x: Tensor, z: Tensor, needed: Sequence[bool], axis: int, c: Tensor | None) -> Parameters:
+    rows = None if c is None else _rows_of(c, z.shape, axis)
+    z, x = z.flatten(0, -2), x.flatten(0, -2)
     bias = None
-    if c is not None and (z.shape[-1] <= x.shape[-1] or not needed[0]):
-        z, c = scaled(z, c, axis), None
     if needed[1]:
-        bias = z.flatten(0, -2).sum(0) if c is None else _rows_of(c, z.shape, axis) @ z.flatten(0, -2)
-    if not needed[0]:
-        return None, bias
-    if c is not None:
-        x = scaled(x, c, axis)
-    return weight_product(z.flatten(0, -2), x.flatten(0, -2)), bias
+        bias = z.sum(0) if rows is None else rows @ z
+    return weight_product(z, x, rows) if needed[0] else None, bias
 
 
 def _rows_of(c: Tensor, shape: Sequence[int], axis: int) -> Tensor:

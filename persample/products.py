@@ -2,17 +2,20 @@
 
 In float32 on a CPU they go to oneDNN, which uses the widest vectors of any CPU, where the BLAS of torch's build
 does so on one vendor's only: measured on an AMD EPYC with AVX-512, 230 against 105 GFLOP/s on one core, and the
-weight gradient in 0.5 to 0.7 of the time, two transposes included. The choice depends on shapes alone, so that
+weight gradient in 0.5 to 0.7 of the time, the transpose of z included. The choice depends on shapes alone, so that
 results repeat bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from persample.scratch import scaled, transposed
 
 # Not a public operation, so it may be missing; `@` is then as exact, only slower.
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -22,6 +25,9 @@ LONGEST = 2**17
 off (and five times as slow). Longer rows are to be cut and the products added."""
 SMALLEST = 2**21
 """Multiplications below which a call to oneDNN costs more than it saves."""
+PIECE, FEWEST = 2**20, 256
+"""Bytes of z that are transposed at a time for the weight gradient, and rows at least: what is transposed lies in
+memory that is kept, and products of fewer rows write as much as they read."""
 NARROWEST = 64
 """Rows in a block of a symmetric product, at least."""
 
@@ -42,16 +48,47 @@ def row_products(
     rows: Float[Tensor, "batch entries"], columns: Float[Tensor, "other entries"]
 ) -> Float[Tensor, "batch other"]:
     """Returns rows @ columns.T, [B, B']."""
-    if _by_onednn(rows, columns):
-        # contiguous, or it falls back to a reference kernel that is a thousand times slower
-        result: Tensor = _LINEAR(rows.contiguous(), columns.contiguous(), None, "none", [], "")
-        return result
-    return rows @ columns.mT
+    return _onednn(rows.contiguous(), columns) if _by_onednn(rows, columns) else rows @ columns.mT
 
 
-def weight_product(z: Float[Tensor, "rows out"], x: Float[Tensor, "rows inp"]) -> Float[Tensor, "out inp"]:
-    """Returns Σ_r z_r ⊗ x_r, [O, I]: the weight gradient of a linear layer."""
-    return row_products(z.mT, x.mT)
+def weight_product(
+    z: Float[Tensor, "rows out"], x: Float[Tensor, "rows inp"], c: Float[Tensor, " rows"] | None = None
+) -> Float[Tensor, "out inp"]:
+    """Returns Σ_r c_r z_r ⊗ x_r, [O, I]: the weight gradient of a linear layer, of rows that count as c says.
+
+    What is multiplied by c is there anyway, or the narrower of the two.
+    """
+    if _by_onednn(z.mT, x.mT) and not (c is not None and c.requires_grad):
+        pieces = max(1, min(len(z) // FEWEST, -(-z.nbytes // PIECE)))
+        factors = [None] * pieces if c is None else c.tensor_split(pieces)
+        return _sum(map(_piece, z.tensor_split(pieces), x.tensor_split(pieces), factors))
+    if c is not None and z.shape[1] <= x.shape[1]:
+        z = scaled(z, c)
+    elif c is not None:
+        x = scaled(x, c)
+    return z.mT @ x
+
+
+def _piece(z: Tensor, x: Tensor, c: Tensor | None) -> Tensor:
+    rows = transposed(z)
+    return _onednn(rows if c is None else rows.mul_(c), x.mT)
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
+
+
+def _onednn(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns.T of contiguous rows.
+
+    Columns are packed in any case, from either order; in a third one it takes a kernel a thousand times slower.
+    """
+    packed = columns if columns.mT.is_contiguous() else columns.contiguous()
+    result: Tensor = _LINEAR(rows, packed, None, "none", [], "")
+    return result
 
 
 def gram_of_rows(rows: Float[Tensor, "batch entries"], columns: Float[Tensor, "other entries"] | None = None) -> Tensor:

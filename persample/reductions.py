@@ -30,7 +30,6 @@ from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
 from persample.chunking import chunks
 from persample.precision import full_precision
 from persample.products import gram_of_rows, weight_product
-from persample.scratch import scaled
 
 
 def real_rows(values: Tensor) -> Tensor:
@@ -109,9 +108,7 @@ def weighted_sum(block: Block, c: Float[Tensor, " batch"]) -> Tensor:
 @weighted_sum.register
 def _(block: Outer, c: Tensor) -> Tensor:
     x, z = full_precision(block.x), full_precision(block.z)
-    c = c.to(z.dtype)
-    x, z = (x, scaled(z, c)) if z.shape[2] <= x.shape[2] else (scaled(x, c), z)
-    return weight_product(z.flatten(0, 1), x.flatten(0, 1))
+    return weight_product(z.flatten(0, 1), x.flatten(0, 1), c.to(z.dtype).repeat_interleave(z.shape[1]))
 
 
 @weighted_sum.register

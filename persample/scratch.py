@@ -50,6 +50,13 @@ def scaled(rows: Tensor, factors: Tensor, axis: int = 0) -> Tensor:
     return torch.mul(rows, factors, out=memory.as_strided(rows.shape, rows.stride()))
 
 
+def transposed(rows: Tensor) -> Tensor:
+    """Returns a copy of rows, [R, n], as [n, R], contiguous: the caller's to change before the next call."""
+    if not SMALLEST <= rows.nbytes <= LARGEST or not _ordinary(rows):
+        return rows.mT.clone(memory_format=torch.contiguous_format)
+    return _kept.get("scaled", rows.numel(), rows.dtype)[: rows.numel()].view(rows.mT.shape).copy_(rows.mT)
+
+
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Returns uninitialised memory with the dtype and on the device of `like`; valid until the next call."""
     size = math.prod(shape)
