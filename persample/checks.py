@@ -94,6 +94,13 @@ class SumCheck:
 
     def compare(self, batch_gradient: Mapping[str, Tensor | None], *, precision: torch.dtype, backend: str) -> None:
         """Raises `CheckError` unless the sums are the gradient of the weighted losses."""
+        for name, (miss, norm) in self.misses(batch_gradient, precision=precision).items():
+            raise sum_error(name, miss, norm, precision=precision, backend=backend)
+
+    def misses(
+        self, batch_gradient: Mapping[str, Tensor | None], *, precision: torch.dtype
+    ) -> dict[str, tuple[float, float]]:
+        """The parameters whose sum is another one: norms of the difference and of the batch gradient."""
         absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
         misses: dict[str, tuple[Tensor, Tensor]] = {}
         for name, gradient in batch_gradient.items():
@@ -110,13 +117,20 @@ class SumCheck:
             miss = norm if total is None else torch.linalg.vector_norm(total - expected).double().cpu()
             self._largest = torch.maximum(self._largest, norm)
             misses[name] = miss, norm
-        for name, (miss, norm) in misses.items():
-            if not bool(miss <= absolute * self._largest + relative * norm):
-                raise CheckError(
-                    f"backend {backend!r} found per-sample gradients of {name!r} that do not add up to the batch "
-                    f"gradient (norm of the difference {float(miss):.3g}, of the batch gradient {float(norm):.3g}); "
-                    f"the result would be wrong. {_advice(backend)}"
-                )
+        return {
+            name: (float(miss), float(norm))
+            for name, (miss, norm) in misses.items()
+            if not bool(miss <= absolute * self._largest + relative * norm)
+        }
+
+
+def sum_error(name: str, miss: float, norm: float, *, precision: torch.dtype, backend: str) -> CheckError:
+    """The error for a parameter among the `misses`."""
+    return CheckError(
+        f"backend {backend!r} found per-sample gradients of {name!r} that do not add up to the batch gradient (norm of "
+        f"the difference {miss:.3g}, of the batch gradient {norm:.3g}); the result would be wrong. "
+        f"{_advice(backend, precision)}"
+    )
 
 
 def check_sum(
@@ -142,10 +156,15 @@ def upper_bound(block: Block) -> Tensor:
     return bound
 
 
-def _advice(backend: str) -> str:
+def _advice(backend: str, precision: torch.dtype) -> str:
     if backend == "outputs":
         return (
             "Please report the model. check=False turns this check off, coupled='rows' reads the rows of models "
             "whose samples interact, backend='vmap' may cover the model."
+        )
+    if precision in (torch.float16, torch.bfloat16):
+        return (
+            f"Or it is the batch gradient that is wrong: autograd may add thousands of numbers in {precision} and lose "
+            "those that are small beside their sum. Use backend='outputs', which tells the two apart, or float32."
         )
     return "Use backend='outputs', which covers every operation."

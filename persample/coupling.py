@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from persample.attribution import Owner
-from persample.errors import CoupledSamplesError
+from persample.errors import CoupledSamplesError, UnderflowError
 from persample.graph import Graph, Node
 from persample.provenance import Provenance
 
@@ -22,6 +22,20 @@ def row_owner(z: Tensor, batch: int) -> Owner | None:
     if z.ndim == 0 or z.shape[0] != batch:
         return None
     return Owner(0, torch.arange(batch, device=z.device), batch)
+
+
+def underflow_error(name: str, zs: Sequence[Tensor | None]) -> UnderflowError:
+    """The error for parameter `name`, where z is so small that its digits are lost and samples cannot be told apart."""
+    present = [z for z in zs if z is not None]
+    largest = max(float(z.abs().nan_to_num(0.0, 0.0, 0.0).max()) for z in present if z.numel())
+    lowest = min((z.dtype for z in present), key=lambda dtype: torch.finfo(dtype).max)
+    other = " or compute in bfloat16" if lowest is torch.float16 else ""
+    return UnderflowError(
+        f"the gradients at the operation that uses {name!r} are so small ({largest:.1g} at most) that {lowest} keeps "
+        f"few digits of them (below {torch.finfo(lowest).tiny:.1g} it loses them one by one): too few to tell samples "
+        "apart, and too few for an exact result. Samples are apart where the losses are larger: multiply the losses by "
+        f"a power of two such as 2**16, as loss scaling does, and divide the gradients by it{other}"
+    )
 
 
 def coupled_error(

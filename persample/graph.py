@@ -84,6 +84,14 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
     return tuple(variable.shape) if variable is not None else shape_of(node._input_metadata[output])
 
 
+def edge_dtype(edge: Edge) -> torch.dtype:
+    """Precision of the tensor at an edge."""
+    node, output = edge
+    variable = getattr(node, "variable", None)
+    found: torch.dtype = variable.dtype if variable is not None else node._input_metadata[output].dtype
+    return found
+
+
 def shape_of(meta: Any) -> tuple[int, ...]:
     """Shape of a tensor by its autograd metadata.
 

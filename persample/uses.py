@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import floor, log2, prod
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.attribution import Owner, attribute
-from persample.coupling import coupled_error, row_owner
+from persample.attribution import DEFAULT_LEVELS, Owner, attribute
+from persample.coupling import coupled_error, row_owner, underflow_error
 from persample.graph import SKIPPED, Graph, Node, Route, call_node, edge_shape, route
 from persample.provenance import Provenance
 
@@ -64,8 +64,8 @@ class Use:
     route: Route
 
 
-def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation) -> None:
-    """Finds z and owners at the outputs of `nodes` and adds them to `known`."""
+def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation, scale: float = 1.0) -> None:
+    """Finds z and owners at the outputs of `nodes` and adds them to `known`; of the losses times `scale`."""
     new = [node for node in nodes if node not in known.zs]
     edges_of = [(node, output) for node in new for output in graph.outputs(node)]
     if not edges_of:
@@ -73,7 +73,7 @@ def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separat
     edges = [GradientEdge(*edge) for edge in edges_of]
 
     def backward(weights: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(losses, edges, weights, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(losses, edges, scale * weights, retain_graph=True, allow_unused=True)
 
     z, owner = attribute(backward, losses)
     found = dict(zip(edges_of, zip(z, owner, strict=True), strict=True))
@@ -136,6 +136,8 @@ def find_uses(
                     reached[name].append(meeting)
                 elif provenance is not None and provenance.saw_data(node, batch):
                     if coupled == "error" or not known.read_rows(node, batch):
+                        if underflows(graph, losses, node, known):
+                            raise underflow_error(name, known.zs[node])
                         separate(graph, losses, behind(graph, [node]), known)
                         raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
                     reached[name].append(meeting)
@@ -149,6 +151,21 @@ def find_uses(
             if any(z is not None for z in known.zs[node]):
                 uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
     return uses, known
+
+
+def underflows(graph: Graph, losses: Tensor, node: Node, known: Separation) -> bool:
+    """Whether samples that mix at a node are apart there when the losses are larger: digits of z are lost."""
+    zs = [z for z in known.zs[node] if z is not None]
+    present = [z.detach().abs()[z.isfinite() & (z != 0)] for z in zs]
+    lowest = min((torch.finfo(z.dtype) for z in zs), key=lambda kind: kind.max)
+    largest = max((float(entries.max()) for entries in present if entries.numel()), default=0.0)
+    smallest = min((float(entries.min()) for entries in present if entries.numel()), default=1.0)
+    if smallest * 2.0**-DEFAULT_LEVELS > lowest.tiny or largest == 0:
+        return False
+    room = log2(lowest.max / largest) / 2, log2(torch.finfo(losses.dtype).max) / 2
+    larger = Separation()
+    separate(graph, losses, [node], larger, 2.0 ** floor(min(room)))
+    return larger.separated(node)
 
 
 def trusted(node: Node, graph: Graph, known: Separation, provenance: Provenance | None, batch: int) -> bool:

@@ -31,7 +31,7 @@ from persample.backends.shared import ADVICE, buffers_kept
 from persample.blocks import Block
 from persample.checks import check_graph, check_losses, check_sum
 from persample.coupling import row_owner
-from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.errors import CoupledSamplesError, PerSampleError, UnderflowError, UnsupportedError
 from persample.precision import coarsest
 from persample.provenance import Provenance
 
@@ -264,7 +264,7 @@ def _refuse_coupled(problem: Problem) -> None:
     with buffers_kept(problem.model), torch.random.fork_rng(devices=[]):
         try:
             outputs.capture(replace(problem, check=False))
-        except CoupledSamplesError:
+        except (CoupledSamplesError, UnderflowError):
             raise
         except PerSampleError:
             return
