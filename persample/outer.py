@@ -18,6 +18,7 @@ from persample.chunking import chunks, consumed_budget
 from persample.kernels import FORMS, forced_among
 from persample.precision import full_precision
 from persample.products import LONGEST, NARROWEST, gram_of_rows, row_products, widest
+from persample.scratch import bmm
 
 BLOCKS = 8
 """The Hadamard form of a symmetric Gram matrix works on so many rows of blocks, and leaves out what is mirrored."""
@@ -36,16 +37,16 @@ def gram_by_hadamard(a: Outer, b: Outer) -> bool:
     """Whether K costs less in the Hadamard form: P (I + O + e) against (m (B T + B'T') + w (B + B') + B B') I O.
 
     P is the number of pairs of positions, BT·B'T', or half of that where K is symmetric. The other numbers are 0, 1
-    and 0 multiplications, but for float32 on a CPU: there products of large matrices run 2.5 times as fast as
+    and 0 multiplications, but for float32 on a CPU: there products of large matrices run 1.6 times as fast as
     batched ones (m), a product of two positions is multiplied and added up at the speed of memory (e = 150), and rows
-    are written and read (w = 100). Measured on an AMD EPYC on one and two cores for nine shapes, from T 8 to 128 and
-    widths from 128 to 3072: the cheaper form was chosen in each; the difference was up to three times.
+    are written and read (w = 25). Measured on an AMD EPYC on one and two cores for thirteen shapes, from T 8 to 128
+    and widths from 64 to 1024: the cheaper form was chosen in each; the difference was up to seven times.
     """
     forced = forced_among(FORMS)
     if forced is not None:
         return forced == "hadamard"
     (batch, time, inp), (other, time_b), out = a.x.shape, b.x.shape[:2], a.z.shape[2]
-    e, m, w = (150, 2.5, 100) if widest(a.z) else (0, 1, 0)
+    e, m, w = (150, 1.6, 25) if widest(a.z) else (0, 1, 0)
     same = a is b
     pairs = batch * time * other * time_b / (2 if same else 1)
     positions, rows = batch * time, batch
@@ -69,8 +70,8 @@ def inner(a: Outer, b: Outer) -> Float[Tensor, " batch"]:
     else:
         parts = []
         for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
-            rows = torch.bmm(az[s].transpose(1, 2), ax[s]).flatten(1)
-            other = rows if a is b else torch.bmm(bz[s].transpose(1, 2), bx[s]).flatten(1)
+            rows = bmm(az[s].mT, ax[s]).flatten(1)
+            other = rows if a is b else bmm(bz[s].mT, bx[s], "other rows").flatten(1)
             parts.append(torch.linalg.vecdot(rows, other))
     return torch.cat(parts) if parts else ax.new_zeros(0)
 
@@ -113,7 +114,7 @@ def _by_rows(a: Outer, b: Outer) -> Tensor:
     result = ax.new_zeros(ax.shape[0], bx.shape[0])
     budget = min(consumed_budget(ax.device), most * LONGEST * size)
     for s in chunks(az.shape[2], most * ax.shape[2] * size, budget):
-        rows = torch.bmm(az[:, :, s].transpose(1, 2), ax).flatten(1)
-        rows_b = None if a is b else torch.bmm(bz[:, :, s].transpose(1, 2), bx).flatten(1)
+        rows = bmm(az[:, :, s].mT, ax).flatten(1)
+        rows_b = None if a is b else bmm(bz[:, :, s].mT, bx, "other rows").flatten(1)
         result += gram_of_rows(rows, rows_b)
     return result

@@ -57,12 +57,19 @@ def transposed(rows: Tensor) -> Tensor:
     return _kept.get("scaled", rows.numel(), rows.dtype)[: rows.numel()].view(rows.mT.shape).copy_(rows.mT)
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Returns uninitialised memory with the dtype and on the device of `like`; valid until the next call."""
+def empty(shape: Sequence[int], like: Tensor, use: str = "rows") -> Tensor:
+    """Returns uninitialised memory with the dtype and on the device of `like`; valid until the next one for this use."""
     size = math.prod(shape)
     if not SMALLEST <= size * like.element_size() <= LARGEST or not _ordinary(like):
         return like.new_empty(tuple(shape))
-    return _kept.get("rows", size, like.dtype)[:size].view(tuple(shape))
+    return _kept.get(use, size, like.dtype)[:size].view(tuple(shape))
+
+
+def bmm(left: Tensor, right: Tensor, use: str = "rows") -> Tensor:
+    """Returns left @ right for each sample, [B, n, m]; to be read before the next call for this use, never returned."""
+    if not _ordinary(left) or left.requires_grad or right.requires_grad:
+        return torch.bmm(left, right)
+    return torch.bmm(left, right, out=empty((*left.shape[:2], right.shape[2]), left, use))
 
 
 def _fits(rows: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persample import chunking, force_kernel, reductions
+from persample import chunking, force_kernel, reductions, scratch
 from persample.blocks import Block, Dense, Outer, Pulled, Rows
 from persample.products import LONGEST, gram_of_rows
 from persample.reductions import materialise, real_rows
@@ -64,21 +66,32 @@ def test_pairs_of_blocks(data: st.DataObject, out: int, inp: int, batch: int, ot
     torch.testing.assert_close(reductions.gram(a, far), rows @ real_rows(materialise(far)).T)
 
 
+@pytest.mark.parametrize("smallest_kept", [1, 2**17])
 @pytest.mark.parametrize("form", ["hadamard", "materialise"])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**30])
 @pytest.mark.parametrize(("batch", "time", "inp", "out"), [(4, 1, 6, 7), (4, 3, 6, 7), (17, 9, 2, 2), (140, 2, 3, 2)])
 def test_both_forms_and_any_chunks(
-    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, form: str, batch: int, time: int, inp: int, out: int
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_bytes: int,
+    form: str,
+    smallest_kept: int,
+    batch: int,
+    time: int,
+    inp: int,
+    out: int,
 ) -> None:
     """Symmetric matrices take only the blocks on and below the diagonal, in one form and in the other."""
     monkeypatch.setattr(chunking, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(scratch, "SMALLEST", smallest_kept)
     block = Outer(torch.randn(batch, time, inp).double(), torch.randn(batch, time, out).double())
     other = Outer(torch.randn(3, time + 1, inp).double(), torch.randn(3, time + 1, out).double())
     rows, more = materialise(block).flatten(1), materialise(other).flatten(1)
+    moved = materialise(replace(block, x=block.x + 1)).flatten(1)
     with force_kernel(form):
         torch.testing.assert_close(reductions.squared_norms(block), rows.square().sum(1))
         torch.testing.assert_close(reductions.gram(block), rows @ rows.T)
         torch.testing.assert_close(reductions.gram(block, other), rows @ more.T)
+        torch.testing.assert_close(reductions.inner(block, replace(block, x=block.x + 1)), (rows * moved).sum(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
