@@ -58,7 +58,7 @@ def transposed(rows: Tensor) -> Tensor:
 
 
 def empty(shape: Sequence[int], like: Tensor, use: str = "rows") -> Tensor:
-    """Returns uninitialised memory with the dtype and on the device of `like`; valid until the next one for this use."""
+    """Returns uninitialised memory with the dtype and device of `like`; valid until the next call for this use."""
     size = math.prod(shape)
     if not SMALLEST <= size * like.element_size() <= LARGEST or not _ordinary(like):
         return like.new_empty(tuple(shape))
