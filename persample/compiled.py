@@ -172,9 +172,22 @@ def traceable(module: Any, args: tuple, kwargs: dict) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return True
-    padded = module._reversed_padding_repeated_twice
     x = args[0] if args else kwargs["input"]
-    return module.padding_mode == "zeros" and padded[0::2] == padded[1::2] and x.dim() == len(module.kernel_size) + 2
+    return module.padding_mode == "zeros" and padding(module) is not None and x.dim() == len(module.weight.shape)
+
+
+def padding(module: Any) -> list[int] | None:
+    """Zeros at either end of each axis, read as the module's forward reads them; None where the ends differ."""
+    given, space = module.padding, module.weight.shape[2:]
+    if given == "same":
+        totals = [d * (k - 1) for d, k in zip(each(module.dilation, len(space)), space, strict=True)]
+        return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
+    return [0] * len(space) if given == "valid" else each(given, len(space))
+
+
+def each(value: int | Sequence[int], count: int) -> list[int]:
+    """One number for each of `count` axes: functions take a single one for all."""
+    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
 
 
 def call(module: Any, x: Tensor, batch: int, number: int) -> Tensor:
@@ -183,10 +196,10 @@ def call(module: Any, x: Tensor, batch: int, number: int) -> Tensor:
     arguments = batch, number, bias is not None and bias.requires_grad
     if isinstance(module, nn.Linear):
         return _Linear.apply(x, weight, bias, arguments)
-    padding = list(module._reversed_padding_repeated_twice[0::2][::-1])
+    axes = weight.dim() - 2
     geometry = (
-        list(module.stride), padding, list(module.dilation), module.transposed, list(module.output_padding),
-        module.groups,
+        each(module.stride, axes), padding(module), each(module.dilation, axes), module.transposed,
+        each(module.output_padding, axes), module.groups,
     )  # fmt: skip
     return _Convolution.apply(x, weight, bias, geometry, arguments)
 

@@ -243,3 +243,24 @@ def test_attention_and_functions(joint: bool) -> None:
 def test_a_graph_whose_handle_is_gone() -> None:
     with pytest.raises(RuntimeError, match=r"made for a persample\.reweight handle that is gone"):
         Target.get(-1)
+
+
+def changed(**values: object) -> nn.Module:
+    """A layer whose geometry is another than that it was made with."""
+    layer = nn.ConvTranspose2d(2, 3, 3, stride=2) if "output_padding" in values else nn.Conv2d(2, 3, 3, padding=1)
+    for name, value in values.items():
+        setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [changed(padding=(0, 2)), changed(padding="same"), changed(padding_mode="circular"),
+     changed(output_padding=(1, 0), padding=(1, 1))],
+)  # fmt: skip
+def test_a_geometry_is_read_as_the_layer_reads_it(layer: nn.Module) -> None:
+    layer, x = layer.double(), torch.randn(B, 2, 5, 6)
+    rows = torch.stack([torch.autograd.grad(each.sin().sum(), layer.weight)[0] for each in map(layer, x.split(1))])
+    with reweight(layer, lambda path, grads: FACTORS):
+        torch.compile(layer, backend="aot_eager")(x).sin().sum().backward()
+    assert_same([layer.weight.grad], [torch.einsum("b,b...->...", FACTORS, rows)])
