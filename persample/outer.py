@@ -17,8 +17,8 @@ from persample.blocks import Outer
 from persample.chunking import chunks, consumed_budget
 from persample.kernels import FORMS, forced_among
 from persample.precision import full_precision
-from persample.products import LONGEST, NARROWEST, gram_of_rows, row_products, widest
-from persample.scratch import bmm
+from persample.products import LONGEST, NARROWEST, gram_of_rows, row_products, weight_products, widest
+from persample.scratch import room
 
 BLOCKS = 8
 """The Hadamard form of a symmetric Gram matrix works on so many rows of blocks, and leaves out what is mirrored."""
@@ -70,8 +70,8 @@ def inner(a: Outer, b: Outer) -> Float[Tensor, " batch"]:
     else:
         parts = []
         for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
-            rows = bmm(az[s].mT, ax[s]).flatten(1)
-            other = rows if a is b else bmm(bz[s].mT, bx[s], "other rows").flatten(1)
+            rows = _rows(az[s], ax[s])
+            other = rows if a is b else _rows(bz[s], bx[s], "other rows")
             parts.append(torch.linalg.vecdot(rows, other))
     return torch.cat(parts) if parts else ax.new_zeros(0)
 
@@ -114,7 +114,13 @@ def _by_rows(a: Outer, b: Outer) -> Tensor:
     result = ax.new_zeros(ax.shape[0], bx.shape[0])
     budget = min(consumed_budget(ax.device), most * LONGEST * size)
     for s in chunks(az.shape[2], most * ax.shape[2] * size, budget):
-        rows = bmm(az[:, :, s].mT, ax).flatten(1)
-        rows_b = None if a is b else bmm(bz[:, :, s].mT, bx, "other rows").flatten(1)
+        rows = _rows(az[:, :, s], ax)
+        rows_b = None if a is b else _rows(bz[:, :, s], bx, "other rows")
         result += gram_of_rows(rows, rows_b)
     return result
+
+
+def _rows(z: Tensor, x: Tensor, use: str = "rows") -> Float[Tensor, "batch entries"]:
+    """g_b as rows, in memory that is kept: to be read before the next call for this use, and never returned."""
+    out = None if z.requires_grad or x.requires_grad else room((z.shape[0], z.shape[2], x.shape[2]), x, use)
+    return weight_products(z, x, out).flatten(1)

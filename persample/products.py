@@ -25,6 +25,8 @@ LONGEST = 2**17
 off (and five times as slow). Longer rows are to be cut and the products added."""
 SMALLEST = 2**21
 """Multiplications below which a call to oneDNN costs more than it saves."""
+LARGE = 6 * 2**20
+"""Multiplications above which the weight gradient of one sample is formed on its own."""
 PIECE, FEWEST = 2**20, 256
 """Bytes of z that are transposed at a time for the weight gradient, and rows at least: what is transposed lies in
 memory that is kept, and products of fewer rows write as much as they read."""
@@ -67,6 +69,23 @@ def weight_product(
     elif c is not None:
         x = scaled(x, c)
     return z.mT @ x
+
+
+def weight_products(
+    z: Float[Tensor, "batch time out"], x: Float[Tensor, "batch time inp"], out: Tensor | None = None
+) -> Float[Tensor, "batch out inp"]:
+    """Returns Σ_t z_bt ⊗ x_bt of each sample, [B, O, I], written into `out` where it is given.
+
+    Products that are large are formed one after the other: 8 samples of 3072 × 768 with 128 positions take 18 ms
+    on two cores in place of 29, 16 of 2048 × 2048 with 4 positions 21 in place of 36.
+    """
+    batch, time, width = z.shape
+    if batch and time * width * x.shape[2] >= LARGE and _by_onednn(z[0].mT, x[0].mT):
+        out = z.new_empty(batch, width, x.shape[2]) if out is None else out
+        for b in range(batch):
+            out[b].copy_(weight_product(z[b], x[b]))
+        return out
+    return torch.bmm(z.mT, x, out=out)
 
 
 def _piece(z: Tensor, x: Tensor, c: Tensor | None) -> Tensor:

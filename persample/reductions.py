@@ -29,7 +29,7 @@ from persample import convolution, memory, outer
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
 from persample.chunking import chunks
 from persample.precision import full_precision
-from persample.products import gram_of_rows, weight_product
+from persample.products import gram_of_rows, weight_product, weight_products
 
 
 def real_rows(values: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _(block: Outer, out: Tensor | None = None) -> Tensor:
     out = memory.empty((block.batch, *block.shape), x) if out is None and x.dtype == z.dtype else out
     if x.shape[1] == 1:
         return torch.mul(z.transpose(1, 2), x, out=out)  # an outer product: no sum, so no matmul
-    return torch.bmm(z.transpose(1, 2), x, out=out)
+    return weight_products(z, x, out)
 
 
 @materialise.register

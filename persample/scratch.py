@@ -52,24 +52,22 @@ def scaled(rows: Tensor, factors: Tensor, axis: int = 0) -> Tensor:
 
 def transposed(rows: Tensor) -> Tensor:
     """Returns a copy of rows, [R, n], as [n, R], contiguous: the caller's to change before the next call."""
-    if not SMALLEST <= rows.nbytes <= LARGEST or not _ordinary(rows):
-        return rows.mT.clone(memory_format=torch.contiguous_format)
-    return _kept.get("scaled", rows.numel(), rows.dtype)[: rows.numel()].view(rows.mT.shape).copy_(rows.mT)
+    memory = room(rows.mT.shape, rows, "scaled")
+    return rows.mT.clone(memory_format=torch.contiguous_format) if memory is None else memory.copy_(rows.mT)
 
 
-def empty(shape: Sequence[int], like: Tensor, use: str = "rows") -> Tensor:
-    """Returns uninitialised memory with the dtype and device of `like`; valid until the next call for this use."""
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Returns uninitialised memory with the dtype and device of `like`; valid until the next call."""
+    found = room(shape, like)
+    return like.new_empty(tuple(shape)) if found is None else found
+
+
+def room(shape: Sequence[int], like: Tensor, use: str = "rows") -> Tensor | None:
+    """Returns kept memory to write rows to, valid until the next call for this use; None where none is kept."""
     size = math.prod(shape)
     if not SMALLEST <= size * like.element_size() <= LARGEST or not _ordinary(like):
-        return like.new_empty(tuple(shape))
+        return None
     return _kept.get(use, size, like.dtype)[:size].view(tuple(shape))
-
-
-def bmm(left: Tensor, right: Tensor, use: str = "rows") -> Tensor:
-    """Returns left @ right for each sample, [B, n, m]; to be read before the next call for this use, never returned."""
-    if not _ordinary(left) or left.requires_grad or right.requires_grad:
-        return torch.bmm(left, right)
-    return torch.bmm(left, right, out=empty((*left.shape[:2], right.shape[2]), left, use))
 
 
 def _fits(rows: Tensor) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persample import products, scratch
-from persample.products import weight_product
+from persample.products import weight_product, weight_products
 
 LAYOUTS = "rows", "columns", "expanded", "strided"
 
@@ -27,6 +27,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product counts as large, and is cut after a few rows."""
     monkeypatch.setattr(products, "SMALLEST", 1)
+    monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(products, "FEWEST", 8)
     monkeypatch.setattr(products, "PIECE", 2**9)
 
@@ -67,3 +68,14 @@ def test_a_factor_with_a_gradient_is_differentiated() -> None:
     z, x, c = torch.randn(20, 3), torch.randn(20, 4), torch.randn(20, requires_grad=True)
     (grad,) = torch.autograd.grad(weight_product(z, x, c).sum(), c)
     torch.testing.assert_close(grad, z.sum(1) * x.sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given_out", [True, False])
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_the_weight_products_are_those_of_the_samples(batch: int, given_out: bool, dtype: torch.dtype) -> None:
+    z, x = torch.randn(batch, 20, 3, dtype=dtype), torch.randn(batch, 20, 4, dtype=dtype)
+    out = torch.full((batch, 3, 4), torch.nan, dtype=dtype) if given_out else None
+    result = weight_products(z, x, out)
+    torch.testing.assert_close(result, torch.einsum("bto,bti->boi", z, x))
+    assert out is None or result is out
