@@ -45,7 +45,8 @@ class FNGD(NaturalSGD):
 
     Approximate: as `NGD`, and the coefficients are those of an earlier epoch: with share="position" of
         other samples. With gradient accumulation each backward pass within a step has its own row of
-        coefficients; with accumulate="joint" the rows of a step come from one solve.
+        coefficients; with accumulate="joint" the rows of a step come from one solve. So does a pass of another
+        model's loss (a GAN's generator step): freeze this model for it by requires_grad_(False).
 
     >>> model = nn.Linear(3, 1)
     >>> opt = FNGD(model, lr=0.1, steps_per_epoch=1)

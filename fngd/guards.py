@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,11 +45,20 @@ class CheckedLoss:
             self.check_loss(loss)
 
 
+CHECK_EVERY = 100
+"""Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
+
+
 class Unchanged:
     """Remembers which parameters a model has, and tells when that is no longer so."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._known = model, _parameters(model)
+
+    def look(self, step: int, groups: list[dict[str, Any]]) -> None:
+        """Calls `check` in some steps; not where FSDP swaps parameters."""
+        if step % CHECK_EVERY == 0 and not any(hasattr(param, "to_local") for param in groups[0]["params"]):
+            self.check()
 
     def check(self) -> None:
         """Raises ValueError if parameters were added to, removed from or replaced in the model since."""
@@ -68,6 +78,17 @@ class Unchanged:
 def _parameters(model: nn.Module) -> dict[str, int]:
     # Tensors themselves would be compared by value; the optimiser keeps them alive, so their ids stay theirs.
     return {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
+    """Warns that a step makes more backward passes than when its coefficients were computed, which were `passes`."""
+    warnings.warn(
+        f"backward pass {passes + 1} of step {index + 1} of the epoch has no stored coefficients at layer '{layer}': "
+        f"that step had {passes} when they were computed. They are computed now. If a pass was for another "
+        "model's loss (a GAN's generator step), freeze this model for it by requires_grad_(False), or "
+        "coefficients meet other passes. If a step was skipped, call the optimiser's zero_grad(), not the model's",
+        stacklevel=2,
+    )
 
 
 def reduction_of(loss: Tensor) -> str | None:

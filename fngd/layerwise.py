@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.groups import first_order_groups, positive, whole
+from fngd.guards import Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
+from fngd.states import check_layers, check_sizes, check_state
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, Reweighting, reweight
 
@@ -100,6 +102,8 @@ class LayerPreconditioned(Preconditioned):
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
         self._chosen.meet(layer)
+        if not grads.batch_size:
+            return
         found = None if self._completed % self._statistics_every else self._chosen.members(layer, self.param_groups)
         if found is None:
             return
@@ -117,6 +121,7 @@ class LayerPreconditioned(Preconditioned):
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
+        self._unchanged.look(self._completed, self.param_groups)
         self._chosen.look()
         if world_size(self._process_group) > 1:
             layers = self._chosen.agree(self._exchange)
@@ -126,6 +131,9 @@ class LayerPreconditioned(Preconditioned):
                 ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
+            for states in (self._running, self._inverses):
+                if layer in states:
+                    states[layer] = _moved(states[layer], found.inputs)
             self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
         self._pending.clear()
         parts: list[tuple[dict[str, Any], Part, Part | None, Tensor, Tensor]] = []
@@ -172,6 +180,7 @@ class LayerPreconditioned(Preconditioned):
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
         super().add_param_group(param_group)
         self._chosen.find_groups(self.param_groups)
+        self._unchanged = Unchanged(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
@@ -190,12 +199,10 @@ class LayerPreconditioned(Preconditioned):
         Raises ValueError if the state was saved by another method or names layers that the model has not.
         """
         own = checked_state(state_dict, type(self).__name__)
-        others = set(own["running"]) - set(self._chosen.modules)
-        unknown = sorted(layer for layer in others if parameter_of(self._model, layer) is None)
-        if unknown:
-            raise ValueError(
-                f"the state has factors of layers {unknown}; this model's layers are {sorted(self._chosen.modules)}"
-            )
+        check_layers(self._model, own["running"], "factors")
+        check_state(state_dict, self.param_groups)
+        for layer, state in own["running"].items():
+            check_sizes(self._model, layer, state, rows=layer not in self._chosen.modules)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
@@ -258,6 +265,16 @@ def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Float[Tensor,
     """
     matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
     return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], 2)
+
+
+def _moved(state: State, like: Tensor) -> State:
+    """The state where the layer is now, and in its precision: models are moved and cast."""
+    if all(tensor.device == like.device and tensor.dtype in (like.dtype, torch.long) for tensor in state.values()):
+        return state
+    return {
+        name: tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
+        for name, tensor in state.items()
+    }
 
 
 def _gradient(part: Part) -> Tensor:

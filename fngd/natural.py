@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from fngd.adaptive import AdaptiveDamping
+from fngd.copies import Copied
 from fngd.first_order import first_order_step
 from fngd.groups import check_group, completed_group, first_order_groups, sgd_options
 from fngd.guards import Unchanged
@@ -17,16 +18,14 @@ from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
 from fngd.members import attention_parameters, by_parameter, members, parameters, scaled_rows, unseen
 from fngd.method import Method
-from fngd.policy import Policy
+from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
+from fngd.states import check_layers, check_state
 from persample import Reweighting, reweight
 
-CHECK_EVERY = 100
-"""Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
 
-
-class NaturalSGD(Sampling, Measuring, Optimizer):
+class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
     """Base of `NGD` and `FNGD`; `_table` holds shared coefficients, None computes them in every step."""
 
     _table: CoefficientTable | None = None
@@ -128,8 +127,11 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
         return True
 
     def _chosen(self, layer: str) -> bool:
-        """Whether the layer is to be preconditioned."""
-        return self._find_group(layer) and bool(self._option(layer, "precondition", True))
+        """Whether the layer is to be preconditioned: not where another optimiser steps its weight."""
+        if not self._find_group(layer):
+            return False
+        number = self._group_of[layer]
+        return number is not None and bool(self.param_groups[number].get("precondition", True))
 
     def _option(self, layer: str, name: str, default: Any) -> Any:
         number = self._group_of.get(layer)
@@ -187,9 +189,7 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
                 loss = closure()
             self._check_where_it_matters(loss)
         self._check_adapted()
-        sharded = any(hasattr(param, "to_local") for param in self.param_groups[0]["params"])
-        if self._completed % CHECK_EVERY == 0 and not sharded:
-            self._unchanged.check()
+        self._unchanged.look(self._completed, self.param_groups)
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:
@@ -230,14 +230,29 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; tensors go to the device of the parameters.
 
-        Raises ValueError if the state holds no coefficients, or those of a loader of another length.
+        Raises ValueError if the state was saved by another kind of optimiser or for another model, holds no
+        coefficients, or those of a loader of another length. Then nothing has been loaded.
         """
         device = self.param_groups[0]["params"][0].device
+        if "preconditioner" in state_dict:
+            raise ValueError(
+                f"the state was saved by {state_dict['preconditioner']['method']}, and this optimiser is "
+                f"{type(self).__name__}. Load what its own state_dict() returned"
+            )
+        if self._table is not None and "coefficients" not in state_dict:
+            raise ValueError(
+                "the state has no 'coefficients': it was not saved by an optimiser that shares them, or by way of "
+                "torch.distributed.checkpoint, which keeps nothing but 'state' and 'param_groups'. Save what "
+                "state_dict() returns as it is"
+            )
+        check_state(state_dict, self.param_groups)
         if self._table is not None:
-            if "coefficients" not in state_dict:
-                raise ValueError("the state has no 'coefficients': it was not saved by an optimiser that shares them")
-            self._table.load_state_dict(state_dict["coefficients"], device)
+            layers = {layer for layer, _ in state_dict["coefficients"]["rows"]} - {NETWORK}
+            check_layers(self._model, layers, "coefficients")
+            self._table.check_state(state_dict["coefficients"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        if self._table is not None:
+            self._table.load_state_dict(state_dict["coefficients"], device)
         if self._adaptive is not None:
             saved = state_dict.get("adaptive", {"factor": 1.0, "completed": 0})  # or it was not adaptive
             self._policy.damping_factor, self._completed = saved["factor"], saved["completed"]
@@ -261,7 +276,9 @@ class NaturalSGD(Sampling, Measuring, Optimizer):
         for path, reason in self._handle.explain().items():
             if reason.startswith("reweighted") and not self._find_group(path):
                 reason = "plain: its bias is no parameter, nor rows of one"
-            elif reason.startswith("reweighted") and not self._option(path, "precondition", True):
+            elif reason.startswith("reweighted") and self._group_of[path] is None:
+                reason = "plain: its weight is in no parameter group of this optimiser"
+            elif reason.startswith("reweighted") and not self._chosen(path):
                 reason = "plain: its weight is in a group with precondition=False"
             result[path] = reason
         return result | unseen(self._model, list(result), functions=self._functions)

@@ -108,8 +108,8 @@ class Policy:
         self.met_batch = True
         method = self._method
         grads = {path: each for path, each in grads.items() if self._chosen(path)}
-        if not grads:
-            return {}
+        if not grads or (method.gram != "global" and not any(each.batch_size for each in grads.values())):
+            return {}  # nothing to do, or no samples
         key = NETWORK if method.gram == "network" else next(iter(grads))
         sizes = {path: each.batch_size for path, each in grads.items()}
         batch = next(iter(sizes.values()))
@@ -167,6 +167,8 @@ class Policy:
                 grads = joined_gradients(self._passes, key, batch, grads, self.handle)
                 stored = self._passes.vector(key, stored)
             return stored, None, grads
+        if table is not None:
+            table.look_for_more(key)
         rhs = self._right_hand_side(batch)
         sizes = [batch]
         if joint:

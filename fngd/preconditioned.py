@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from fngd.copies import Copied
 from fngd.first_order import first_order_step
 from fngd.groups import check_group, completed_group
 
 
-class Preconditioned(Optimizer):
+class Preconditioned(Copied, Optimizer):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from fngd.distributed import sharded_like, whole_tensor
 from fngd.groups import positive, sgd_options, whole
 from fngd.kfac import symmetric_eigen
 from fngd.preconditioned import Preconditioned, checked_state
+from fngd.states import check_state
 
 PRESETS = (None, "shampoo-pytorch")
 
@@ -222,6 +223,7 @@ class Shampoo(Preconditioned):
                     f"the state's moments of parameter {number} do not fit its shape {list(shape)} and "
                     f"block={self._block}. Construct the optimiser as the saved one was."
                 )
+        check_state(state_dict, self.param_groups)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._completed = own["completed"]
         self._moments, self._roots = (

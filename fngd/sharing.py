@@ -17,12 +17,14 @@ What is stored is the factor B·c_b by which each sample's share of the plain gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from fngd.guards import warn_of_more_passes
 
 SHARES = ("position", "sample", None)
 CONTROLS = (None, "constant", "permuted")
@@ -69,6 +71,8 @@ class CoefficientTable:
         self._explicit = False  # whether the user announces epochs
         self._random = torch.Generator().manual_seed(seed)
         self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
+        self._written: set[str] = set()  # layers whose coefficients were computed since the last step
+        self._warned = False
         self._asked = False  # whether a layer has used the latest ids
         self._announced: list[Tensor] = []  # ids of each backward pass since the last step
         # by (layer, backward pass within the step): rows [steps, longest batch], their lengths, which to redo
@@ -104,6 +108,15 @@ class CoefficientTable:
         if self.control == "constant":
             return torch.ones(batch, device=device)
         return self._by_sample(layer, batch) if self.share == "sample" else self._by_position(layer, batch)
+
+    def look_for_more(self, layer: str) -> None:
+        """Warns, once, where `lookup` found nothing because the step makes more backward passes than it used to."""
+        number, index = self._calls.get(layer, 0) - 1, self.index % self.steps_per_epoch
+        if number < 1 or self.computing or self._warned or layer in self._written:
+            return  # a layer that has just been written to is new to the table
+        if (layer, number) not in self._bad or not self._bad[layer, number][index]:
+            warn_of_more_passes(layer, number, index)
+            self._warned = True
 
     def probing(self, layer: str) -> bool:
         """Whether the factors that `lookup` just found are to be compared with fresh ones, by `probe`."""
@@ -142,6 +155,7 @@ class CoefficientTable:
         return factors
 
     def _write(self, key: tuple[str, int], factors: Tensor, good: Tensor) -> None:
+        self._written.add(key[0])
         rows = self._rows.get(key)
         if rows is None or rows.shape[1] < len(factors):
             wider = factors.new_ones(self.steps_per_epoch, len(factors))
@@ -177,6 +191,7 @@ class CoefficientTable:
     def advance(self) -> None:
         """Ends a step: the next backward pass belongs to the next batch."""
         self._calls.clear()
+        self._written.clear()
         self._announced, self._asked = [], False
         self.index += 1
         if not self._explicit and self.index == self.steps_per_epoch:
@@ -190,6 +205,7 @@ class CoefficientTable:
             "explicit": self._explicit,
             "steps_per_epoch": self.steps_per_epoch,
             "share": self.share,
+            "samples": self.samples,
             "stale": self._stale,
             "cosine": self.cosine,
             "random": self._random.get_state(),
@@ -198,17 +214,19 @@ class CoefficientTable:
             "bad": dict(self._bad),
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restores what `state_dict` returned, with tensors on `device`.
-
-        Raises ValueError if the state was saved with another steps_per_epoch or share.
-        """
-        for name in ("steps_per_epoch", "share"):
-            if state[name] != getattr(self, name):
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if a state was saved with another steps_per_epoch, share or samples."""
+        for name in ("steps_per_epoch", "share", "samples"):
+            own = getattr(self, name)
+            if state.get(name, own) != own:  # states of version 0.1 have no samples
                 raise ValueError(
-                    f"the saved state has {name}={state[name]!r}, this optimiser {getattr(self, name)!r}: "
+                    f"the saved state has {name}={state[name]!r}, this optimiser {own!r}: "
                     "coefficients would meet other samples. Construct the optimiser as the saved one was."
                 )
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restores what `state_dict` returned, with tensors on `device`; raises as `check_state` does."""
+        self.check_state(state)
         self.epoch, self.index, self._explicit = state["epoch"], state["index"], state["explicit"]
         self._stale, cosine = state.get("stale", False), state.get("cosine")  # absent in states of version 0.1
         self.cosine = None if cosine is None else cosine.to(device, copy=True)
@@ -217,6 +235,7 @@ class CoefficientTable:
         self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
         self._lengths = {key: list(lengths) for key, lengths in state["lengths"].items()}
         self._calls.clear()
+        self._written.clear()
         self._announced, self._asked = [], False
 
     def _by_position(self, layer: str, batch: int) -> Tensor | None:
@@ -231,7 +250,8 @@ class CoefficientTable:
                 f"batch {index + 1} of the epoch has {batch} samples at layer '{layer}', but its stored "
                 f"coefficients are for {length}. Batches must come in the same sizes every epoch: is "
                 f"steps_per_epoch={self.steps_per_epoch} the length of the loader? With batches of varying "
-                "size use fngd.NGD or share='sample'."
+                "size use fngd.NGD or share='sample'. A step that is skipped (by a GradScaler) keeps its place if the "
+                "optimiser's zero_grad() follows; the model's does not tell."
             )
         return self._rows[key][index, :length]
 

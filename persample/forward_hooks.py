@@ -65,6 +65,11 @@ class ForwardHooks:
         """The model's forward begins: a new pass."""
         if self._trial is not None:
             return
+        if module is not self._model or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1):
+            raise RuntimeError(
+                "this model is reweighted (persample.reweight), but nn.DataParallel runs copies of it, whose gradients "
+                "have no samples of their own. Use DistributedDataParallel, or one device"
+            )
         self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
         self._passes.append(self.forward)
         self.functions.leave_all()  # left over from a forward pass that Ctrl-C ended

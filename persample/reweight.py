@@ -7,14 +7,13 @@ done: `persample.taps`, under torch.compile `persample.compiled`, for functions 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
 from persample.asking import Asker, Known, Policy
 from persample.functional import watchable
-from persample.layers import LAYERS
-from persample.reweighting import Hook, Reweighting
+from persample.reweighting import Hook, Reweighting, layers_of
 from persample.weights import Layer
 
 __all__ = ["Known", "Policy", "Reweighting", "reweight"]
@@ -89,9 +88,10 @@ def reweight(
             where = f"its module '{path}'" if path else "it"
             raise ValueError(
                 f"this model is reweighted already ({where} carries hooks of persample.reweight). Call "
-                "remove() on the earlier handle, or on the optimiser that made it, first."
+                "remove() on the earlier handle, or on the optimiser that made it, first. Two optimisers of one model: "
+                "construct each with a part of the model."
             )
-    modules = dict(_layers(model))
+    modules = dict(layers_of(model))
     weights = watchable(model) if functions else {}
     names = {*modules, *weights.values()}
     axis_of = _axes(modules, names, batch_axis)
@@ -99,15 +99,6 @@ def reweight(
     layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
     asker = Asker(policy, known, joint)
     return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Attention reads the weight of its output projection and never calls it.
-    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    for path, module in model.named_modules():
-        own = any(type(module).forward is kind.forward for kind in LAYERS)
-        if isinstance(module, LAYERS) and own and id(module) not in inside:
-            yield path, module
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from persample.asking import Asker, Policy
 from persample.forward_hooks import ForwardHooks
 from persample.functional import owners
-from persample.layers import LayerGrads
+from persample.layers import LAYERS, LayerGrads
 from persample.parts import Parts, parts_of
 from persample.traced import TracedHooks
 from persample.weights import Layer
@@ -45,6 +45,16 @@ class Hook:
         return _Inert, ()
 
 
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the linear and convolution layers of a model that can be reweighted, each with its path."""
+    # Attention reads the weight of its output projection and never calls it.
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        own = any(type(module).forward is kind.forward for kind in LAYERS)
+        if isinstance(module, LAYERS) and own and id(module) not in inside:
+            yield path, module
+
+
 class Reweighting:
     """What `reweight` returns: ends the reweighting by `remove()` or at the end of a `with` block.
 
@@ -65,7 +75,7 @@ class Reweighting:
         *,
         outputs: bool,
     ) -> None:
-        self._layers, self._tied = layers, tied
+        self._model, self._layers, self._tied = model, layers, tied
         self._asker = asker
         self._eager = ForwardHooks(model, self._asker, layers, axis_of, weights, outputs=outputs)
         self._watcher = self._eager.functions.watcher
@@ -117,6 +127,8 @@ class Reweighting:
         for path, first in self._tied.items():
             result[path] = f"{self._layers[first].explain()}; one layer with '{first}'"
         owned = {id(weight) for layer in self._layers.values() for weight in layer.members()}
+        for path, _ in layers_of(self._model):
+            result.setdefault(path, "plain: it was added after the model was reweighted")
         for parameter, name in self._watcher.names.items():
             function = self._watcher.other.get(name)
             if function not in (None, "embedding", "embedding_bag") and id(parameter) not in owned:

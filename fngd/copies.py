@@ -1,0 +1,46 @@
+"""Copying and pickling of optimisers: constructed anew on the copied model, with the state of the original.
+
+torch copies an optimiser's groups and state and forgets the rest. Here the rest is hooks on a model, which a copy of
+the model has not. So a copy calls the constructor with the copied arguments and loads the state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+class Copied:
+    """Part of an optimiser whose constructor takes `params`: `copy.deepcopy` and `pickle`, best with the model.
+
+    >>> import copy
+    >>> model = nn.Linear(3, 1)
+    >>> other, opt = copy.deepcopy((model, fngd.NGD(model, lr=0.1)))
+    >>> other(torch.randn(8, 3)).square().mean().backward()
+    >>> opt.step()
+    """
+
+    _given: tuple[tuple, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+    state_dict: Callable[[], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keeps what the constructor is given."""
+        self = super().__new__(cls)
+        self._given = args, kwargs
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        args, kwargs = self._given
+        arguments = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        arguments["params"] = [dict(group) for group in self.param_groups]
+        arguments.pop("other", None)  # its groups are among them
+        arguments.pop("other_options", None)
+        return _copied, (type(self), dict(arguments), self.state_dict())
+
+
+def _copied(kind: type, arguments: dict[str, Any], state: dict[str, Any]) -> Any:
+    optimizer = kind(**arguments)
+    optimizer.load_state_dict(state)
+    return optimizer
