@@ -35,7 +35,8 @@ def _(block: Conv) -> str:
 
 @algorithm.register
 def _(block: Rows) -> str:
-    return "grads: index_add; norms, gram: Hadamard over equal indices"
+    gram = "row by row of the table" if block.device.type == "cpu" else "Hadamard over equal indices"
+    return f"grads: index_add; norms: Hadamard over equal indices; gram: {gram}"
 
 
 @algorithm.register

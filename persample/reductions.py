@@ -25,9 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persample import convolution, memory, outer
+from persample import convolution, memory, outer, tables
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
-from persample.chunking import chunks
 from persample.precision import full_precision
 from persample.products import gram_of_rows, weight_product, weight_products
 
@@ -220,51 +219,10 @@ def _(a: Conv, b: Conv) -> Tensor:
     return gram_of_rows(read_rows(a).flatten(1), read_rows(b).flatten(1))
 
 
-@register_pair(_INNER, Rows, Rows)
-def _(a: Rows, b: Rows) -> Tensor:
-    az, bz = full_precision(a.z), full_precision(b.z)
-    parts = [
-        (torch.bmm(az[s], bz[s].transpose(1, 2)) * (a.indices[s, :, None] == b.indices[s, None, :])).sum((1, 2))
-        for s in chunks(a.batch, 2 * az.shape[1] * bz.shape[1] * az.element_size())
-    ]
-    return torch.cat(parts) if parts else az.new_zeros(0)
-
-
-@register_pair(_GRAM, Rows, Rows)
-def _(a: Rows, b: Rows) -> Tensor:
-    az, bz = full_precision(a.z), full_precision(b.z)
-    (batch, time, _), (other, time_b) = az.shape, bz.shape[:2]
-    right, index = bz.flatten(0, 1).T, b.indices.reshape(-1)
-    parts = [
-        ((az[s].flatten(0, 1) @ right) * (a.indices[s].reshape(-1, 1) == index))
-        .view(s.stop - s.start, time, other, time_b)
-        .sum((1, 3))
-        for s in chunks(batch, 2 * time * other * time_b * az.element_size())
-    ]
-    return torch.cat(parts) if parts else az.new_zeros(0, other)
-
-
-@register_pair(_INNER, Rows, Outer)
-def _(a: Rows, b: Outer) -> Tensor:
-    # ⟨Σ_t e_i(t) ⊗ r_t, Σ_s z_s ⊗ x_s⟩ = Σ_(t,s) z_s[i(t)] (x_s · r_t): a tied output projection, no table formed
-    r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
-    picked = z.gather(2, a.indices[:, None, :].expand(-1, z.shape[1], -1))
-    return (torch.bmm(x, r.transpose(1, 2)) * picked).sum((1, 2))
-
-
-@register_pair(_GRAM, Rows, Outer)
-def _(a: Rows, b: Outer) -> Tensor:
-    r, x, z = full_precision(a.z), full_precision(b.x), full_precision(b.z)
-    (batch, time, _), (other, time_b, _) = r.shape, z.shape
-    x, z = x.flatten(0, 1), z.flatten(0, 1)
-    parts = [
-        ((x @ r[s].flatten(0, 1).T) * z[:, a.indices[s].reshape(-1)])
-        .view(other, time_b, s.stop - s.start, time)
-        .sum((1, 3))
-        .T
-        for s in chunks(batch, 2 * time * other * time_b * r.element_size())
-    ]
-    return torch.cat(parts) if parts else r.new_zeros(0, other)
+register_pair(_INNER, Rows, Rows)(tables.inner)
+register_pair(_GRAM, Rows, Rows)(tables.gram)
+register_pair(_INNER, Rows, Outer)(tables.inner_with_outer)
+register_pair(_GRAM, Rows, Outer)(tables.gram_with_outer)
 
 
 @register_pair(_INNER, Pulled, Pulled)
