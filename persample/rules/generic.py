@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from persample.blocks import Dense
+from persample.chunking import chunks
 from persample.graph import call_node_rows
-from persample.reductions import chunks
 from persample.rules import Site
 
 
