@@ -100,7 +100,7 @@ def per_sample(
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
     whole = losses_of_all(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
-    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, whole)
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, whole, parameters.values())
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:

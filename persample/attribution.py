@@ -146,7 +146,8 @@ def attribute(
 
     def shaped(found: Sequence[Any]) -> list[Tensor | None]:
         views = shapes if shapes is not None else [None] * len(found)
-        return [z if z is None or v is None else z.view(tuple(v)) for z, v in zip(found, views, strict=True)]
+        dense = [z if z is None or z.layout is torch.strided else z.to_dense() for z in found]
+        return [z if z is None or v is None else z.view(tuple(v)) for z, v in zip(dense, views, strict=True)]
 
     zs = shaped(backward(torch.ones_like(losses)))
     present = [z.dtype for z in zs if z is not None] + [losses.dtype]

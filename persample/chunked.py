@@ -9,7 +9,7 @@ they are not where a tensor is cut that all samples share, or where samples are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.checks import check_losses
 from persample.errors import CheckError, PerSampleError
+from persample.precision import coarsest
 from persample.result import Explanation, Per, PerSampleGrads
 
 Captured = Callable[[Any, Any], PerSampleGrads]
@@ -31,7 +32,14 @@ class ChunkedPerSampleGrads:
     """Per-sample gradients of one batch in chunks; the methods are those of `PerSampleGrads`."""
 
     def __init__(
-        self, capture: Captured, inputs: Any, targets: Any, chunk_size: int, batch: int, whole: Tensor | None = None
+        self,
+        capture: Captured,
+        inputs: Any,
+        targets: Any,
+        chunk_size: int,
+        batch: int,
+        whole: Tensor | None = None,
+        parameters: Collection[Tensor] = (),
     ) -> None:
         if whole is not None and len(whole) != batch:
             raise ValueError(
@@ -40,6 +48,7 @@ class ChunkedPerSampleGrads:
             )
         self.batch = batch
         self._whole = whole
+        self._precision = None if whole is None else computed_in(whole, parameters)
         self._capture = capture
         self._data = (inputs, targets)
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
@@ -140,7 +149,7 @@ class ChunkedPerSampleGrads:
                 f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
                 f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there"
             )
-        if self._whole is not None and not _agree(psg.losses, self._whole, part):
+        if self._whole is not None and not _agree(psg.losses, self._whole[part], self._whole, self._precision):
             raise CheckError(
                 f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
                 f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
@@ -186,11 +195,19 @@ def losses_of_all(problem: Problem) -> Float[Tensor, " batch"] | None:
     return None if drawn else check_losses(losses)
 
 
-def _agree(losses: Tensor, whole: Tensor, part: slice) -> bool:
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(losses.dtype, 5e-2)
+def computed_in(losses: Tensor, parameters: Collection[Tensor]) -> torch.dtype:
+    """The coarsest precision that losses are computed in, as far as one can tell without running the model."""
+    found = coarsest(losses, *parameters)
+    if torch.is_autocast_enabled(losses.device.type):
+        return max(found, torch.get_autocast_dtype(losses.device.type), key=lambda dtype: torch.finfo(dtype).eps)
+    return found.to_real()
+
+
+def _agree(losses: Tensor, expected: Tensor, whole: Tensor, precision: torch.dtype | None) -> bool:
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(precision or losses.dtype, 5e-2)
     finite = whole[whole.isfinite()].abs()
     largest = float(finite.max()) if len(finite) else 0.0
-    return torch.allclose(losses, whole[part], rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    return torch.allclose(losses, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
 def batch_of(inputs: Any) -> int | None:

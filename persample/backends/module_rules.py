@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -230,12 +231,13 @@ def _channels(call: Call, normalise: Callable[[Tensor], Tensor]) -> dict[str, Bl
     """weight, bias of each channel, dimension 1."""
     z = full_precision(call.z)
     owner = call.rows(z.ndim - 1)
+    flat = (*z.shape[:2], prod(z.shape[2:]))
     blocks: dict[str, Block] = {}
     if "weight" in call.wanted:
         entries = z * normalise(full_precision(call.x))
-        blocks["weight"] = Dense(owner.sum_by_sample(entries.reshape(*z.shape[:2], -1).sum(2)))
+        blocks["weight"] = Dense(owner.sum_by_sample(entries.reshape(*flat).sum(2)))
     if "bias" in call.wanted:
-        blocks["bias"] = Dense(owner.sum_by_sample(z.reshape(*z.shape[:2], -1).sum(2)))
+        blocks["bias"] = Dense(owner.sum_by_sample(z.reshape(*flat).sum(2)))
     return blocks
 
 

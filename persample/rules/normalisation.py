@@ -25,6 +25,8 @@ def channel_gradients(z: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple
     once, and x̂ is never formed.
     """
     count, channels = z.shape[:2]
+    if not count:
+        return z.new_zeros(0, channels), z.new_zeros(0, channels)
     z, x = z.reshape(1, count * channels, -1).contiguous(), x.reshape(1, count * channels, -1).contiguous()
     mean, rstd = mean.reshape(1, -1).to(z.dtype), rstd.reshape(1, -1).to(z.dtype)
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
