@@ -96,6 +96,8 @@ def per_sample(
         name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
         return PerSampleGrads(captured, parameters, name)
 
+    if chunk_size is not None:
+        refuse_counts(model)
     batch = batch_of(inputs)
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
@@ -110,6 +112,16 @@ def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
             raise UnsupportedError(
                 f"parameter {name!r} has gradient hooks (Tensor.register_hook), which act on the gradient of the whole "
                 "batch. Remove them, and apply to the rows what they do; post-accumulate hooks may stay"
+            )
+
+
+def refuse_counts(model: nn.Module) -> None:
+    """Raises `UnsupportedError` for tables whose gradients are divided by counts over the batch: chunks have others."""
+    for path, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False):
+            raise UnsupportedError(
+                f"layer {path!r} has scale_grad_by_freq=True: its gradients are divided by how often an index is in "
+                "the batch, which a chunk does not know. Leave chunk_size out, or switch scale_grad_by_freq off"
             )
 
 

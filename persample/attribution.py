@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from persample.graph import nested_error
 from persample.precision import full_precision
 
 LEVELS = {torch.float16: 8}
@@ -32,6 +33,8 @@ TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, t
 """Largest part of a row, in norm, that may come from elsewhere; half precision: `HALF_TOLERANCE`."""
 HALF_TOLERANCE = 5e-2
 NOBODY = -1
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+"""Layouts of gradients whose entries are compared as those of an ordinary tensor."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ def attribute(
 
     def shaped(found: Sequence[Any]) -> list[Tensor | None]:
         views = shapes if shapes is not None else [None] * len(found)
-        dense = [z if z is None or z.layout is torch.strided else z.to_dense() for z in found]
+        if any(z is not None and z.is_nested for z in found):
+            raise nested_error()
+        dense = [z.to_dense() if z is not None and z.layout in SPARSE else z for z in found]
         return [z if z is None or v is None else z.view(tuple(v)) for z, v in zip(dense, views, strict=True)]
 
     zs = shaped(backward(torch.ones_like(losses)))

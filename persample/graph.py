@@ -101,10 +101,15 @@ def shape_of(meta: Any) -> tuple[int, ...]:
     try:
         return tuple(meta.shape)
     except RuntimeError as error:
-        raise UnsupportedError(
-            "the model computes with nested tensors, whose rows have no common shape and cannot be told apart. "
-            "Use padded tensors with a mask, or a list of tensors"
-        ) from error
+        raise nested_error() from error
+
+
+def nested_error() -> UnsupportedError:
+    """The error for nested tensors, of either layout."""
+    return UnsupportedError(
+        "the model computes with nested tensors, whose rows have no common shape and cannot be told apart. "
+        "Use padded tensors with a mask, or a list of tensors"
+    )
 
 
 def inside_backward() -> bool:

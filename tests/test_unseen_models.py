@@ -137,3 +137,28 @@ def test_chunks_of_a_model_that_computes_in_less_than_its_losses_are_in(mode: st
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
         chunked = persample.per_sample(model, squares, x, chunk_size=2)
         assert rel_err(chunked.norms(), persample.per_sample(model, squares, x).norms()) < 0.05
+
+
+@pytest.mark.parametrize("backend", ["outputs", "hooks", "vmap"])
+def test_jagged_tensors_are_refused_in_words(backend: str) -> None:
+    class Jagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, *parts: Tensor) -> Tensor:
+            rows = self.linear(torch.nested.as_nested_tensor(list(parts), layout=torch.jagged))
+            return torch.stack([each.mean(0) for each in rows.unbind()])
+
+    parts = tuple(torch.randn(length, 4) for length in (3, 1, 4))
+    with pytest.raises(persample.UnsupportedError, match=r"nested tensors|functorch cannot batch this model"):
+        persample.per_sample(Jagged(), squares, parts, backend=backend)
+
+
+def test_counts_over_the_batch_are_not_had_from_chunks() -> None:
+    """The losses of chunks are those of the batch, their gradients are not."""
+    model, x = nn.Sequential(nn.Embedding(4, 3, scale_grad_by_freq=True), nn.Linear(3, 2)), torch.randint(4, (6, 5))
+    rows = persample.per_sample(model, squares, x).grads()
+    assert rel_err(rows, loop_grads(model, squares, x, None)) < 1e-4
+    with pytest.raises(persample.UnsupportedError, match=r"'0' has scale_grad_by_freq=True.*Leave chunk_size out"):
+        persample.per_sample(model, squares, x, chunk_size=2)
