@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fngd.chosen import Chosen
+from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.groups import first_order_groups, positive, whole
 from fngd.guards import Unchanged
@@ -88,6 +89,7 @@ class LayerPreconditioned(Preconditioned):
         self._running: dict[str, State] = {}
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
+        self._first = FirstPass()
         self._random = torch.Generator().manual_seed(seed)
         self._drawn_from = self._random.get_state()
         self._process_group, self._exchange = process_group, Exchange(process_group)
@@ -113,7 +115,11 @@ class LayerPreconditioned(Preconditioned):
             # A public way to learn the scale that does not wait for the device.
             scale = self._scaler.scale(torch.ones((), device=grads.device))
             factors = [(x, z / scale) for x, z in factors]
+        weight = found[1].param
+        if self._pending and self._first.discarded(weight, self.param_groups):
+            self._forget()
         if not self._pending:
+            self._first.begin(weight)
             self._drawn_from = self._random.get_state()
         convolution = not isinstance(self._chosen.modules.get(layer), nn.Linear | None)
         new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
@@ -171,10 +177,13 @@ class LayerPreconditioned(Preconditioned):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the statistics of a step that a GradScaler has skipped, as if it had not been."""
+        self._forget()
+        super().zero_grad(set_to_none)
+
+    def _forget(self) -> None:
         if self._pending:
             self._random.set_state(self._drawn_from)
             self._pending.clear()
-        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""

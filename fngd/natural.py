@@ -75,6 +75,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
             method,
             self._table,
             chosen=self._chosen,
+            groups=lambda: self.param_groups,
             scaler=scaler,
             process_group=process_group,
             diagnostics=diagnostics,

@@ -16,8 +16,10 @@ from fngd.accumulation import Passes, joined_gradients
 from fngd.adaptive import Model
 from fngd.diagnostics import Recorder, Solve
 from fngd.directions import Pair, coefficient_factors, dot, relative_damping, scaled
+from fngd.discarded import FirstPass
 from fngd.distributed import Exchange
 from fngd.drawn import Drawn
+from fngd.members import members
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
 from persample import LayerGrads
@@ -34,6 +36,7 @@ class Policy:
         method: the options.
         table: shared coefficients; None computes them in every pass.
         chosen: whether a layer, by path, is to be preconditioned.
+        groups: returns the parameter groups.
         scaler: the GradScaler of the loop, or None.
         process_group: of gram="global".
         diagnostics: whether to record figures.
@@ -47,6 +50,7 @@ class Policy:
         table: CoefficientTable | None,
         *,
         chosen: Callable[[str], bool],
+        groups: Callable[[], list[dict[str, Any]]],
         scaler: Any,
         process_group: Any,
         diagnostics: bool,
@@ -59,6 +63,9 @@ class Policy:
         self.models: dict[str, Model] = {}
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
+        self._first, self._groups = FirstPass(), groups
+        if table is not None:
+            table.restarts = self._restarts
         self._drawing = False
         self._passes, self._drawn = Passes(), Drawn(method)
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
@@ -74,6 +81,24 @@ class Policy:
         self.met_batch = False
         for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
+
+    def _begin(self, layer: str) -> None:
+        self.met_batch = True
+        self._first.begin(self._weight(layer))
+
+    def _restarts(self, layer: str) -> bool:
+        """Whether a layer's pass is the first one after all: the gradients of those before it were thrown away."""
+        if not self._first.discarded(self._weight(layer), self._groups()):
+            return False
+        self.clear()
+        if self._table is not None:
+            self._table.restart()
+        self._begin(layer)
+        return True
+
+    def _weight(self, layer: str) -> Tensor | None:
+        weight = members(self.handle, layer)[0]
+        return None if weight is None else weight.param
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -96,7 +121,8 @@ class Policy:
             return None
         if not table.has(layer) or table.probing(layer) or not self._chosen(layer):
             return None
-        self.met_batch = True
+        if not self.met_batch:
+            self._begin(layer)
         return table.lookup(layer, batch, device)
 
     def of_layer(self, layer: str, grads: LayerGrads) -> Any:
@@ -105,8 +131,11 @@ class Policy:
 
     def of_all(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
         """The policy where layers are asked together."""
-        self.met_batch = True
         method = self._method
+        if grads and not self.met_batch:
+            self._begin(next(iter(grads)))
+        elif grads:
+            self._restarts(next(iter(grads)))
         grads = {path: each for path, each in grads.items() if self._chosen(path)}
         if not grads or (method.gram != "global" and not any(each.batch_size for each in grads.values())):
             return {}  # nothing to do, or no samples

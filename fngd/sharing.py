@@ -17,7 +17,7 @@ What is stored is the factor B·c_b by which each sample's share of the plain gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class CoefficientTable:
         self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
         self._written: set[str] = set()  # layers whose coefficients were computed since the last step
         self._warned = False
+        self.restarts: Callable[[str], bool] = lambda layer: False
+        """Asked in a layer's later backward passes since the last step: whether earlier ones do not count."""
         self._asked = False  # whether a layer has used the latest ids
         self._announced: list[Tensor] = []  # ids of each backward pass since the last step
         # by (layer, backward pass within the step): rows [steps, longest batch], their lengths, which to redo
@@ -90,12 +92,15 @@ class CoefficientTable:
         )
 
     def has(self, layer: str) -> bool:
-        """Whether `lookup` would find factors for the layer's next backward pass, or raise; changes nothing."""
+        """Whether `lookup` would find factors for the layer's next backward pass, or raise."""
         if self.computing:
             return False
         if self.control == "constant" or self.share == "sample":
             return self.control == "constant" or (layer, 0) in self._rows
-        lengths = self._lengths.get((layer, self._calls.get(layer, 0)))
+        number = self._calls.get(layer, 0)
+        if number and self.restarts(layer):
+            number = 0
+        lengths = self._lengths.get((layer, number))
         return lengths is not None and lengths[self.index % self.steps_per_epoch] > 0
 
     def lookup(self, layer: str, batch: int, device: torch.device) -> Float[Tensor, " batch"] | None:
@@ -176,6 +181,11 @@ class CoefficientTable:
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"sample_ids must be integers [B], not {ids.dtype} of shape {list(ids.shape)}")
+        assert self.samples is not None, "the constructor has checked"
+        if ids.device.type == "cpu" and len(ids) and not (ids.min() >= 0 and ids.max() < self.samples):
+            raise ValueError(
+                f"sample_ids are {ids.min()} to {ids.max()}, must be 0 to {self.samples - 1} (samples - 1)"
+            )
         if self._asked or not self._announced:
             self._announced.append(ids)
         else:
@@ -190,12 +200,16 @@ class CoefficientTable:
 
     def advance(self) -> None:
         """Ends a step: the next backward pass belongs to the next batch."""
-        self._calls.clear()
-        self._written.clear()
+        self.restart()
         self._announced, self._asked = [], False
         self.index += 1
         if not self._explicit and self.index == self.steps_per_epoch:
             self._close_epoch()
+
+    def restart(self) -> None:
+        """The next backward pass is the first one of the step: earlier ones do not count."""
+        self._calls.clear()
+        self._written.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs; tensors are not copied."""
@@ -234,8 +248,7 @@ class CoefficientTable:
         self._rows = {key: rows.to(device, copy=True) for key, rows in state["rows"].items()}
         self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
         self._lengths = {key: list(lengths) for key, lengths in state["lengths"].items()}
-        self._calls.clear()
-        self._written.clear()
+        self.restart()
         self._announced, self._asked = [], False
 
     def _by_position(self, layer: str, batch: int) -> Tensor | None:
