@@ -99,9 +99,12 @@ def shape_of(meta: Any) -> tuple[int, ...]:
         UnsupportedError: a nested tensor, which has none.
     """
     try:
-        return tuple(meta.shape)
+        shape = tuple(meta.shape)
     except RuntimeError as error:
         raise nested_error() from error
+    if not all(isinstance(size, int) for size in shape):  # jagged: one of the sizes is a symbol
+        raise nested_error()
+    return shape
 
 
 def nested_error() -> UnsupportedError:

@@ -32,6 +32,7 @@ from persample.blocks import Block
 from persample.checks import check_graph, check_losses, check_sum
 from persample.coupling import row_owner
 from persample.errors import CoupledSamplesError, PerSampleError, UnderflowError, UnsupportedError
+from persample.graph import shape_of
 from persample.precision import coarsest
 from persample.provenance import Provenance
 
@@ -58,7 +59,7 @@ class Record:
     arguments: Mapping[str, Any]
     versions: tuple[tuple[Tensor, int], ...]
     edge: GradientEdge
-    shape: torch.Size
+    shape: tuple[int, ...]
     used_batch_statistics: bool
 
 
@@ -113,7 +114,9 @@ def recording(modules: Sequence[Hooked]) -> Iterator[list[Record]]:
                 for value in bound.values()
                 if isinstance(value, Tensor) and not value.is_inference()
             )
-            records.append(Record(hooked, bound, versions, _edge(output), output.shape, by_batch_statistics(module)))
+            records.append(
+                Record(hooked, bound, versions, _edge(output), shape_of(output), by_batch_statistics(module))
+            )
 
         return hook
 
