@@ -16,10 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from persample import trial
 from persample.asking import Asker
+from persample.batches import batch_size
 from persample.function_layers import FunctionLayers, computed
 from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
 from persample.weights import Layer
+
+__all__ = ["ForwardHooks", "batch_size"]
 
 
 class ForwardHooks:
@@ -236,14 +239,6 @@ class ForwardHooks:
 
 def _first_tensor(tree: Any) -> Tensor | None:
     return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.dim()), None)
-
-
-def batch_size(args: tuple, kwargs: dict) -> int | None:
-    """Returns the length of axis 0 of the first tensor that has an axis."""
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    return None
 
 
 def _keep_output_grad(forward: Pass, grad: Tensor) -> None:
