@@ -33,13 +33,8 @@ class Reader(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, batch: Any) -> Tensor:
-        x = (
-            batch
-            if isinstance(batch, (Tensor, PackedSequence))
-            else batch.x
-            if isinstance(batch, Batch)
-            else batch["x"]
-        )
+        if isinstance(batch, (UserDict, Batch)):
+            batch = batch.x if isinstance(batch, Batch) else batch["x"]
         states, last = self.read(batch)
         times = last if isinstance(states, PackedSequence) else states.transpose(0, 1)
         return self.head(self.inner(times).tanh().mean(0))
