@@ -46,8 +46,12 @@ def coupled_error(
     name: str,
     coupled: str,
     batch: int,
+    half: torch.dtype | None = None,
 ) -> CoupledSamplesError:
-    """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix."""
+    """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix.
+
+    `half`: the half precision that z has there, None for another one.
+    """
     behind, stack = set(), [node]
     while stack:
         current = stack.pop()
@@ -78,6 +82,8 @@ def coupled_error(
         else f"If the input of shape {tuple(shared.shape)} holds no samples but is shared by all of them (positions, a "
         f"mask, a grid), give it a first dimension of one: {(1, *shared.shape)}. "
     )
+    if half is not None:
+        hint += f"Where large terms cancel, rounding in {half} can look like that; the same model in float32 tells. "
     return CoupledSamplesError(
         f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. {hint}"
         "Per-sample gradients exist where each loss depends on its own sample alone: put batch normalisation in "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedError
+from persample.precision import full_precision
 
 Node = Any  # torch.autograd.graph.Node; the stubs lack _input_metadata and saved tensors
 Edge = tuple[Node, int]
@@ -307,7 +308,10 @@ class Route:
         return all(name in REARRANGING for name in self.names)
 
     def pull(self, rows: Tensor) -> Tensor:
-        """Rows [n, *tensor at source] -> rows [n, *parameter]."""
+        """Rows [n, *tensor at source] -> rows [n, *parameter], in float32 or better.
+
+        Operations that compute are called in their own precision, those that rearrange keep that of the rows.
+        """
         waiting: dict[Node, dict[int, Tensor]] = {self.source[0]: {self.source[1]: rows}}
         inside = {*self.nodes, self.leaf}
         for node in self.nodes:
@@ -315,6 +319,8 @@ class Route:
             if not given:
                 continue
             cotangents = [given.get(k) for k in range(len(node._input_metadata))]
+            if node.name() not in SKIPPED:
+                cotangents = [c if c is None else c.to(edge_dtype((node, k))) for k, c in enumerate(cotangents)]
             slots = [slot for slot, (source, _) in enumerate(node.next_functions) if source in inside]
             for slot, grad in zip(slots, call_node_rows(node, cotangents, slots), strict=True):
                 if grad is not None:
@@ -323,7 +329,7 @@ class Route:
                     slot_sums[output] = slot_sums[output] + grad if output in slot_sums else grad
         arrived = waiting.get(self.leaf)
         shape = edge_shape((self.leaf, 0))
-        return rows.new_zeros(rows.shape[0], *shape) if arrived is None else arrived[0]
+        return rows.new_zeros(rows.shape[0], *shape) if arrived is None else full_precision(arrived[0])
 
 
 def route(graph: Graph, leaf: Node, source: Edge, region: set[Node]) -> Route:

@@ -109,6 +109,12 @@ def find_uses(
     known = Separation()
     regions: dict[str, set[Node]] = {name: set() for name in parameters}
     leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
+
+    def coupled_at(node: Node, name: str) -> Exception:
+        assert provenance is not None, "without it samples are not told from parameters"
+        half = [z.dtype for z in known.zs[node] if z is not None and z.dtype in (torch.float16, torch.bfloat16)]
+        return coupled_error(node, graph, known.separated, provenance, name, coupled, batch, next(iter(half), None))
+
     waiting = {name: first_nodes(graph, leaf, regions[name]) for name, leaf in leaves.items()}
     reached: dict[str, list[Meeting]] = {name: [] for name in parameters}
     step = 0
@@ -121,7 +127,7 @@ def find_uses(
                 node = meeting[0]
                 if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
                     separate(graph, losses, behind(graph, [node]), known)
-                    raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
+                    raise coupled_at(node, name)
                 if known.separated(node) and trusted(node, graph, known, provenance, batch):
                     if (
                         provenance is not None
@@ -132,14 +138,14 @@ def find_uses(
                             or mixes_inside(node, known, provenance, batch)
                         )
                     ):
-                        raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
+                        raise coupled_at(node, name)
                     reached[name].append(meeting)
                 elif provenance is not None and provenance.saw_data(node, batch):
                     if coupled == "error" or not known.read_rows(node, batch):
                         if underflows(graph, losses, node, known):
                             raise underflow_error(name, known.zs[node])
                         separate(graph, losses, behind(graph, [node]), known)
-                        raise coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
+                        raise coupled_at(node, name)
                     reached[name].append(meeting)
                 elif node not in regions[name]:
                     regions[name].add(node)

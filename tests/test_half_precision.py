@@ -63,7 +63,7 @@ def test_sums_that_lose_most_of_what_is_added(name: str, dtype: torch.dtype, hol
     psg = persample.per_sample(model, squares, x, hold=hold)
     exact = make().double()
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
-    rows = loop_grads(exact, lambda y, _: y.square().flatten(1).sum(1), x if name == "table" else x.double(), None)
+    rows = loop_grads(exact, squares_in_double, x if name == "table" else x.double(), None)
     assert rel_err(psg.grads()[parameter].double(), rows[parameter]) < 0.03
     [plain] = torch.autograd.grad(squares(model(x), None).sum(), [dict(model.named_parameters())[parameter]])
     assert rel_err(plain.double(), rows[parameter].sum(0)) > 0.1
@@ -176,3 +176,58 @@ def test_coupled_samples_are_called_coupled_however_small(dtype: torch.dtype) ->
     for scale in (1.0, small):
         with pytest.raises(persample.CoupledSamplesError, match="influence each other"):
             persample.per_sample(Attending().to(dtype), scaled, torch.randn(4, 4).to(dtype), torch.full((4,), scale))
+
+
+# --- weights that are computed ----------------------------------------------------------------------------------------
+
+
+class Merged(nn.Module):
+    """A low-rank change of a frozen weight, scaled row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.scale = nn.Parameter(torch.randn(5, 6), requires_grad=False), nn.Parameter(torch.rand(5, 1))
+        self.down, self.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.base + self.up @ self.down
+        return nn.functional.linear(x, self.scale * weight / weight.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "make",
+    [Merged, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+     lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 4, 2)))],
+)  # fmt: skip
+def test_computed_weights(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    """The operations that compute them take rows of their own precision alone."""
+    model, x = make().to(dtype), torch.randn(4, 6).to(dtype)
+    psg = persample.per_sample(model, squares, x)
+    exact = make().double()
+    exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    rows = loop_grads(exact, squares_in_double, x.double(), None)
+    assert rel_err({name: row.double() for name, row in psg.grads().items()}, rows) < 0.1
+    total = {name: value.double() for name, value in psg.weighted_sum(torch.ones(4)).items()}
+    assert rel_err(total, {name: row.sum(0) for name, row in rows.items()}) < 0.1
+    assert all(row.dtype == torch.float32 for row in psg.grads().values())
+
+
+def squares_in_double(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.square().flatten(1).sum(1)
+
+
+def test_a_refusal_in_half_precision_says_that_rounding_may_be_why() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.decay = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.logcumsumexp(self.first(x) + self.decay, 1)
+
+    torch.manual_seed(0)
+    model, x = Scan(), torch.randn(5, 6, 4)
+    persample.per_sample(model, squares, x)
+    with pytest.raises(persample.CoupledSamplesError, match=r"rounding in torch\.bfloat16 can look like that"):
+        persample.per_sample(model.bfloat16(), squares, x.bfloat16())
