@@ -33,14 +33,23 @@ class Copied:
 
     def __reduce__(self) -> tuple[Any, ...]:
         args, kwargs = self._given
-        arguments = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        signature = inspect.signature(type(self))
+        if "params" not in signature.parameters:
+            raise TypeError(
+                f"{type(self).__name__} cannot be copied or pickled, as its constructor takes no params=. Give it one, "
+                "or construct another on the copied model and load the state_dict()"
+            )
+        arguments = signature.bind(*args, **kwargs).arguments
         arguments["params"] = [dict(group) for group in self.param_groups]
         arguments.pop("other", None)  # its groups are among them
         arguments.pop("other_options", None)
-        return _copied, (type(self), dict(arguments), self.state_dict())
+        removed = getattr(self, "handle", None) is not None and self.handle.removed  # type: ignore[attr-defined]
+        return _copied, (type(self), dict(arguments), self.state_dict(), removed)
 
 
-def _copied(kind: type, arguments: dict[str, Any], state: dict[str, Any]) -> Any:
+def _copied(kind: type, arguments: dict[str, Any], state: dict[str, Any], removed: bool) -> Any:
     optimizer = kind(**arguments)
     optimizer.load_state_dict(state)
+    if removed:
+        optimizer.remove()
     return optimizer

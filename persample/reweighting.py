@@ -218,6 +218,17 @@ class Reweighting:
         self._watcher.stop(list(self._watcher.names))
         self._hooks = []
 
+    @property
+    def removed(self) -> bool:
+        """Whether `remove()` has been called.
+
+        >>> handle = persample.reweight(nn.Linear(3, 1), lambda layer, grads: None)
+        >>> handle.remove()
+        >>> handle.removed
+        True
+        """
+        return not self._hooks
+
     def __enter__(self) -> Reweighting:
         return self
 

@@ -92,6 +92,24 @@ def test_a_copy_goes_on_as_the_original(copied: Callable[[Any], Any], name: str)
     assert not any(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", SEEING)
+def test_a_copy_of_what_was_removed_leaves_the_model_alone(name: str):
+    model = net()
+    opt = MAKERS[name](model)
+    opt.remove()
+    other, _ = copy.deepcopy((model, opt))
+    MAKERS[name](other)  # and makes room for the next
+
+
+def test_a_kind_of_ones_own_that_cannot_be_copied():
+    class Mine(NGD):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model, lr=0.1)
+
+    with pytest.raises(TypeError, match=r"Mine cannot be copied or pickled, as its constructor takes no params="):
+        copy.deepcopy(Mine(net()))
+
+
 @pytest.mark.parametrize("name", ["position", "ngd"])
 def test_what_another_optimiser_steps_takes_the_plain_gradient(name: str):
     """Two optimisers, each with some of the parameters: AdamW is not to be handed a preconditioned gradient."""
