@@ -45,8 +45,9 @@ class FNGD(NaturalSGD):
 
     Approximate: as `NGD`, and the coefficients are those of an earlier epoch: with share="position" of
         other samples. With gradient accumulation each backward pass within a step has its own row of
-        coefficients; with accumulate="joint" the rows of a step come from one solve. So does a pass of another
-        model's loss (a GAN's generator step): freeze this model for it by requires_grad_(False).
+        coefficients; with accumulate="joint" the rows of a step come from one solve. A pass whose
+        gradients are thrown away (of a GAN's generator, or SAM's first) does not count if the model's zero_grad() does
+        so, set_to_none, or if the model is frozen for it; the optimiser's zero_grad() says that a batch is skipped.
 
     >>> model = nn.Linear(3, 1)
     >>> opt = FNGD(model, lr=0.1, steps_per_epoch=1)

@@ -85,8 +85,9 @@ def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
     warnings.warn(
         f"backward pass {passes + 1} of step {index + 1} of the epoch has no stored coefficients at layer '{layer}': "
         f"that step had {passes} when they were computed. They are computed now. If a pass was for another "
-        "model's loss (a GAN's generator step), freeze this model for it by requires_grad_(False), or "
-        "coefficients meet other passes. If a step was skipped, call the optimiser's zero_grad(), not the model's",
+        "model's loss (a GAN's generator step), clear its gradients by the model's zero_grad(), or "
+        "freeze the model for it by requires_grad_(False): else coefficients meet other passes. After a step that was "
+        "skipped, call the optimiser's zero_grad()",
         stacklevel=2,
     )
 

@@ -228,9 +228,9 @@ class KFAC(LayerPreconditioned):
 
     Approximate: the empirical Fisher matrix, block-diagonal by layer, each block a Kronecker product; factors
     and inverses of earlier steps. With gradient accumulation the factors are those of the joined batch, if the
-    losses add up to its loss; freeze the model, by requires_grad_(False), for passes of other models' losses (a GAN's
-    generator step), or their statistics count. A batch with inf or NaN leaves the factors as they were. Weights that
-    several layers or an embedding share and transposed convolutions get the plain gradient: see `explain()`.
+    losses add up to its loss; a pass for another model's loss (a GAN's generator's) does not count if the model's
+    zero_grad() clears its gradients. A batch with inf or NaN leaves the factors as they were. Weights that several
+    layers or an embedding share and transposed convolutions get the plain gradient: see `explain()`.
 
     >>> model = nn.Linear(3, 1)
     >>> opt = KFAC(model, lr=0.1, statistics_every=10, inverse_every=100)

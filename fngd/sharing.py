@@ -264,7 +264,7 @@ class CoefficientTable:
                 f"coefficients are for {length}. Batches must come in the same sizes every epoch: is "
                 f"steps_per_epoch={self.steps_per_epoch} the length of the loader? With batches of varying "
                 "size use fngd.NGD or share='sample'. A step that is skipped (by a GradScaler) keeps its place if the "
-                "optimiser's zero_grad() follows; the model's does not tell."
+                "optimiser's zero_grad() follows; gradients that belong to no batch are for the model's zero_grad()."
             )
         return self._rows[key][index, :length]
 

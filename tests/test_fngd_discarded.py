@@ -126,6 +126,20 @@ def test_the_optimisers_zero_grad_ends_a_batch_all_the_same():
     assert (opt._table.epoch, opt._table.index) == (0, 2)
 
 
+def test_sharpness_aware_steps_keep_their_places():
+    """Two passes a step, the first one's gradients used and thrown away; batches of other sizes in each place."""
+    model = net()
+    opt = FNGD(model, steps_per_epoch=2)
+    for number in range(6):
+        for _ in range(2):
+            model.zero_grad()
+            x = torch.randn(3 + number % 2, 3)
+            F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        opt.step()
+    assert (opt._table.epoch, opt._table.index) == (3, 0)
+    assert set(opt._table._rows) == {("0", 0), ("2", 0)}
+
+
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_ids_out_of_range(bad: int):
     opt = FNGD(net(), steps_per_epoch=1, share="sample", samples=5)
