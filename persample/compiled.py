@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 
 from persample.taps import Pass, Uses, without_autocast
 from persample.weights import Layer
+
+_HERE = Path(__file__).parent
 
 
 class Target:
@@ -136,11 +139,16 @@ class _Convolution(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def begin(number: int) -> bool:
-    """While tracing: the model's forward begins in this graph."""
+    """While tracing: the model's forward begins in this graph. Returns whether it does, and not a hook alone.
+
+    Of a model of a user's class Dynamo compiles hooks and forward apart, so that no layer is in the hook's graph.
+    """
     target = Target.get(number)
-    target.graph = TracingContext.try_get()
     target.claimed.clear()
-    return True
+    outermost = next(iter(TracingContext.extract_stack()), None)  # None: nothing is traced any more
+    alone = outermost is None or Path(outermost.filename).parent == _HERE
+    target.graph = None if alone else TracingContext.try_get()
+    return not alone
 
 
 @torch.compiler.assume_constant_result

@@ -31,14 +31,16 @@ class TracedHooks:
         if self._eager.asker.joint:
             _outside(self._eager.enter_model, module, args, kwargs)
             return
-        compiled.begin(self._root.number)
+        if not compiled.begin(self._root.number):
+            _outside(self._eager.enter_model, module, args, kwargs)
+            return
         self._eager.forward = Pass(batch_size(args, kwargs))
         self._eager.uses = {}
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """It ends."""
+        """It ends, in the graph or outside, as it began."""
         eager = self._eager
-        if eager.asker.joint or (eager.outputs and not isinstance(output, Tensor)):
+        if eager._passes or eager.asker.joint or (eager.outputs and not isinstance(output, Tensor)):
             return _outside(eager.leave_model, module, args, output)
         eager.uses = None
         if eager.outputs and torch.is_grad_enabled():
@@ -81,7 +83,8 @@ class TracedHooks:
 
 @torch.compiler.disable(
     reason="persample.reweight puts a layer into a compiled graph only if it is called once in a forward pass, in the "
-    "graph that the model's forward begins in, with zero padding, and without joint=True"
+    "graph that the model's hooks begin in (for a model of a class of your own Dynamo compiles these apart), with zero "
+    "padding, and without joint=True; leave fullgraph=True out"
 )
 def _outside(function: Callable[..., Any], *args: Any) -> Any:
     """Calls the function as it is: a break in a compiled graph."""

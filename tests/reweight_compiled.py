@@ -177,9 +177,10 @@ def test_a_layer_called_twice_leaves_the_graph() -> None:
     expected = train(model, x, model)
     for one, two in zip(train(other, x, torch.compile(other, backend="aot_eager")), expected, strict=True):
         assert_same(one, two)
+    torch._dynamo.reset()
     with (
         reweight(third, lambda layer, grads: FACTORS),
-        pytest.raises(torch._dynamo.exc.Unsupported),
+        pytest.raises(torch._dynamo.exc.Unsupported, match=r"leave fullgraph=True out"),
     ):
         torch.compile(third, backend="aot_eager", fullgraph=True)(x)
 
@@ -264,3 +265,34 @@ def test_a_geometry_is_read_as_the_layer_reads_it(layer: nn.Module) -> None:
     with reweight(layer, lambda path, grads: FACTORS):
         torch.compile(layer, backend="aot_eager")(x).sin().sum().backward()
     assert_same([layer.weight.grad], [torch.einsum("b,b...->...", FACTORS, rows)])
+
+
+class Queries(nn.Module):
+    """As many learnt queries as samples, [Q, 3]: a layer works on them that all samples share."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, 3))
+        self.key, self.value, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ self.key(self.queries).T).softmax(1)
+        return self.head(weights.sum(1, keepdim=True) * self.value(x) * weights[:, :1])
+
+
+@pytest.mark.parametrize("how", ["function", "method"])
+@pytest.mark.parametrize("queries", [B, B + 1])
+def test_layers_that_all_samples_share_are_told_in_models_of_a_class_of_ones_own(queries: int, how: str) -> None:
+    model, x = Queries(queries), torch.randn(B, 3)
+    other = copy.deepcopy(model)
+    expected = train(model, x, model)
+    if how == "method":
+        other.compile(backend="aot_eager")
+    call = torch.compile(other, backend="aot_eager") if how == "function" else other
+    for one, two in zip(train(other, x, call), expected, strict=True):
+        assert_same(one, two)
+    with reweight(other, lambda layer, grads: FACTORS) as handle:
+        call(x).sin().sum().backward()
+        assert handle.explain()["key"].startswith("plain: it works on what all samples share")
+        assert not handle._eager._passes, "the pass has been left as it was entered"
+        assert handle._eager._seen is None
