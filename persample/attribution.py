@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from persample.graph import nested_error
 from persample.precision import full_precision
 
 LEVELS = {torch.float16: 8}
@@ -134,47 +133,96 @@ def contrasts(batch: int, dtype: torch.dtype, device: torch.device) -> list[Floa
     return [_powers((2 * bit - 1) * sign * high, dtype) for bit in bits for sign in (1, -1)]
 
 
+Visit = Callable[[int, Tensor], object]
+"""Gets the number of a place, and the gradient there."""
+
+
 def attribute(
-    backward: Callable[[Tensor], Sequence[Any]], losses: Tensor, shapes: Sequence[Sequence[int] | None] | None = None
+    backward: Callable[[Tensor], Sequence[Any]],
+    losses: Tensor,
+    shapes: Sequence[Sequence[int] | None] | None = None,
+    watch: Callable[[Tensor, Visit], None] | None = None,
 ) -> tuple[list[Tensor | None], list[Owner | None]]:
     """Returns z and owner at each of several places; an owner of None marks mixed samples (or no gradient).
 
     Args:
         backward: `backward(v)` returns the gradients of Σ_b v_b ℓ_b at these places; None among them where there
-            is none. It is called 1 + ⌈log_`LEVELS` B⌉ times, and 2 ⌈log₂ B⌉ times more if anything is in doubt.
+            is none. With `watch` it is called once, and 2 ⌈log₂ B⌉ times more if anything is in doubt.
         losses: [B].
         shapes: shape to give to each gradient; default: as it comes.
+        watch: `watch(v, visit)` shows the same gradients one by one, and keeps none; by default those of `backward`.
+            It is called ⌈log_`LEVELS` B⌉ times. Where sample b lies at index b of an axis, nothing is kept here either.
     """
     batch = losses.shape[0]
 
-    def shaped(found: Sequence[Any]) -> list[Tensor | None]:
-        views = shapes if shapes is not None else [None] * len(found)
-        if any(z is not None and z.is_nested for z in found):
-            raise nested_error()
-        dense = [z.to_dense() if z is not None and z.layout in SPARSE else z for z in found]
-        return [z if z is None or v is None else z.view(tuple(v)) for z, v in zip(dense, views, strict=True)]
+    def shaped(place: int, z: Tensor | None) -> Tensor | None:
+        view = None if shapes is None else shapes[place]
+        return z if z is None or view is None else z.view(tuple(view))
 
-    zs = shaped(backward(torch.ones_like(losses)))
+    def all_at_once(weights: Tensor, visit: Visit) -> None:
+        for place, z in enumerate(backward(weights)):
+            if z is not None:
+                visit(place, z)
+
+    zs = [shaped(place, z) for place, z in enumerate(backward(torch.ones_like(losses)))]
     present = [z.dtype for z in zs if z is not None] + [losses.dtype]
     lowest = min(present, key=lambda dtype: torch.finfo(dtype).max)
     real = lowest.to_real()
-    probed = [shaped(backward(w.to(losses.dtype))) for w in probes(batch, real, losses.device)]
+    found = [None if z is None else _Found(z, batch) for z in zs]
+    for weights in probes(batch, real, losses.device):
+
+        def visit(place: int, probe: Tensor, weights: Tensor = weights) -> None:
+            known, probe_there = found[place], shaped(place, probe)
+            if known is not None and probe_there is not None:
+                known.add(probe_there, weights)
+
+        (all_at_once if watch is None else watch)(weights.to(losses.dtype), visit)
     levels = LEVELS.get(lowest, DEFAULT_LEVELS)
-    owners = [
-        None if z is None else locate(z, [p for p in others if p is not None], batch, levels)
-        for z, *others in zip(zs, *probed, strict=True)
-    ]
+    owners = [None if known is None else known.owner(levels) for known in found]
     if any(owner is not None and not owner.exact for owner in owners):
         for weights in contrasts(batch, real, losses.device):
-            found = shaped(backward(weights.to(losses.dtype)))
-            for place, (z, owner, other) in enumerate(zip(zs, owners, found, strict=True)):
+            others = [shaped(place, z) for place, z in enumerate(backward(weights.to(losses.dtype)))]
+            for place, (z, owner, other) in enumerate(zip(zs, owners, others, strict=True)):
                 if z is not None and other is not None and owner is not None and not owner.exact:
                     owners[place] = owner if _explains(owner, z, other, weights) else None
     return zs, owners
 
 
+class _Found:
+    """What the probes have shown of one z so far: the axes at whose index b lies sample b, exactly, or the probes.
+
+    The first is by far the most common layout, quickly found, and tells what the probes were: they need not be kept.
+    """
+
+    def __init__(self, z: Tensor, batch: int) -> None:
+        self._z, self._batch = z, batch
+        self._axes = [axis for axis, size in enumerate(z.shape) if size == batch > 1]
+        self._weights: list[Tensor] = []
+        self._probes: list[Tensor] = []
+
+    def add(self, probe: Tensor, weights: Tensor) -> None:
+        """Compares another probe."""
+        left = [axis for axis in self._axes if torch.equal(probe, self._scaled(weights, axis))]
+        if self._axes and not left:
+            self._probes = [self._scaled(before, self._axes[0]) for before in self._weights]
+        self._axes = left
+        self._weights.append(weights)
+        if not left:
+            self._probes.append(probe)
+
+    def owner(self, levels: int) -> Owner | None:
+        """Whom each entry belongs to, or None where samples mix."""
+        if self._axes and self._weights:
+            return Owner(self._axes[0], torch.arange(self._batch, device=self._z.device), self._batch)
+        return locate(self._z, self._probes, self._batch, levels)
+
+    def _scaled(self, weights: Tensor, axis: int) -> Tensor:
+        shape = [-1 if d == axis else 1 for d in range(self._z.ndim)]
+        return self._z * weights.to(self._z.real.dtype).view(shape)
+
+
 def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAULT_LEVELS) -> Owner | None:
-    """Returns whom each entry of z belongs to, or None where samples mix.
+    """Returns whom each entry of z belongs to, or None where samples mix; for any layout.
 
     Args:
         z: gradient of Σ_b ℓ_b, any shape.
@@ -186,9 +234,6 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
         return Owner(0, torch.zeros(z.shape[0], dtype=torch.long, device=z.device), batch)
     if batch <= 1:
         return Owner(None, torch.zeros((), dtype=torch.long, device=z.device), batch)
-    axis = _identity_axis(z, probed, batch, levels)
-    if axis is not None:
-        return Owner(axis, torch.arange(batch, device=z.device), batch)
     ids = _of_entries(z, probed, batch, levels)
     if ids is None:
         return _within_tolerance(z, probed, batch, levels)
@@ -206,20 +251,6 @@ def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 def _axes(shape: Sequence[int], batch: int) -> list[int]:
     """Axes in the order in which samples are looked for: of size B first, then of a multiple of B."""
     return sorted(range(len(shape)), key=lambda axis: (shape[axis] != batch, shape[axis] % batch != 0, axis))
-
-
-def _identity_axis(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> int | None:
-    """The axis of size B at whose index b lies sample b, exactly: by far the most common layout, quickly found."""
-    number = torch.arange(batch, device=z.device)
-    for axis in (axis for axis, size in enumerate(z.shape) if size == batch):
-        shape = [-1 if d == axis else 1 for d in range(z.ndim)]
-        weights = (
-            _powers(number // levels**place % levels - levels // 2, z.real.dtype).view(shape)
-            for place in range(len(probed))
-        )
-        if all(torch.equal(probe, z * w) for probe, w in zip(probed, weights, strict=True)):
-            return axis
-    return None
 
 
 def _of_entries(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Int[Tensor, " *size"] | None:

@@ -2,26 +2,24 @@
 
     losses ─▶ backward pass ─▶ a node with uses: z arrives ─▶ blocks ─▶ last use of a parameter: take(name, uses)
 
-z comes from hooks on nodes that the pass runs through anyway, and the pass frees what it has passed. So what is
-held at any moment is what `take` keeps, not z of every operation beside the whole graph. Only nodes with no other
-use upstream are asked for by edge: there the pass ends.
+The pass frees what it has passed (`persample.passes`), so what is held at any moment is what `take` keeps, not z of
+every operation beside the whole graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Owner
 from persample.backends import Captured
 from persample.blocks import Block
 from persample.captured import capture_use, merged
 from persample.graph import Graph, Node
+from persample.passes import ends, watched
 from persample.rules import Site, build
 from persample.uses import Use
 
@@ -46,16 +44,6 @@ def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
                 if saved is not None and getattr(saved, "unpack_hook", saved) is not None:
                     return True
     return False
-
-
-def ends(graph: Graph, uses: Mapping[str, Sequence[Use]]) -> list[Node]:
-    """Nodes with a use, and none among the nodes that they depend on."""
-    with_use = dict.fromkeys(use.node for found in uses.values() for use in found)
-    below: set[Node] = set()
-    for node in graph.order:  # sources come first
-        if any(source in below or source in with_use for source, _ in node.next_functions):
-            below.add(node)
-    return [node for node in with_use if node not in below]
 
 
 class Stream:
@@ -85,27 +73,10 @@ class Stream:
                 self._names.setdefault(place, []).append(name)
         self._found: dict[str, dict[Place, tuple[Block, str]]] = {name: {} for name in uses}
 
-    def run(self, losses: Tensor, last: Sequence[Node], *, retain_graph: bool = False) -> None:
-        """Runs the pass; `last` are the `ends` of the graph."""
-        edges = [(node, output) for node in last for output in self._graph.outputs(node)]
-        handles = [node.register_prehook(partial(self._arrive, node)) for node in self._slots if node not in last]
-        try:
-            zs: Sequence[Tensor | None] = ()
-            if edges:
-                zs = torch.autograd.grad(
-                    losses,
-                    [GradientEdge(*edge) for edge in edges],
-                    torch.ones_like(losses),
-                    retain_graph=retain_graph,
-                    allow_unused=True,
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
-        of_edge = dict(zip(edges, zs, strict=True))
-        del zs
-        for node in last:
-            self._arrive(node, tuple(of_edge.pop((node, output), None) for output in range(len(self._owners[node]))))
+    def run(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+        """Runs the pass."""
+        last, ones = ends(self._graph, self._slots), torch.ones_like(losses)
+        watched(self._graph, losses, ones, self._slots, last, self._arrive, retain_graph=retain_graph)
         for name in list(self._waiting):  # those with a use that no loss depends on, after all
             self._hand_over(name)
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.attribution import DEFAULT_LEVELS, Owner, attribute
+from persample.attribution import DEFAULT_LEVELS, Owner, Visit, attribute
 from persample.coupling import coupled_error, row_owner, underflow_error
 from persample.graph import SKIPPED, Graph, Node, Route, call_node, edge_shape, route
+from persample.passes import ends, outputs_of, watched
 from persample.provenance import Provenance
 
 SINGLE_STEPS = 3
@@ -75,11 +76,21 @@ def separate(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separat
     def backward(weights: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(losses, edges, scale * weights, retain_graph=True, allow_unused=True)
 
-    z, owner = attribute(backward, losses)
+    places = {edge: place for place, edge in enumerate(edges_of)}
+    last = ends(graph, new)
+
+    def watch(weights: Tensor, visit: Visit) -> None:
+        def show(node: Node, zs: tuple[Tensor | None, ...]) -> None:
+            for output, z in enumerate(zs):
+                if z is not None and (node, output) in places:
+                    visit(places[node, output], z)
+
+        watched(graph, losses, scale * weights, new, last, show, retain_graph=True)
+
+    z, owner = attribute(backward, losses, watch=watch)
     found = dict(zip(edges_of, zip(z, owner, strict=True), strict=True))
     for node in new:
-        count = len(node._input_metadata) if not hasattr(node, "variable") else 1
-        pairs = [found.get((node, output), (None, None)) for output in range(count)]
+        pairs = [found.get((node, output), (None, None)) for output in range(outputs_of(node))]
         known.zs[node] = tuple(z for z, _ in pairs)
         known.owners[node] = tuple(owner for _, owner in pairs)
 

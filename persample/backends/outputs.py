@@ -32,7 +32,7 @@ from persample.precision import coarsest
 from persample.provenance import Provenance
 from persample.rule_check import check_site, check_use, rounded_away
 from persample.rules import Site, build
-from persample.streaming import Stream, Take, ends, unpacked_by_hooks
+from persample.streaming import Stream, Take, unpacked_by_hooks
 from persample.uses import Separation, Use, find_uses
 
 PROBED = (
@@ -145,7 +145,7 @@ class HeldGraph:
         reading, turn = self.reading, self.reading.turn if self.check else None
         check = None if turn is None else check_site
         stream = Stream(reading.graph, reading.uses, reading.owners, len(reading.losses), take, check, turn or 0)
-        stream.run(reading.losses, ends(reading.graph, reading.uses), retain_graph=True)
+        stream.run(reading.losses, retain_graph=True)
 
 
 def hold_graph(problem: Problem) -> HeldGraph:
@@ -188,7 +188,7 @@ def captured_by_plan(reading: Reading, turn: int | None) -> dict[str, tuple[Capt
         versions.extend((name, f, f._version) for each in found for f in each.block.factors if not f.is_inference())
 
     check = None if turn is None else check_site
-    Stream(graph, uses, reading.owners, batch, take, check, turn or 0).run(reading.losses, ends(graph, uses))
+    Stream(graph, uses, reading.owners, batch, take, check, turn or 0).run(reading.losses)
     for name, factor, version in versions:
         if factor._version != version:
             raise CheckError(
