@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from weakref import ref
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +44,29 @@ def test_any_assignment_is_found(batch: int, per: int, axis: int, seed: int, pre
     if batch > 1:
         assert owner.axis == axis
         assert torch.equal(owner.ids, ids)
+
+
+def test_samples_that_only_the_second_probe_tells_apart() -> None:
+    """The first probe agrees with sample b at index b, and is not kept; the second does not."""
+    ids = torch.arange(64).roll(32)
+    owner = located(ids, 0, 64, 8, torch.float64, 0)
+    assert owner is not None
+    assert torch.equal(owner.ids, ids)
+
+
+def test_what_lies_sample_by_sample_is_shown_once_and_not_kept() -> None:
+    rows, seen = torch.randn(40, 3), []
+
+    def watch(weights: Tensor, visit: Callable[[int, Tensor], object]) -> None:
+        probe = rows * weights[:, None]
+        seen.append(ref(probe))
+        visit(0, probe)
+
+    zs, owners = attribute(lambda weights: [rows], torch.ones(40), watch=watch)
+    assert zs[0] is rows
+    assert owners[0] is not None
+    assert owners[0].layout == "identity"
+    assert [probe() for probe in seen] == [None, None]
 
 
 @given(st.integers(2, 40), seeds, st.sampled_from([1.0, 1e-3, 1e-6]))
