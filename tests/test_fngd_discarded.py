@@ -18,7 +18,7 @@ KINDS: dict[str, Any] = {
     "stored and joint": lambda model: FNGD(model, steps_per_epoch=2, accumulate="joint"),
     "joint": lambda model: NGD(model, accumulate="joint", kl_clip=1e-4),
     "clip": lambda model: NGD(model, kl_clip=1e-4),
-    "kfac": KFAC,
+    "kfac": lambda model: KFAC(model, inverse_every=1),
     "skfac": SKFAC,
     "eva": Eva,
 }
