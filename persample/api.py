@@ -86,6 +86,7 @@ def per_sample(
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_gradient_hooks(parameters)
+    refuse_meta(parameters)
 
     def capture(some_inputs: Any, some_targets: Any) -> PerSampleGrads:
         problem = Problem(
@@ -112,6 +113,16 @@ def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
             raise UnsupportedError(
                 f"parameter {name!r} has gradient hooks (Tensor.register_hook), which act on the gradient of the whole "
                 "batch. Remove them, and apply to the rows what they do; post-accumulate hooks may stay"
+            )
+
+
+def refuse_meta(parameters: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` for parameters that hold no numbers."""
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the device 'meta' and holds no numbers. Give the model memory with "
+                "model.to_empty(device=...), then load or initialise its weights"
             )
 
 
@@ -179,6 +190,7 @@ def grad(
             raise ValueError(f"params[{position}] must be a leaf tensor that requires a gradient; got {got}")
     names = {str(position): parameter for position, parameter in enumerate(wanted)}
     refuse_gradient_hooks(names)
+    refuse_meta(names)
     capture = capture_losses(losses, names, check=check)
     psg = PerSampleGrads(capture, names, "outputs")
     return tuple(psg.grads().values())

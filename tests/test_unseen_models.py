@@ -162,3 +162,30 @@ def test_counts_over_the_batch_are_not_had_from_chunks() -> None:
     assert rel_err(rows, loop_grads(model, squares, x, None)) < 1e-4
     with pytest.raises(persample.UnsupportedError, match=r"'0' has scale_grad_by_freq=True.*Leave chunk_size out"):
         persample.per_sample(model, squares, x, chunk_size=2)
+
+
+def test_losses_that_are_a_parameter() -> None:
+    losses = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(persample.grad(losses, losses)[0], torch.eye(5, dtype=torch.float64))
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.unused = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.each
+
+    for _ in range(2):
+        psg = persample.per_sample(Table(), lambda y, _: y, torch.randn(5, 1))
+        assert torch.equal(psg.grads()["each"], torch.eye(5))
+        assert not psg.grads()["unused"].any()
+
+
+@pytest.mark.parametrize("backend", ["outputs", "hooks", "vmap"])
+def test_a_model_without_numbers_is_refused_in_words(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"'weight' is on the device 'meta'.*to_empty"):
+        persample.per_sample(nn.Linear(4, 3, device="meta"), squares, torch.randn(5, 4), backend=backend)
+    weight = torch.empty(3, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match="'0' is on the device 'meta'"):
+        persample.grad(weight * 2, weight)

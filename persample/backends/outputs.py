@@ -81,6 +81,8 @@ def read(
     """Returns the reading of losses that are already there."""
     losses = check_losses(losses)
     check_graph(losses, parameters)
+    if losses.is_leaf and losses.requires_grad:
+        losses = losses.clone()  # they are a parameter themselves: an operation where that is met
     graph = trace(losses)
     key = plan = None
     if plans is not None:
