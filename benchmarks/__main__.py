@@ -1,6 +1,7 @@
 """`python -m benchmarks`: time and memory of everything we offer beside plain training and other libraries.
 
-python -m benchmarks [--models …] [--what …] [--no-peers] [--out FILE.json]    measure; goes on where it stopped
+python -m benchmarks [--models …] [--what …] [--no-peers] [--out FILE.json]    measure; goes on where it stopped,
+                                                                               memory may follow later
 python -m benchmarks report FILE.json        Markdown and figure, beside the file
 python -m benchmarks check FILE.json         targets met and missed, peers that are faster
 python -m benchmarks growth [--out FILE.json]    growth with batch, width, positions, depth
@@ -23,7 +24,7 @@ import torch
 from benchmarks import check, growth, memory, peers, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
-from benchmarks.variants import WHATS
+from benchmarks.variants import WHATS, Variant
 
 del peers  # imported for its variants
 
@@ -120,25 +121,19 @@ def run(options: argparse.Namespace) -> int:
     for name in options.models:
         problem = Problem(name, options.size, options.device)
         variants = timing.wanted(problem, options.what, peers=options.peers)
-        before = found["models"].get(name, {}).get("variants", {})
-        if variants and all(v.key in before and (not options.memory or _weighed(before[v.key])) for v in variants):
+        model = found["models"].get(name, {"variants": {}})
+        timed = bool(variants) and all(v.key in model["variants"] for v in variants)
+        unweighed = [v.key for v in variants if not timed or not _weighed(model["variants"][v.key])]
+        if timed and not (options.memory and unweighed):
             print(f"{name} is measured already", file=sys.stderr)
             continue
         start = time.monotonic()
         print(f"{name}: {len(variants)} variants …", file=sys.stderr)
-        model: dict[str, Any] = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            **timing.about(problem),
-            "load_before": timing.load(),
-            "fill": timing.fill_speed(options.device, 2**29 if options.size == "full" else 2**20),
-        }
-        times = timing.measure(problem, variants, repeats=options.repeats, seed=SEED)
-        model["load_after"] = timing.load()
-        model["variants"] = {key: vars(entry) for key, entry in times.items()}
+        if not timed:
+            model = _timed(problem, variants, options)
         if options.memory:
-            for key, entry in model["variants"].items():
-                if entry["status"] == "ok":
-                    _weigh(problem, key, entry, options)
+            for key in unweighed:
+                _weigh(problem, key, model["variants"][key], options)
         found["models"][name] = model
         results.save(found, path)
         report.print_model(name, model)
@@ -148,11 +143,26 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _timed(problem: Problem, variants: Sequence[Variant], options: argparse.Namespace) -> dict[str, Any]:
+    model: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **timing.about(problem),
+        "load_before": timing.load(),
+        "fill": timing.fill_speed(options.device, 2**29 if options.size == "full" else 2**20),
+    }
+    times = timing.measure(problem, variants, repeats=options.repeats, seed=SEED)
+    model["load_after"] = timing.load()
+    model["variants"] = {key: vars(entry) for key, entry in times.items()}
+    return model
+
+
 def _weighed(entry: dict[str, Any]) -> bool:
     return entry["status"] != "ok" or "memory" in entry
 
 
 def _weigh(problem: Problem, key: str, entry: dict[str, Any], options: argparse.Namespace) -> None:
+    if entry["status"] != "ok":
+        return
     try:
         peak = memory.measure(problem, key, threads=options.threads, repeats=options.memory_repeats)
         entry["memory"], entry["memory_later"] = peak.whole, peak.later

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,18 @@ def test_json_has_the_documented_form(measured: Path) -> None:
             assert entry.keys() == vars(Times()).keys()
             assert len(entry["rounds"]) == len(entry["wall"]) == len(entry["process"])
     assert str(Path.home()) not in measured.read_text()
+
+
+def test_memory_may_follow_times(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(shutil.copy(measured, tmp_path))
+    before = json.loads(measured.read_text())["models"]["mlp"]["variants"]
+    monkeypatch.setattr(memory, "measure", lambda problem, key, **options: memory.Peak(len(key), 1))
+    arguments = ["--size", "tiny", "--repeats", "2", "--memory", "--threads", "1", "--out", str(path)]
+    assert main([*arguments, "--models", "mlp", "--what", "stored"]) == 0
+    after = json.loads(path.read_text())["models"]["mlp"]["variants"]
+    weighed = {key: entry["memory"] for key, entry in after.items() if "memory" in entry}
+    assert weighed == {"plain": 5, "stored": 6}
+    assert {key: entry["wall"] for key, entry in after.items()} == {key: v["wall"] for key, v in before.items()}
 
 
 def test_a_run_goes_on_where_it_stopped(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
