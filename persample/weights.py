@@ -32,6 +32,8 @@ class Layer:
     shared: str | None = None
     """Why its gradient has no rows, whatever the shapes say; None where it has."""
     _prepared: tuple[Any, Any] = None, None
+    _found: bool = False
+    """Whether the axis was told by its size, in a backward pass; not by the user, nor by a trial."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
 
@@ -104,7 +106,7 @@ class Layer:
         """Returns the uses, emptied, when it is certain which of their axes counts samples."""
         found, uses.found = uses.found, []
         if self.axis is None:
-            self.axis = self._find_axis(tuple(found[-1][1].shape), uses.forward)
+            self.axis, self._found = self._find_axis(tuple(found[-1][1].shape), uses.forward), True
         for _, z in found:
             if self.linear and self.axis > z.dim() - 2:
                 raise ValueError(
@@ -118,6 +120,14 @@ class Layer:
                 f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
                 "its calls make one gradient per sample only if each has the same samples. Call the model "
                 "once per batch."
+            )
+        shape, batch = found[-1][1].shape, uses.forward.batch
+        if self._found and batch is not None and shape[self.axis] != batch:
+            raise ValueError(
+                f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
+                f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples "
+                "(tokens that were selected, a layer called apart from the model). Leave the layer out by reweighting the other parts of the "
+                f"model, or make each row a sample with reweight(..., batch_axis={{'{self.path}': {self.axis}}})."
             )
         return found
 
