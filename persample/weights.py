@@ -126,9 +126,9 @@ class Layer:
             raise ValueError(
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
                 f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples "
-                "(tokens that were selected, a layer called apart from the model). Leave the layer out by reweighting the "
-                f"other parts of the model, or give reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each row is "
-                "a sample then."
+                "(tokens that were selected, a layer called apart from the model). Leave the layer out by reweighting "
+                f"the other parts of the model, or give reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each "
+                "row is a sample then."
             )
         return found
 
