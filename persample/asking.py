@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persample.besides import Telling
 from persample.layer_sum import Parameters
 from persample.layers import LayerGrads
 from persample.taps import Pass, Uses
@@ -40,6 +41,13 @@ class Asker:
             yield
         finally:
             self._policy, self._known = before
+
+    def tell_of(self, layers: list[Layer]) -> None:
+        """From now on a warning is given when one of these, which are used besides their calls, is reweighted."""
+        if layers:
+            telling = Telling(layers)
+            self._policy = telling.policy(self._policy)
+            self._known = None if self._known is None else telling.known(self._known)
 
     def of_layer(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the gradients of a layer's weight and bias, after asking the policy about it."""

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from persample import trial
 from persample.asking import Asker
 from persample.batches import batch_size
+from persample.besides import note_uses_besides
 from persample.function_layers import FunctionLayers, computed
 from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
@@ -146,6 +147,8 @@ class ForwardHooks:
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
+            if args or kwargs:  # else the pass was entered in a compiled graph, where there are no Taps
+                self.asker.tell_of(note_uses_besides(self.layers.values(), (args, kwargs), output))
         if self.outputs:
             first = _first_tensor(output)
             if first is not None and first.requires_grad:

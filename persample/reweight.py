@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import nn
 
 from persample.asking import Asker, Known, Policy
@@ -61,25 +62,30 @@ def reweight(
             "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
 
     Raises:
-        ValueError: the model is reweighted already, `batch_axis` names no layer or an impossible axis, or `known` is
-            given with joint=True.
+        ValueError: the model is reweighted already or a TorchScript program, `batch_axis` names no layer or an
+            impossible axis, or `known` is given with joint=True.
             In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
-    but not under torch.compile, and keep the plain gradient. Rows count as they lie in each layer: where a model
-    reorders its samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D],
-    must not be reweighted; it is refused unless T happens to be B.
+    and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not
+    where it is of one of torch's (`nn.Sequential`). Rows count as they lie in each layer: where a model reorders its
+    samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D], must not be
+    reweighted; it is refused unless T happens to be B.
 
     Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as
     in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
     subclasses with their own forward, and weights used without calling their layer keep the plain
-    gradient: see `explain()`. Second derivatives (create_graph=True) are refused by autograd.
+    gradient: see `explain()`. Of a weight whose layer is called and that the model's forward uses besides (tied
+    autoencoders, embeddings), the calls alone are reweighted; the first batch tells, by a UserWarning and in
+    `explain()`, but not of uses in a compiled graph, in a reentrant checkpoint or outside of the model. Second
+    derivatives (create_graph=True) are refused by autograd.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     >>> clip = lambda layer, grads: 1 / grads.norms().clamp(min=1)  # each sample, layer by layer
     >>> with reweight(model, clip):
     ...     model(torch.randn(5, 3)).sum().backward()
     """
+    _refuse_scripts(model)
     if joint and known is not None:
         raise ValueError("known= is asked layer by layer, but joint=True asks for all layers at once; give one of them")
     for path, module in model.named_modules():
@@ -99,6 +105,17 @@ def reweight(
     layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
     asker = Asker(policy, known, joint)
     return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """Raises ValueError where a part of the model is a program of TorchScript, whose layers cannot be seen."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{f'the module {path!r}' if path else 'the model'} is a {type(module).__name__}, made by "
+                "torch.jit.script or torch.jit.trace: its layers are not called one by one, so that their gradients "
+                "cannot be reweighted. Give the eager model it was made from, and script it after training."
+            )
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -50,8 +50,8 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     # Attention reads the weight of its output projection and never calls it.
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
-        own = any(type(module).forward is kind.forward for kind in LAYERS)
-        if isinstance(module, LAYERS) and own and id(module) not in inside:
+        own = isinstance(module, LAYERS) and any(type(module).forward is kind.forward for kind in LAYERS)
+        if own and id(module) not in inside:
             yield path, module
 
 

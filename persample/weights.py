@@ -34,6 +34,8 @@ class Layer:
     _prepared: tuple[Any, Any] = None, None
     _found: bool = False
     """Whether the axis was told by its size, in a backward pass; not by the user, nor by a trial."""
+    besides: str = ""
+    """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
 
@@ -79,7 +81,9 @@ class Layer:
             return f"plain: {plain}"
         if not self.called:
             return "plain so far: its forward has not been called (another module may use its weight)"
-        return "reweighted" + ("" if self.axis is None else f", samples on axis {self.axis} of its output")
+        axis = "" if self.axis is None else f", samples on axis {self.axis} of its output"
+        alone = f", for its calls alone: {self.besides} uses its weight, too" if self.besides else ""
+        return f"reweighted{axis}{alone}"
 
     def switch_off(self) -> None:
         """While the layer's module runs, its parameters need no gradient."""
