@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.nn import functional as F
 
+from persample.convolution_blocks import each, padding
 from persample.taps import Pass, Uses, without_autocast
 from persample.weights import Layer
 
@@ -182,20 +183,6 @@ def traceable(module: Any, args: tuple, kwargs: dict) -> bool:
         return True
     x = args[0] if args else kwargs["input"]
     return module.padding_mode == "zeros" and padding(module) is not None and x.dim() == len(module.weight.shape)
-
-
-def padding(module: Any) -> list[int] | None:
-    """Zeros at either end of each axis, read as the module's forward reads them; None where the ends differ."""
-    given, space = module.padding, module.weight.shape[2:]
-    if given == "same":
-        totals = [d * (k - 1) for d, k in zip(each(module.dilation, len(space)), space, strict=True)]
-        return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
-    return [0] * len(space) if given == "valid" else each(given, len(space))
-
-
-def each(value: int | Sequence[int], count: int) -> list[int]:
-    """One number for each of `count` axes: functions take a single one for all."""
-    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
 
 
 def call(module: Any, x: Tensor, batch: int, number: int) -> Tensor:
