@@ -72,7 +72,12 @@ class Telling:
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
-        self._besides = {layer.path: layer.besides for layer in layers}
+        # An embedding is a layer that is never reweighted, as everyone knows who ties it: `explain` alone says it.
+        self._besides = {
+            layer.path: layer.besides
+            for layer in layers
+            if not all(name.startswith("Embedding") for name in layer.besides.split(", "))
+        }
 
     def policy(self, policy: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the policy, watched; it may be one that is asked about all layers at once."""

@@ -76,9 +76,9 @@ def reweight(
     in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,
     subclasses with their own forward, and weights used without calling their layer keep the plain
     gradient: see `explain()`. Of a weight whose layer is called and that the model's forward uses besides (tied
-    autoencoders, embeddings), the calls alone are reweighted; the first batch tells, by a UserWarning and in
-    `explain()`, but not of uses in a compiled graph, in a reentrant checkpoint or outside of the model. Second
-    derivatives (create_graph=True) are refused by autograd.
+    autoencoders, embeddings), the calls alone are reweighted; the first batch tells, in `explain()` and, but for
+    embeddings, by a UserWarning, though not of uses in a compiled graph, in a reentrant checkpoint or outside of
+    the model. Second derivatives (create_graph=True) are refused by autograd.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     >>> clip = lambda layer, grads: 1 / grads.norms().clamp(min=1)  # each sample, layer by layer

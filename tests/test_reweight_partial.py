@@ -64,7 +64,6 @@ PARTIAL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: Autoencoder(lambda h, w: checkpoint(torch.mm, h, w, use_reentrant=False)), {}, "MmBackward0",
     ),
     "convolution": (Convolutions, {}, "ConvolutionBackward0"),
-    "embedding": (Language, {}, "EmbeddingBackward0"),
 }  # fmt: skip
 
 
@@ -84,6 +83,15 @@ def test_another_use_of_a_weight_is_told_once(mode: Mode, name: str) -> None:
     assert why["enc"].startswith("reweighted, samples on axis 0 of its output, for its calls alone: ")
     assert why["enc"].endswith(" uses its weight, too")
     assert all("alone" not in reason for path, reason in why.items() if path != "enc")
+
+
+def test_a_tied_embedding_is_explained_without_a_warning() -> None:
+    model, x = Language(), torch.randn(B, 5)
+    with reweight(model, lambda layer, grads: FACTORS) as handle:
+        step(model, lambda: squares(model(x)))
+        why = handle.explain()
+    told = "reweighted, samples on axis 0 of its output, for its calls alone: EmbeddingBackward0 uses its weight, too"
+    assert why["enc"] == told
 
 
 def test_what_is_told_is_what_happens() -> None:
