@@ -58,7 +58,7 @@ def weight_product(
 ) -> Float[Tensor, "out inp"]:
     """Returns Σ_r c_r z_r ⊗ x_r, [O, I]: the weight gradient of a linear layer, of rows that count as c says.
 
-    What is multiplied by c is there anyway, or the narrower of the two.
+    Multiplied by c is the transposed copy of z, which oneDNN needs anyway; elsewhere the narrower of z and x.
     """
     if _by_onednn(z.mT, x.mT) and not (c is not None and c.requires_grad):
         pieces = max(1, min(len(z) // FEWEST, -(-z.nbytes // PIECE)))

@@ -24,7 +24,7 @@ from persample.attribution import Owner
 from persample.blocks import Block
 from persample.checks import distinct_weights
 from persample.errors import CheckError
-from persample.graph import Node, call_node, edge_dtype, sum_to
+from persample.graph import call_node, edge_dtype, sum_to
 from persample.precision import coarsest, full_precision
 from persample.reductions import weighted_sum
 from persample.rules import Site, build
@@ -42,9 +42,9 @@ LONGEST_HALF = 256.0
 
 def check_use(uses: Mapping[str, Sequence[Use]], known: Separation, batch: int, turn: int) -> None:
     """One use, in turn; see `check_site`."""
-    places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
+    places = list({(use.node, use.slot): use for found in uses.values() for use in found}.values())
     if places:
-        site = _site(*places[turn % len(places)], known, batch)
+        site = site_of(places[turn % len(places)], known, batch)
         check_site(site, build(site)[0])
 
 
@@ -70,20 +70,21 @@ def rounded_away(uses: Sequence[Use], known: Separation, weights: Tensor, gradie
     """
     total, scale = torch.zeros_like(full_precision(gradient.to_dense())), 0.0
     for use in uses:
-        site = _site(use.node, use.slot, known, weights.shape[0])
+        site = site_of(use, known, weights.shape[0])
         whole = _whole(site, weights).to(edge_dtype(use.route.source))
         part = full_precision(use.route.pull(whole[None])[0])
         total, scale = total + part, scale + float(torch.linalg.vector_norm(part))
     if not float(torch.linalg.vector_norm(total - full_precision(gradient.to_dense()))) <= PARTS * scale:
         return False
     for use in uses:
-        site = _site(use.node, use.slot, known, weights.shape[0])
+        site = site_of(use, known, weights.shape[0])
         check_site(site, build(site)[0])
     return True
 
 
-def _site(node: Node, slot: int, known: Separation, batch: int) -> Site:
-    return Site(node, slot, known.zs[node], known.owners[node], batch)
+def site_of(use: Use, known: Separation, batch: int) -> Site:
+    """The site of a use, of which z and owners are known."""
+    return Site(use.node, use.slot, known.zs[use.node], known.owners[use.node], batch)
 
 
 @torch.no_grad()

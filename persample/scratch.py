@@ -1,4 +1,4 @@
-"""What is used once, in memory that is kept: x or z scaled for a weighted sum, rows formed for a Gram matrix.
+"""What is used once, in memory that is kept: x or z scaled or transposed for a weighted sum, rows for a Gram matrix.
 
 Memory that the C library gave back to the kernel must be found and cleared again, page by page, which costs more than
 the product. Measured for 16 channels of 32 × 32 pixels, 128 samples, on two cores: scaling z and forming the weight

@@ -30,8 +30,8 @@ from persample.graph import Graph, Node, trace
 from persample.plans import Key, Plan, Plans, derived, make, plans_of, signature
 from persample.precision import coarsest
 from persample.provenance import Provenance
-from persample.rule_check import check_site, check_use, rounded_away
-from persample.rules import Site, build
+from persample.rule_check import check_site, check_use, rounded_away, site_of
+from persample.rules import build
 from persample.streaming import Stream, Take, unpacked_by_hooks
 from persample.uses import Separation, Use, find_uses
 
@@ -227,11 +227,6 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
             found.append(capture_use(use, *built[key]))
         captured[name] = merged(found)
     return captured
-
-
-def site_of(use: Use, known: Separation, batch: int) -> Site:
-    """The site of a use."""
-    return Site(use.node, use.slot, known.zs[use.node], known.owners[use.node], batch)
 
 
 def check_batch(
