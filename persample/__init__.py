@@ -2,6 +2,7 @@
 
 from persample.api import backends, grad, per_sample
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.folded import Folded
 from persample.kernels import force_kernel
 from persample.layers import LayerGrads
 from persample.result import Explanation, PerSampleGrads
@@ -11,6 +12,7 @@ __all__ = [
     "CheckError",
     "CoupledSamplesError",
     "Explanation",
+    "Folded",
     "LayerGrads",
     "PerSampleError",
     "PerSampleGrads",

@@ -61,7 +61,7 @@ class Asker:
             if factors is not None:
                 layer.check_factors(factors, z.shape[axis])
                 return layer.sum(found, needed, factors)
-        part: Part = layer.module, found, needed, layer.axis
+        part: Part = layer.module, found, needed, layer.axis or 0
         grads = LayerGrads(*part)
         self._asked = uses.forward, {layer.path: part}
         try:
@@ -82,7 +82,7 @@ class Asker:
             if uses.found and layer.shared is not None:
                 result[own] = layer.plain(uses, needed[own])
             elif uses.found:
-                parts[layer.path] = layer.module, layer.check(uses), needed[own], layer.axis
+                parts[layer.path] = layer.module, layer.check(uses), needed[own], layer.axis or 0
                 met.append((own, layer))
         if not parts:
             return result

@@ -18,9 +18,11 @@ from persample import trial
 from persample.asking import Asker
 from persample.batches import batch_size
 from persample.besides import note_uses_besides
+from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, computed
 from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
+from persample.tryout import Tryout
 from persample.weights import Layer
 
 __all__ = ["ForwardHooks", "batch_size"]
@@ -33,7 +35,7 @@ class ForwardHooks:
         model: the model.
         asker: asks the policy in the backward pass.
         layers: by path; functions are added as they are met.
-        axis_of: path → the batch axis that the user gave.
+        axis_of: path → the batch axis, or how rows are folded, that the user gave.
         weights: parameters that functions may use → their names.
         outputs: whether to keep the gradient at the model's output.
     """
@@ -43,7 +45,7 @@ class ForwardHooks:
         model: nn.Module,
         asker: Asker,
         layers: dict[str, Layer],
-        axis_of: Callable[[str], int | None],
+        axis_of: Callable[[str], int | Folded | None],
         weights: dict[nn.Parameter, str],
         *,
         outputs: bool,
@@ -56,8 +58,7 @@ class ForwardHooks:
         self._token: Tensor | None = None  # of the Gate, where layers are asked jointly
         self._model = model
         self._running: Layer | None = None
-        self._unsure: dict[Layer, list[int]] = {}
-        self._trial: dict[Any, list[Tensor]] | None = None  # while the model is tried out
+        self._tryout = Tryout(model, self.functions.watching)
         self._call: tuple[tuple, dict] = (), {}
         self._passes: list[Pass] = []  # under way, one inside the other; and those that Ctrl-C ended
         self._met = False  # whether a forward pass for training has been seen
@@ -67,14 +68,15 @@ class ForwardHooks:
 
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model's forward begins: a new pass."""
-        if self._trial is not None:
+        if self._tryout.running is not None:
             return
         if module is not self._model or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1):
             raise RuntimeError(
                 "this model is reweighted (persample.reweight), but nn.DataParallel runs copies of it, whose gradients "
                 "have no samples of their own. Use DistributedDataParallel, or one device"
             )
-        self.forward, self._running, self._unsure = Pass(batch_size(args, kwargs)), None, {}
+        self.forward, self._running = Pass(batch_size(args, kwargs)), None
+        self._tryout.forget()  # what a forward pass left that raised
         self._passes.append(self.forward)
         self.functions.leave_all()  # left over from a forward pass that Ctrl-C ended
         self.uses, self._token = {}, None
@@ -83,9 +85,10 @@ class ForwardHooks:
         if self.asker.joint:
             if not self._met and self.functions.watched:  # the Gate must know every layer beforehand
                 with trial.rehearsal(self._model):
-                    self._rehearse(args, kwargs)
+                    self._tryout.rehearse(args, kwargs)
             self._join()
         self._call = args, kwargs
+        self._tryout.begin(args, kwargs)
         if not self._met:
             self._follow(args, kwargs)
         self.functions.enter(self.functions.watched)
@@ -122,7 +125,7 @@ class ForwardHooks:
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends, or raised an exception (output None)."""
-        if self._trial is not None:
+        if self._tryout.running is not None:
             return
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
@@ -139,11 +142,7 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        if self._unsure and self.forward.batch is not None:
-            found = trial.batch_axes(self._model, self._rehearse, args, kwargs, self._unsure, self.forward.batch)
-            for layer, axis in found.items():
-                layer.axis = axis
-            self._unsure = {}
+        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
@@ -168,8 +167,8 @@ class ForwardHooks:
     def after(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         """It ends: they are switched on, and its output gets a Tap."""
         self._running = None
-        if self._trial is not None:
-            self._trial.setdefault(layer, []).append(output)
+        if self._tryout.running is not None:
+            self._tryout.note(layer, output)
         if not layer.off:
             return None
         weight, *rest = layer.off
@@ -180,10 +179,8 @@ class ForwardHooks:
 
     def _tapped(self, layer: Layer, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer.called = True
-        if layer.axis is None and self.forward.batch is not None:
-            axes = layer.candidates(tuple(output.shape), self.forward.batch)
-            if len(axes) > 1:
-                self._unsure[layer] = axes
+        if layer.axis is None or self._tryout.new:
+            self._tryout.look(layer, tuple(output.shape), self.forward.batch)
         uses = None if self.uses is None else self.uses.get(layer.path)
         if self._token is not None and uses is not None:
             return Tap.apply(output, x, uses, None, self._token, None)
@@ -197,25 +194,15 @@ class ForwardHooks:
 
     def enter_owner(self, weights: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The forward of a module begins that may use weights as functions do."""
-        self.functions.enter(weights if torch.is_grad_enabled() or self._trial is not None else [])
+        self.functions.enter(weights if torch.is_grad_enabled() or self._tryout.running is not None else [])
 
     def leave_owner(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends."""
         self.functions.leave()
 
-    def _rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[Tensor]]:
-        """Runs the model; outputs by layer."""
-        self._trial = {}
-        try:
-            with self.functions.watching():
-                self._model(*args, **kwargs)
-            return self._trial
-        finally:
-            self._trial = None
-
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, axis: int | None) -> Tensor:
         """F.linear of a watched weight."""
-        training = torch.is_grad_enabled() or self._trial is not None
+        training = torch.is_grad_enabled() or self._tryout.running is not None
         if self._running is not None or not (training and weight.requires_grad):
             return F.linear(x, weight, bias)
         layer = self.functions.layer(name, weight, bias, self._used)
@@ -223,10 +210,10 @@ class ForwardHooks:
             return F.linear(x, weight, bias)
         batch = self.forward.batch
         if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
-            layer.axis = axis
-        if self._trial is not None:
+            layer.settle((*x.shape[:-1], len(weight)), batch, Reading(1, 1, axis))
+        if self._tryout.running is not None:
             output = F.linear(x, weight, bias)
-            self._trial.setdefault(layer, []).append(output)
+            self._tryout.note(layer, output)
             return output
         layer.source = lambda: (weight, bias)
         output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
@@ -234,8 +221,8 @@ class ForwardHooks:
 
     def _used(self, layer: Layer) -> bool:
         """Whether the pass that runs has met the layer."""
-        if self._trial is not None:
-            return layer in self._trial
+        if self._tryout.running is not None:
+            return layer in self._tryout.running
         uses = (self.uses or {}).get(layer.path)
         return uses is not None and bool(uses.taps)
 

@@ -12,6 +12,7 @@ from itertools import count
 
 from torch import Tensor, nn
 
+from persample.folded import Folded
 from persample.functional import Linear, Watcher, base_of
 from persample.weights import Layer
 
@@ -23,7 +24,7 @@ class FunctionLayers:
         weights: parameters that functions may use → their names.
         linear: what is called in place of `F.linear` with a watched weight.
         layers: by path, those of modules; functions are added as they are met.
-        axis_of: path → the batch axis that the user gave.
+        axis_of: path → the batch axis, or how rows are folded, that the user gave.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class FunctionLayers:
         weights: dict[nn.Parameter, str],
         linear: Linear,
         layers: dict[str, Layer],
-        axis_of: Callable[[str], int | None],
+        axis_of: Callable[[str], int | Folded | None],
     ) -> None:
         self.watcher = Watcher(weights, linear)
         self.watched = list(weights)

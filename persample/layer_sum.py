@@ -33,7 +33,8 @@ def layer_sum(
         module: a linear or convolution layer; None: a linear function, given its weight.
         uses: (x, z) of each call, as the module received and returned them.
         needed: whether the weight, and whether the bias, needs a gradient.
-        axis: which axis of x and z counts samples (for a convolution 0).
+        axis: which axis of x and z counts samples; for a convolution 0, and a sample may have images on an axis
+            after it (`persample.folded`).
         c: [B]; by default all ones.
     """
     weights, biases = [], []
@@ -71,6 +72,9 @@ def _rows_of(c: Tensor, shape: Sequence[int], axis: int) -> Tensor:
 
 
 def _convolution(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], c: Tensor | None) -> Parameters:
+    if x.dim() > module.weight.dim():  # images count as their sample does
+        c = None if c is None else c.repeat_interleave(x.shape[1])
+        x, z = x.flatten(0, 1), z.flatten(0, 1)
     bias = None
     if needed[1]:
         sums = z.flatten(2).sum(2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from persample.blocks import Block, Conv, Dense, Outer
 from persample.convolution_algorithms import patches
 from persample.convolution_blocks import conv_block
 from persample.convolution_choice import gram_form
+from persample.folded import image_block
 from persample.layer_sum import Parameters, layer_sum
 from persample.precision import full_precision
 
@@ -57,14 +59,21 @@ class LayerGrads:
             return [
                 Outer(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*pairs, strict=True)))
             ]
-        return [conv_block(self._module, x, z) for x, z in self._uses]
+        module: Any = self._module
+        images = module.weight.dim() + 1  # one more axis
+        return [image_block(module, x, z) if x.dim() == images else conv_block(module, x, z) for x, z in self._uses]
+
+    def _formed_rows(self, call: Outer | Conv) -> Tensor:
+        """The rows of the weight, shaped like it: that of a sample's images has one more axis."""
+        rows, module = reductions.materialise(call), cast(Any, self._module)
+        return rows if module is None else rows.view(len(rows), *module.weight.shape)
 
     @property
     def _weight(self) -> Block | None:
         if self._formed is not None or not self._needed[0]:
             return self._formed
         if len(self._calls) > 1:
-            first, *rest = map(reductions.materialise, self._calls)
+            first, *rest = map(self._formed_rows, self._calls)
             self._formed = Dense(sum(rest, first))
             return self._formed
         return self._calls[0]
@@ -76,7 +85,7 @@ class LayerGrads:
         if isinstance(self._module, nn.Linear | None):
             rows = full_precision(self._calls[0].z)
             return Dense(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1))
-        first, *rest = (full_precision(z).flatten(2).sum(2) for _, z in self._uses)
+        first, *rest = (full_precision(call.z).flatten(2).sum(2) for call in self._calls)
         return Dense(sum(rest, first))
 
     @property
@@ -217,7 +226,7 @@ class LayerGrads:
         if isinstance(weight, Conv) and gram_form(weight.x, weight.z, weight.spec) == "materialise":
             bytes_each = torch.finfo(weight.dtype).bits // 8
             if weight.batch * weight.numel * bytes_each <= KEEP_BYTES:
-                self._formed = Dense(reductions.materialise(weight))
+                self._formed = Dense(self._formed_rows(weight))
 
 
 def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:

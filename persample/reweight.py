@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from persample.asking import Asker, Known, Policy
+from persample.folded import Folded
 from persample.functional import watchable
 from persample.reweighting import Hook, Reweighting, layers_of
 from persample.weights import Layer
 
-__all__ = ["Known", "Policy", "Reweighting", "reweight"]
+BatchAxis = int | Folded | Mapping[str, int | Folded]
+"""Where the samples are: see `reweight`."""
+
+__all__ = ["BatchAxis", "Known", "Policy", "Reweighting", "reweight"]
 
 
 def reweight(
@@ -25,7 +29,7 @@ def reweight(
     policy: Policy,
     *,
     known: Known | None = None,
-    batch_axis: int | Mapping[str, int] | None = None,
+    batch_axis: BatchAxis | None = None,
     joint: bool = False,
     outputs: bool = False,
     functions: bool = False,
@@ -49,9 +53,10 @@ def reweight(
             that does not depend on the gradients (stored factors), or None, whereupon the policy is asked. It saves
             what asking costs, which counts beside small layers. Not with joint=True.
         batch_axis: which axis of a layer's output counts samples; an int for all linear layers, or a dict by
-            layer path. By default it is found in the first backward pass: the axis that is as long as axis 0
-            of the first tensor given to the model. In a convolution it is axis 0; giving {path: 0} makes
-            each row a sample, whatever their number.
+            layer path; `persample.Folded` in place of an int says that every sample has several rows of it. By
+            default it is found in the first backward pass: the axis that is as long as axis 0 of the first tensor
+            given to the model, or a multiple of that (windows, frames or views folded into the batch; see below).
+            In a convolution it is axis 0; giving {path: 0} makes each row a sample, whatever their number.
         joint: ask the policy once for all layers, when the backward pass has met the last of them: it gets a
             dict of `LayerGrads` by path and returns a dict of answers (a path left out: the plain gradient).
             Until then x and z of every layer are kept: the backward pass frees no activations on the way.
@@ -65,6 +70,12 @@ def reweight(
         ValueError: the model is reweighted already or a TorchScript program, `batch_axis` names no layer or an
             impossible axis, or `known` is given with joint=True.
             In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
+
+    Where sizes leave more than one reading, as where rows are folded they always do, the model is tried out after
+    its forward pass, with some samples replaced by others, 1 + 2 log₂ B times at most, without gradients and with
+    the same random numbers; and again, three times as a rule, whenever it meets new shapes. Only a reading that
+    every row agrees with is taken. `explain()` says which; giving it spares the trials. They cannot see rows that
+    belong to samples by chance alone: as many tokens selected of each sample in this batch, and not in the next.
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
     and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not
@@ -132,22 +143,24 @@ def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _axes(
-    modules: Mapping[str, nn.Module], names: Collection[str], batch_axis: int | Mapping[str, int] | None
-) -> Callable[[str], int | None]:
+    modules: Mapping[str, nn.Module], names: Collection[str], batch_axis: BatchAxis | None
+) -> Callable[[str], int | Folded | None]:
     """Returns the function path → given axis."""
     if batch_axis is None:
         return lambda path: None
-    if isinstance(batch_axis, int):
-        if batch_axis < 0:
+    if not isinstance(batch_axis, Mapping):
+        everywhere, front = batch_axis, batch_axis.axis if isinstance(batch_axis, Folded) else batch_axis
+        if front < 0:
             raise ValueError(f"batch_axis={batch_axis}: count axes from the front, 0, 1, …")
-        return lambda path: batch_axis if isinstance(modules.get(path), nn.Linear | None) or not batch_axis else None
+        return lambda path: everywhere if isinstance(modules.get(path), nn.Linear | None) or not front else None
     unknown = sorted(path for path in batch_axis if path not in names and path.split("[")[0] not in names)
     if unknown:
         raise ValueError(f"batch_axis names {unknown}, but the layers that can be named are {sorted(names)}.")
-    for path, axis in batch_axis.items():
+    for path, where in batch_axis.items():
+        axis = where.axis if isinstance(where, Folded) else where
         if axis < 0 or (axis and not isinstance(modules.get(path), nn.Linear | None)):
             raise ValueError(
-                f"batch_axis={{'{path}': {axis}}}: axes count from the front, and a convolution has its "
+                f"batch_axis={{'{path}': {where}}}: axes count from the front, and a convolution has its "
                 "samples on axis 0."
             )
     return dict(batch_axis).get

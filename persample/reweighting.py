@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persample.asking import Asker, Policy
+from persample.folded import Folded
 from persample.forward_hooks import ForwardHooks
 from persample.functional import owners
 from persample.layers import LAYERS, LayerGrads
@@ -70,7 +71,7 @@ class Reweighting:
         asker: Asker,
         layers: dict[str, Layer],
         tied: dict[str, str],
-        axis_of: Callable[[str], int | None],
+        axis_of: Callable[[str], int | Folded | None],
         weights: dict[nn.Parameter, str],
         *,
         outputs: bool,

@@ -1,13 +1,20 @@
-"""Which axis of a layer's output counts samples, where sizes do not tell: tried out on the model itself.
+"""Which rows of a layer's output belong to which sample, where sizes do not tell: tried out on the model itself.
 
-Replace one sample of the model's input by another: in the output of every layer that is before any coupling of
-samples, what changes is the slice of that sample and nothing else. Two samples are replaced, one at a time, so
-that an axis must follow both. The trial runs once, without gradients; random numbers and buffers are as before.
+Replace some samples of the model's input by others: in the output of every layer that is before any coupling of
+samples, the rows of those change and no others. The samples are numbered; for each bit of the number those are
+replaced that have it, then those that have not, so that a row that changes tells its owner's number bit by bit:
+
+    sample            0 1 2 3      a reading is [before, batch, after] of an axis (`persample.folded`); one that says
+    bit 0, replaced   · × · ×      of any row that changes that its sample was not replaced is out
+    bit 0, the others × · × ·
+    …
+
+A trial takes 1 + 2 log₂ B runs without gradients at most; random numbers and buffers are as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Run = Callable[[tuple, dict], dict[Any, list[Tensor]]]
-"""(args, kwargs) of the model → outputs by layer."""
+from persample.folded import Reading
+from persample.precision import full_precision
+
+Shape = tuple[int, ...]
+Key = tuple[Any, Shape]
+"""A layer, and the shape of an output of it."""
+Run = Callable[[tuple, dict], Mapping[Any, list[tuple[Shape, Tensor]]]]
+"""(args, kwargs) of the model → by layer the shapes and the marks of its outputs."""
 
 
 @contextmanager
@@ -39,75 +52,171 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
                 buffers[name] = own
 
 
-def batch_axes(
-    model: nn.Module, run: Run, args: tuple, kwargs: dict, candidates: Mapping[Any, Sequence[int]], batch: int
-) -> dict[Any, int]:
-    """Returns for each layer that axis among its candidates that follows the samples; undecided ones are left out.
+def mark(output: Tensor, linear: bool) -> Tensor:
+    """Returns a number for each row of an output, which changes with it: [*axes but the last], or [images]."""
+    rows = full_precision(output) if linear else full_precision(output).flatten(1)
+    # Outputs of all layers at once would be as many bytes as their activations.
+    one = torch.rand(rows.shape[-1], generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    return rows @ one.to(rows.device)
+
+
+def readings(
+    model: nn.Module,
+    run: Run,
+    args: tuple,
+    kwargs: dict,
+    candidates: Mapping[Key, Sequence[Reading]],
+    batch: int,
+    confirmed: Iterable[Key] = (),
+) -> dict[Key, Reading]:
+    """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
 
     Arguments:
-        model: its modules are put into evaluation mode where the mode of training leaves layers undecided
+        model: its modules are put into evaluation mode where the mode of training leaves outputs undecided
             (batch normalisation couples samples), and back.
         run: runs the model once, within `rehearsal`.
         args, kwargs: what the model was called with. The first tensor with `batch` samples on axis 0 is changed;
-            the next (it may be a mask, and its axis no batch) only for layers that do not depend on the first.
-        candidates: axes by layer.
-        batch: number of samples B.
+            the next (it may be a mask, and its axis no batch) only for layers that do not depend on the first; then
+            all of them together.
+        candidates: by layer and shape.
+        batch: number of samples B, 2 or more.
+        confirmed: outputs of which a folded reading need not be followed to the last bit.
     """
-    if batch < 2:
-        return {layer: axes[0] for layer, axes in candidates.items()}  # one sample: any axis of length one
-    found: dict[Any, int] = {}
+    found: dict[Key, Reading] = {}
     modes = [(module, module.training) for module in model.modules()]
+    sure = set(confirmed)
     try:
         for training in (True, False):
-            left = {layer: axes for layer, axes in candidates.items() if layer not in found}
+            left = {key: each for key, each in candidates.items() if key not in found}
             if left and (training or any(was for _, was in modes)):
                 for module, was in modes:
                     module.training = was and training
-                found.update(_followed(model, run, args, kwargs, left, batch))
+                found.update(_by_inputs(model, run, args, kwargs, left, batch, sure))
     finally:
         for module, was in modes:
             module.training = was
     return found
 
 
-def _followed(
-    model: nn.Module, run: Run, args: tuple, kwargs: dict, candidates: Mapping[Any, Sequence[int]], batch: int
-) -> dict[Any, int]:
+class _Evidence:
+    """What is known of the rows of the outputs of a layer that have one shape."""
+
+    def __init__(self, candidates: Sequence[Reading], shape: Shape, batch: int, thorough: bool) -> None:
+        self.left, self._batch, self._thorough = list(candidates), batch, thorough
+        self._lit = {each.axis: torch.zeros(shape[each.axis], dtype=torch.bool) for each in candidates}
+
+    @property
+    def touched(self) -> bool:
+        """Whether any row has changed."""
+        return any(bool(lit.any()) for lit in self._lit.values())
+
+    @property
+    def open(self) -> bool:
+        """Whether it has to be followed further."""
+        return len(self.left) > 1 or any(self._thorough and not each.ordinary for each in self.left)
+
+    def add(self, before: list[Tensor], after: list[Tensor] | None, replaced: Tensor) -> None:
+        """The outputs before and after the samples were replaced for which `replaced` [batch] is true."""
+        if after is None or [each.shape for each in before] != [each.shape for each in after]:
+            self.left = []
+            return
+        for one, other in zip(before, after, strict=True):
+            different = ((one != other) & ~(one.isnan() & other.isnan())).cpu()
+            for axis, lit in self._lit.items():
+                changed = different.movedim(axis, 0).reshape(len(lit), -1).any(1)
+                lit |= changed
+                self.left = [
+                    each for each in self.left
+                    if each.axis != axis or not bool((changed & ~replaced[self._owners(each)]).any())
+                ]  # fmt: skip
+
+    def decided(self, all_inputs: bool) -> Reading | None:
+        """The reading that is left, if rows of every place that a sample has were seen to follow it.
+
+        Where all inputs were replaced, of more than half of the places: a start token is the same in all samples.
+        """
+        if len(self.left) != 1:
+            return None
+        reading = self.left[0]
+        places = self._lit[reading.axis].view(reading.before, self._batch, reading.after).any(1).float().mean()
+        return reading if places == 1 or (all_inputs and places > 0.5) else None
+
+    def _owners(self, reading: Reading) -> Tensor:
+        return torch.arange(len(self._lit[reading.axis])) // reading.after % self._batch
+
+
+def _by_inputs(
+    model: nn.Module,
+    run: Run,
+    args: tuple,
+    kwargs: dict,
+    candidates: Mapping[Key, Sequence[Reading]],
+    batch: int,
+    sure: set[Key],
+) -> dict[Key, Reading]:
+    """One input after the other is changed, then all together."""
     leaves, tree = tree_flatten((args, kwargs))
-    with rehearsal(model):
-        before = run(args, kwargs)
-    found: dict[Any, int] = {}
-    left = {layer: axes for layer, axes in candidates.items() if layer in before}
-    for number, leaf in enumerate(leaves):
-        if not left or not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
-            continue
-        follows = {layer: set(axes) for layer, axes in left.items()}
-        untouched = set(left)
-        for sample, other in ((0, batch - 1), (batch - 1, 0)):
-            changed = leaf.detach().clone()
-            changed[sample] = changed[other]
-            with rehearsal(model):
-                after = run(*tree_unflatten([*leaves[:number], changed, *leaves[number + 1 :]], tree))
-            for layer, axes in follows.items():
-                differences = [_difference(a, b) for a, b in zip(before[layer], after.get(layer, ()), strict=False)]
-                if any(each is None or each.any() for each in differences):
-                    untouched.discard(layer)
-                axes &= {axis for axis in axes if all(_confined(each, axis, sample) for each in differences)}
-        found.update({layer: min(axes) for layer, axes in follows.items() if layer not in untouched and len(axes) == 1})
-        left = {layer: axes for layer, axes in left.items() if layer in untouched}
+    places = [each for each in leaves if isinstance(each, Tensor) and _sizes(each)[:1] == (batch,)]
+    places = list({id(each): each for each in places}.values())
+    # Samples may be on other axes of other tensors, or in what is no tensor.
+    rest = [each for each in leaves if all(each is not place for place in places)]
+    plain = (type(None), bool, int, float, str)
+    known = all(batch not in _sizes(each) if isinstance(each, Tensor) else isinstance(each, plain) for each in rest)
+
+    def rehearse(changed: list[Any]) -> dict[Key, list[Tensor]]:
+        with rehearsal(model):
+            marks: dict[Key, list[Tensor]] = {}
+            for layer, outputs in run(*tree_unflatten(changed, tree)).items():
+                for shape, each in outputs:
+                    marks.setdefault((layer, shape), []).append(each)
+            return marks
+
+    found: dict[Key, Reading] = {}
+    try:
+        before = rehearse(leaves)
+    except Exception:  # a model that cannot be run again
+        return found
+    touched: set[Key] = set()
+    for chosen in [*([each] for each in places), *([places] if len(places) > 1 else [])]:
+        evidence = {
+            key: _Evidence(each, key[1], batch, key not in sure)
+            for key, each in candidates.items()
+            if key in before and key not in found and (len(chosen) > 1 or key not in touched)
+        }
+        for number, halves in enumerate(_halves(batch)):
+            if number and not any(each.open for each in evidence.values()):
+                break
+            for replaced in halves if evidence else ():
+                try:
+                    after = rehearse(_replaced(leaves, chosen, replaced))
+                except Exception:  # lengths that must fall, say: what the model refuses tells nothing
+                    after = {}
+                for key, each in evidence.items():
+                    each.add(before[key], after.get(key), replaced)
+        touched |= {key for key, each in evidence.items() if each.touched}
+        decided = {key: each.decided(known and len(chosen) == len(places)) for key, each in evidence.items()}
+        found.update({key: reading for key, reading in decided.items() if reading is not None})
     return found
 
 
-def _difference(before: Tensor, after: Tensor) -> Tensor | None:
-    """Where the two differ, None if they cannot be compared."""
-    if before.shape != after.shape:
-        return None
-    return (before != after) & ~(before.isnan() & after.isnan())
+def _sizes(tensor: Tensor) -> Shape:
+    return () if tensor.is_nested or tensor.layout is not torch.strided else tuple(tensor.shape)
 
 
-def _confined(different: Tensor | None, axis: int, sample: int) -> bool:
-    """Whether there are differences in that slice and nowhere else."""
-    if different is None:
-        return False
-    changed = different.movedim(axis, 0).flatten(1).any(1)
-    return bool(changed[sample]) and int(changed.sum()) == 1
+def _halves(batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks [batch], of the samples that have a bit in their number and of those that have not, for each bit."""
+    # Numbers without order: samples that lie regularly would agree with more readings.
+    numbers = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    for bit in range((batch - 1).bit_length()):
+        having = (numbers >> bit) & 1 == 1
+        yield having, ~having
+
+
+def _replaced(leaves: list[Any], chosen: Sequence[Tensor], replaced: Tensor) -> list[Any]:
+    """The leaves, with those samples of the chosen ones replaced by their neighbours."""
+    others: dict[int, Tensor] = {}
+    for each in chosen:
+        leaf = each.detach()
+        where = replaced.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1))
+        others[id(each)] = torch.where(where, leaf.roll(1, 0), leaf)  # a tensor given twice stays one
+    return [others.get(id(each), each) for each in leaves]

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from persample import prepared
+from persample.folded import Folded, Reading, by_size, foldings, unfolded
 from persample.layer_sum import Parameters, layer_sum
 from persample.layers import LayerGrads
-from persample.taps import Pass, Uses
+from persample.taps import Uses
+from persample.uncertain import disagreeing, uncertain
 
 
 @dataclass(eq=False)
@@ -24,7 +26,8 @@ class Layer:
 
     path: str
     module: nn.Module | None
-    axis: int | None
+    where: int | Folded | None
+    """What the user said of its samples."""
     source: Callable[[], Parameters] | None = None
     owners: tuple[Tensor, ...] = ()
     off: list[nn.Parameter] = field(default_factory=list)
@@ -33,11 +36,20 @@ class Layer:
     """Why its gradient has no rows, whatever the shapes say; None where it has."""
     _prepared: tuple[Any, Any] = None, None
     _found: bool = False
-    """Whether the axis was told by its size, in a backward pass; not by the user, nor by a trial."""
+    """Whether the axis was told by its size or by a trial; not by the user."""
+    readings: dict[tuple[int, tuple[int, ...]], Reading] = field(default_factory=dict)
+    """By batch size and shape of an output: what trials told."""
     besides: str = ""
     """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
+    untried: str = ""
+    """Why there was no trial, where there was to be one."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
+
+    def __post_init__(self) -> None:
+        self.axis = self.where if isinstance(self.where, int) else None
+        """The axis that counts samples in all of its calls; None where it is not known yet, or rows are folded."""
+        self._last: Reading | None = None
 
     @property
     def linear(self) -> bool:
@@ -81,7 +93,8 @@ class Layer:
             return f"plain: {plain}"
         if not self.called:
             return "plain so far: its forward has not been called (another module may use its weight)"
-        axis = "" if self.axis is None else f", samples on axis {self.axis} of its output"
+        last = self._last if self.axis is None else Reading(1, 1, self.axis)
+        axis = "" if last is None else f", {last.explain()}"
         alone = f", for its calls alone: {self.besides} uses its weight, too" if self.besides else ""
         return f"reweighted{axis}{alone}"
 
@@ -99,18 +112,49 @@ class Layer:
             parameter.requires_grad = True
         self.off = []
 
-    def candidates(self, shape: tuple[int, ...], batch: int) -> list[int]:
-        """The axes of an output of that shape that may count samples."""
-        if self.module is None or isinstance(self.module, nn.Linear):
-            return [axis for axis, size in enumerate(shape[:-1]) if size == batch]
-        spatial: Any = self.module.kernel_size
-        return [0] if len(shape) == len(spatial) + 2 and shape[0] == batch else []
+    def candidates(self, shape: tuple[int, ...], batch: int) -> list[Reading]:
+        """The ways in which an output of that shape may hold so many samples."""
+        return foldings(self._rows(shape), batch)
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of an output of that shape that may hold samples."""
+        return shape[:-1] if self._space is None else shape[: len(shape) == self._space + 2]
+
+    @property
+    def _space(self) -> int | None:
+        """How many axes of space a convolution has; None for a linear layer."""
+        module: Any = self.module
+        return None if self.linear else len(module.kernel_size)
+
+    def unsure(self, shape: tuple[int, ...], batch: int | None) -> list[Reading]:
+        """The candidates among which a trial is to choose; empty where there is nothing to be tried."""
+        if isinstance(self.where, Folded) or batch is None or batch < 2 or (batch, shape) in self.readings:
+            return []
+        if self.axis is not None and (not self._found or shape[self.axis : self.axis + 1] == (batch,)):
+            return []
+        found = self.candidates(shape, batch)
+        return [] if [each.ordinary for each in found] == [True] else found
+
+    def settle(self, shape: tuple[int, ...], batch: int, reading: Reading) -> None:
+        """A trial has told how to read an output."""
+        if reading.ordinary and not self.readings:
+            self.axis, self._found = reading.axis, True
+        else:
+            self.axis, self.readings[batch, shape] = None, reading
 
     def check(self, uses: Uses) -> list[tuple[Tensor, Tensor]]:
-        """Returns the uses, emptied, when it is certain which of their axes counts samples."""
+        """Returns the uses, emptied, when it is certain which of their axes counts samples.
+
+        That is `axis`; 0 where `axis` is None.
+        """
         found, uses.found = uses.found, []
         if self.axis is None:
-            self.axis, self._found = self._find_axis(tuple(found[-1][1].shape), uses.forward), True
+            readings = self._readings([tuple(z.shape) for _, z in found], uses.forward.batch)
+            if readings:
+                self._last, found = readings[-1], unfolded(found, readings, self._space)
+                self._agree({z.shape[0] for _, z in found})
+                return found
+            self.axis, self._found = self._find_axis(tuple(found[-1][1].shape), uses.forward.batch), True
         for _, z in found:
             if self.linear and self.axis > z.dim() - 2:
                 raise ValueError(
@@ -118,19 +162,15 @@ class Layer:
                     f"{list(z.shape)}, whose last axis counts features. Give all of its calls the same axes, or call "
                     "two layers that share a weight and have biases of their own."
                 )
-        sizes = {z.shape[self.axis] for _, z in found} if len(found) > 1 else ()
-        if len(sizes) > 1:
-            raise ValueError(
-                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
-                "its calls make one gradient per sample only if each has the same samples. Call the model "
-                "once per batch."
-            )
+        if len(found) > 1:
+            self._agree({z.shape[self.axis] for _, z in found})
         shape, batch = found[-1][1].shape, uses.forward.batch
         if self._found and batch is not None and shape[self.axis] != batch:
             raise ValueError(
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
-                f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples "
-                "(tokens that were selected, a layer called apart from the model). Leave the layer out by reweighting "
+                f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples, nor "
+                f"as many of each{f' ({self.untried})' if self.untried else ''}. They may be tokens that were "
+                "selected, or the layer was called apart from the model. Leave it out by reweighting "
                 f"the other parts of the model, or give reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each "
                 "row is a sample then."
             )
@@ -138,9 +178,8 @@ class Layer:
 
     def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], c: Tensor) -> Parameters:
         """Returns the (weight, bias) parts of Σ_b c_b g_b."""
-        assert self.axis is not None, "check() has found it"
-        if len(found) > 1:
-            return layer_sum(self.module, found, needed, self.axis, c)
+        if len(found) > 1 or self.axis is None:
+            return layer_sum(self.module, found, needed, self.axis or 0, c)
         [(x, z)] = found
         key = prepared.signature(self.module, x, z, needed, self.axis)
         if key != self._prepared[0]:
@@ -152,31 +191,48 @@ class Layer:
         found, uses.found = uses.found, []
         return layer_sum(self.module, found, needed, 0)
 
-    def _find_axis(self, shape: tuple[int, ...], forward: Pass) -> int:
+    def _readings(self, shapes: Sequence[tuple[int, ...]], batch: int | None) -> list[Reading]:
+        """How to read each output; empty where one axis counts samples in all of them, or none can be told."""
+        readings = [self._reading(shape, batch) for shape in shapes]
+        known = [each for each in readings if each is not None]
+        if self.readings and len(known) < len(readings):
+            raise self._uncertain(shapes[readings.index(None)], batch)
+        # A batch of one says nothing of the next batch.
+        special = self.readings or isinstance(self.where, Folded) or batch == 1
+        return known if len(known) == len(readings) and (special or len(set(known)) > 1) else []
+
+    def _reading(self, shape: tuple[int, ...], batch: int | None) -> Reading | None:
+        """How to read an output of that shape; None where it cannot be told."""
+        rows = self._rows(shape)
+        if isinstance(self.where, Folded):
+            sized = self.where.sized(rows[self.where.axis], batch) if self.where.axis < len(rows) else None
+            if sized is None:
+                raise disagreeing(self.path, shape, batch, self.where)
+            return sized
+        if not batch or not rows:
+            return None
+        if batch == 1:
+            return Reading(1, rows[0], 0) if rows[0] else None
+        return self.readings.get((batch, shape)) or by_size(self.candidates(shape, batch))
+
+    def _agree(self, sizes: set[int]) -> None:
+        if len(sizes) > 1:
+            raise ValueError(
+                f"layer '{self.path}' was called with batches of {sorted(sizes)} samples in one forward; "
+                "its calls make one gradient per sample only if each has the same samples. Call the model "
+                "once per batch."
+            )
+
+    def _find_axis(self, shape: tuple[int, ...], batch: int | None) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
-        batch, remedy = forward.batch, f"give reweight(..., batch_axis={{'{self.path}': axis}})"
-        if batch is None:
-            raise ValueError(
-                f"the batch size is unknown at layer '{self.path}' (output of shape {list(shape)}): the model's own "
-                f"forward was not called with a tensor. Call the model itself, or {remedy}."
-            )
-        found = self.candidates(shape, batch)
-        if len(found) == 1:
-            return found[0]
-        if not self.linear:
-            raise ValueError(
-                f"layer '{self.path}' has an output of shape {list(shape)}, but the model's input {batch} samples, "
-                f"and axis 0 must count samples. If each of its {shape[0]} rows is to be a sample of its own, "
-                f"{remedy.replace('axis}', '0}')}."
-            )
-        what = "no axis before the last has that size"
-        if found:
-            what = f"axes {found} all have that size, and a trial with other samples did not tell them apart"
-        raise ValueError(
-            f"cannot tell which axis of layer '{self.path}' counts samples: its output has shape {list(shape)}, the "
-            f"model's input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
-            "layers."
-        )
+        found = None if batch is None else by_size(self.candidates(shape, batch))
+        if found is None:
+            raise self._uncertain(shape, batch)
+        return found.axis
+
+    def _uncertain(self, shape: tuple[int, ...], batch: int | None) -> ValueError:
+        candidates = [] if batch is None else self.candidates(shape, batch)
+        return uncertain(self.path, shape, batch, candidates, linear=self.linear, untried=self.untried)
 
     def combine(self, grads: LayerGrads, answer: Any) -> Parameters:
         """Returns the (weight, bias) gradients that the policy's answer stands for."""

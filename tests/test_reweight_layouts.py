@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import MODES, B, Mode, each_asking, every_mode, same, squares, step
+from passes import B, Mode, each_asking, every_mode, same, squares, step
 from torch import Tensor, nn
 
 from persample.reweight import reweight
@@ -58,8 +58,9 @@ def test_batches_of_none_and_of_one(size: int, mode: Mode) -> None:
         same(step(model, lambda: squares(model(x))), {name: 3 * grad for name, grad in plain.items()})
 
 
-def test_a_layer_on_positions_time_first_and_on_samples_alone() -> None:
-    """Axis 1 of [T, B, D] counts samples; of [B, D] it does not, and with D = B no size tells."""
+@every_mode
+def test_a_layer_on_positions_time_first_and_on_samples_alone(mode: Mode) -> None:
+    """Axis 1 of [T, B, D] counts samples, of [B, D] axis 0, and the last axis never, whatever its size."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -70,8 +71,10 @@ def test_a_layer_on_positions_time_first_and_on_samples_alone() -> None:
             return self.layer(self.layer(x.transpose(0, 1)).tanh()[-1])
 
     model, x = Model(), torch.randn(B, 3, B)
-    with MODES[0].on(model), pytest.raises(ValueError, match=r"samples on axis 1.*output of shape \[4, 4\]"):
-        squares(model(x)).sum().backward()
+    expected = mode.expected(model, squares(model(x)))
+    with mode.on(model):
+        for _ in range(2):
+            same(step(model, lambda: squares(model(x))), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

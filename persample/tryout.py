@@ -1,0 +1,97 @@
+"""Which layers are tried out (`persample.trial`), in which forward passes of `reweight`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample import trial
+from persample.folded import Reading
+from persample.weights import Layer
+
+
+class Tryout:
+    """Collects in a forward pass the outputs of which sizes do not tell where the samples are, and has them tried.
+
+    Arguments:
+        model: the model.
+        watching: the context in which functions are seen, too.
+    """
+
+    def __init__(self, model: nn.Module, watching: Callable[[], AbstractContextManager[None]]) -> None:
+        self._model, self._watching = model, watching
+        self._unsure: dict[trial.Key, list[Reading]] = {}
+        self._met: set[Any] = set()  # shapes of the tensors that the model has been called with
+        self.new = False
+        """Whether those of the running pass are new: rows that were samples may be folded now."""
+        self.running: dict[Layer, list[tuple[trial.Shape, Tensor]]] | None = None
+        """While the model is tried out: shapes and marks of the outputs of each layer."""
+
+    def begin(self, args: tuple, kwargs: dict) -> None:
+        """A forward pass for training begins."""
+        shapes = tuple(each.shape for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        self.new = shapes not in self._met
+        self._met.add(shapes)
+
+    def forget(self) -> None:
+        """Nothing is to be tried."""
+        self._unsure = {}
+
+    def look(self, layer: Layer, shape: trial.Shape, batch: int | None) -> None:
+        """The pass has met an output of that shape."""
+        candidates = layer.unsure(shape, batch)
+        if candidates:
+            self._unsure[layer, shape] = candidates
+
+    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool) -> None:
+        """The pass ends: tries the model out if need be. `first`: whether it was the first one."""
+        unsure = self._unsure
+        if unsure and _together(self._model):
+            # Every process must run the model as often as the others: only what depends on no batch is tried.
+            unsure = {key: each for key, each in unsure.items() if first and not _one_axis(each)}
+            for layer, _ in self._unsure.keys() - unsure.keys():
+                layer.untried = (
+                    "it was not tried out with other samples, because processes share a forward pass (FSDP, DDP, "
+                    "SyncBatchNorm), and only their first one is sure to be alike in all"
+                )
+        self._unsure = unsure
+        if unsure and batch is not None:
+            confirmed = {key for key in unsure if key[0].readings}
+            found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed)
+            for (layer, shape), reading in found.items():
+                layer.settle(shape, batch, reading)
+        self.forget()
+
+    def rehearse(self, args: tuple, kwargs: dict) -> dict[Layer, list[tuple[trial.Shape, Tensor]]]:
+        """Runs the model; shapes and marks of outputs by layer."""
+        self.running = {}
+        try:
+            with self._watching():
+                self._model(*args, **kwargs)
+            return self.running
+        finally:
+            self.running = None
+
+    def note(self, layer: Layer, output: Tensor | None) -> None:
+        """While the model is tried out: a layer has run."""
+        assert self.running is not None, "it is"
+        noted = self.running.setdefault(layer, [])
+        if output is not None and (layer, tuple(output.shape)) in self._unsure:
+            noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
+
+
+def _one_axis(candidates: list[Reading]) -> bool:
+    return sum(each.ordinary for each in candidates) == 1
+
+
+def _together(model: nn.Module) -> bool:
+    """Whether a forward pass waits for other processes: a trial must run in all of them, or in none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    kinds = nn.SyncBatchNorm, nn.parallel.DistributedDataParallel
+    sharded = any(hasattr(each, "to_local") for each in model.parameters())
+    return sharded or any(isinstance(each, kinds) or hasattr(each, "_fsdp_wrapped_module") for each in model.modules())

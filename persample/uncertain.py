@@ -1,0 +1,65 @@
+"""What `reweight` says where it is not certain which rows of a layer belong to which sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from persample.folded import Folded, Reading
+
+
+def uncertain(
+    path: str, shape: Sequence[int], batch: int | None, candidates: Sequence[Reading], *, linear: bool, untried: str
+) -> ValueError:
+    """Returns the error for a layer's output of that shape, with what was found and what to do.
+
+    Arguments:
+        path: the layer's.
+        shape: of its output.
+        batch: how many samples the model was called with, None where that is unknown.
+        candidates: the readings that the shape allows.
+        linear: whether it is a linear layer, and no convolution.
+        untried: why there was no trial, empty where there was one.
+    """
+    remedy = f"give reweight(..., batch_axis={{'{path}': axis}})"
+    if batch is None:
+        return ValueError(
+            f"the batch size is unknown at layer '{path}' (output of shape {list(shape)}): the model's own "
+            f"forward was not called with a tensor. Call the model itself, or {remedy}."
+        )
+    ordinary = [each.axis for each in candidates if each.ordinary]
+    folded = sorted({each.axis for each in candidates if not each.ordinary})
+    found = []
+    if ordinary:
+        found.append(
+            f"ax{'es' if len(ordinary) > 1 else 'is'} {ordinary} {'all have' if ordinary[1:] else 'has'} that size"
+        )
+    if folded:
+        found.append(
+            f"ax{'es' if folded[1:] else 'is'} {folded} {'have multiples' if folded[1:] else 'has a multiple'} of it"
+        )
+    trial = untried or "a trial with other samples did not tell how to read them"
+    rows = (
+        f" Where every sample has several rows of an axis, give batch_axis={{'{path}': persample.Folded()}}, with "
+        "before= and after= as they lie."
+    )
+    if not linear:
+        return ValueError(
+            f"layer '{path}' has an output of shape {list(shape)}, but the model's input {batch} samples, and axis 0 "
+            f"must count samples{f', or as many rows of each, but {trial}' if found else ''}. If each of its "
+            f"{shape[0]} rows is to be a sample of its own, {remedy.replace('axis}', '0}')}.{rows if found else ''}"
+        )
+    what = f"{' and '.join(found)}, and {trial}" if found else "no axis before the last has that size or a multiple"
+    return ValueError(
+        f"cannot tell which axis of layer '{path}' counts samples: its output has shape {list(shape)}, the model's "
+        f"input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
+        f"layers.{rows if folded else ''}"
+    )
+
+
+def disagreeing(path: str, shape: Sequence[int], batch: int | None, given: Folded) -> ValueError:
+    """Returns the error for an output that is not as the user says."""
+    return ValueError(
+        f"layer '{path}' has an output of shape {list(shape)} in a batch of {'unknown' if batch is None else batch} "
+        f"samples, which does not agree with batch_axis={{'{path}': {given}}}: axis {given.axis} must hold before · "
+        "batch · after rows. Give the numbers that it holds, with None for one that follows from the others."
+    )
