@@ -33,6 +33,7 @@ from fngd.statistics import (
     sample_count,
     summed_samples,
 )
+from persample.reweight import BatchAxis
 
 PRESETS = (None, "eva")
 PRESET_SAMPLES = 16
@@ -152,7 +153,7 @@ class Eva(LayerPreconditioned):
         scaler: Any = None,
         preset: str | None = None,
         process_group: Any = None,
-        batch_axis: int | Mapping[str, int] | None = None,
+        batch_axis: BatchAxis | None = None,
         functions: bool = True,
     ) -> None:
         if preset not in PRESETS:

@@ -36,6 +36,7 @@ from fngd.statistics import (
     sample_count,
     second_moments,
 )
+from persample.reweight import BatchAxis
 
 INVERSES = ("eigen", "cholesky")
 PRESETS = (None, "kfac-pytorch")
@@ -261,7 +262,7 @@ class KFAC(LayerPreconditioned):
         scaler: Any = None,
         preset: str | None = None,
         process_group: Any = None,
-        batch_axis: int | Mapping[str, int] | None = None,
+        batch_axis: BatchAxis | None = None,
         functions: bool = True,
     ) -> None:
         if inverse not in INVERSES:

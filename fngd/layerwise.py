@@ -25,6 +25,7 @@ from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_layers, check_sizes, check_state
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, Reweighting, reweight
+from persample.reweight import BatchAxis
 
 REDUCTIONS = ("mean", "sum")
 State = dict[str, Tensor]
@@ -73,7 +74,7 @@ class LayerPreconditioned(Preconditioned):
         scaler: Any,
         seed: int,
         process_group: Any,
-        batch_axis: int | Mapping[str, int] | None,
+        batch_axis: BatchAxis | None,
         functions: bool,
     ) -> None:
         whole("statistics_every", statistics_every)

@@ -23,6 +23,7 @@ from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
 from fngd.states import check_layers, check_state
 from persample import Reweighting, reweight
+from persample.reweight import BatchAxis
 
 
 class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
@@ -55,7 +56,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         scaler: Any = None,
         process_group: Any = None,
         diagnostics: bool = False,
-        batch_axis: int | Mapping[str, int] | None = None,
+        batch_axis: BatchAxis | None = None,
         functions: bool = True,
         foreach: bool | None = None,
         seed: int = 0,

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 from torch import Tensor
 
 from fngd.adaptive import AdaptiveDamping
+from persample.reweight import BatchAxis
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,7 +37,7 @@ class Options(TypedDict, total=False):
     scaler: Any
     process_group: Any
     diagnostics: bool
-    batch_axis: int | Mapping[str, int] | None
+    batch_axis: BatchAxis | None
     functions: bool
     foreach: bool | None
 

@@ -45,6 +45,7 @@ from fngd.statistics import (
     some_positions,
     summed_positions,
 )
+from persample.reweight import BatchAxis
 
 POSITIONS = ("sum", "mean", "subsample")
 
@@ -242,7 +243,7 @@ class SKFAC(LayerPreconditioned):
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
         process_group: Any = None,
-        batch_axis: int | Mapping[str, int] | None = None,
+        batch_axis: BatchAxis | None = None,
         functions: bool = True,
     ) -> None:
         if positions not in POSITIONS:

@@ -60,18 +60,6 @@ class Folded:
         if any(each is not None and each < 1 for each in (self.before, self.after)) or self.axis < 0:
             raise ValueError(f"{self}: before and after are 1 or more, or None, and axes count from the front, 0, 1, …")
 
-    def sized(self, rows: int, batch: int | None) -> Reading | None:
-        """Returns the reading of an axis of so many rows; None where they do not fit, or no number of samples tells."""
-        before, after = self.before, self.after
-        if before is None or after is None:
-            known = before or after or 1
-            if not batch or not rows or rows % (batch * known):
-                return None
-            rest = rows // (batch * known)
-            return Reading(before or rest, after or rest, self.axis)
-        fits = rows % (before * after) == 0 if batch is None else rows == before * batch * after
-        return Reading(before, after, self.axis) if fits else None
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -101,6 +89,19 @@ class Reading:
         each = f"samples of {self.after} consecutive rows each" if self.after != 1 else "samples"
         times = f", {self.before} times one after another" if self.before != 1 else ""
         return f"{each} on axis {self.axis} of its output{times}"
+
+
+def sized(given: Folded, rows: int, batch: int | None) -> Reading | None:
+    """Returns the reading of an axis of so many rows; None where they do not fit, or no number of samples tells."""
+    before, after = given.before, given.after
+    if before is None or after is None:
+        known = before or after or 1
+        if not batch or not rows or rows % (batch * known):
+            return None
+        rest = rows // (batch * known)
+        return Reading(before or rest, after or rest, given.axis)
+    fits = rows % (before * after) == 0 if batch is None else rows == before * batch * after
+    return Reading(before, after, given.axis) if fits else None
 
 
 def foldings(shape: Sequence[int], batch: int) -> list[Reading]:

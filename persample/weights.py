@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from persample import prepared
-from persample.folded import Folded, Reading, by_size, foldings, unfolded
+from persample.folded import Folded, Reading, by_size, foldings, sized, unfolded
 from persample.layer_sum import Parameters, layer_sum
 from persample.layers import LayerGrads
 from persample.taps import Uses
@@ -205,10 +205,10 @@ class Layer:
         """How to read an output of that shape; None where it cannot be told."""
         rows = self._rows(shape)
         if isinstance(self.where, Folded):
-            sized = self.where.sized(rows[self.where.axis], batch) if self.where.axis < len(rows) else None
-            if sized is None:
+            reading = sized(self.where, rows[self.where.axis], batch) if self.where.axis < len(rows) else None
+            if reading is None:
                 raise disagreeing(self.path, shape, batch, self.where)
-            return sized
+            return reading
         if not batch or not rows:
             return None
         if batch == 1:
