@@ -17,6 +17,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from persample import memory
 from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.checks import check_losses
@@ -78,9 +79,10 @@ class ChunkedPerSampleGrads:
         for i, part in enumerate(self._slices):
             psg = self._chunk(i)
             filled = {name: buffer[part] for name, buffer in result.items()}
-            for name, rows in psg.grads(out=filled).items():
+            for name, rows in psg._rows(filled).items():
                 if name not in result:
-                    result[name] = rows.new_empty(self.batch, *rows.shape[1:])
+                    reused = memory.rows(psg._parameters[name], self.batch, rows.dtype)
+                    result[name] = rows.new_empty(self.batch, *rows.shape[1:]) if reused is None else reused
                 if name not in filled:
                     result[name][part] = rows
         return result

@@ -1,16 +1,24 @@
-"""Fresh memory for large results, in huge pages where the caller asks for them.
+"""Memory for large results: that of results let go of, or fresh; in huge pages where the caller asks for them.
 
-The first write to a page of fresh memory makes the kernel find and clear that page. On Linux with transparent huge
-pages at `madvise` a program may ask for pages of 2 MiB instead of 4 KiB, by madvise(2) with MADV_HUGEPAGE. Whether
-that is faster depends on the machine, so it is off until `huge_pages(True)`. Measured in a virtual machine, 512 MiB
-written once by one core, milliseconds of processor time:
+The first write to a page of fresh memory makes the kernel find and clear that page, which takes several times as long
+as the write. So from the third call of about the same size on, `grads()` writes its rows where earlier rows lay that
+nothing refers to any more (`persample.lent` says how that is known). Rows that anyone can still see, in whatever form,
+are never written to: the next call then takes fresh memory. What this costs is memory: from the second call on, that of
+one result stays with the process when the result is dropped, as long as the model lives, and up to an eighth of what
+the process may use. `release()` gives it back; `reuse(False)` keeps none. Norms, Gram matrices and sums are not
+concerned, nor is CUDA, whose allocator keeps memory anyway. As with `torch.from_numpy`, a result in reused memory
+cannot grow: `resize_` to more entries than it has is an error.
+
+On Linux with transparent huge pages at `madvise` a program may ask for pages of 2 MiB instead of 4 KiB, by madvise(2)
+with MADV_HUGEPAGE. Whether that is faster depends on the machine, so it is off until `huge_pages(True)`. Measured in a
+virtual machine, 512 MiB written once by one core, milliseconds of processor time:
 
     calls apart by      0 s     1 s       3 s       6 s
     pages of 4 KiB      208     249       242       246
     pages of 2 MiB      48      43-342    609-953   592-1061
 
-That machine returns free memory to its host, which takes long to give large blocks again: on such a machine huge pages
-pay only where large results follow each other closely. Measure, or reuse buffers by `grads(out=)`, which beats both.
+(18 where memory is reused.) That machine returns free memory to its host, which takes long to give large blocks again:
+on such a machine huge pages pay only where large results follow each other closely. Measure; reuse beats both.
 
 Only pages that lie in the tensor as a whole are asked for, so a tensor that is written in full takes no more memory.
 One of which little is written (`new_zeros` for tables) would, and is better left alone.
@@ -25,12 +33,38 @@ from functools import cache
 from mmap import PAGESIZE
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from persample import lent
+from persample.lent import kept, release
+
+__all__ = ["SMALLEST", "advise", "empty", "huge_pages", "kept", "release", "reuse", "rows"]
 
 SMALLEST = 4 * 2**20
 """Bytes below which a tensor is left alone: it would hold a page or none, and often lies in memory used before."""
 _HUGEPAGE = 14  # MADV_HUGEPAGE, see madvise(2)
 _wanted = False
+_reusing = True
+
+
+def reuse(wanted: bool) -> bool:
+    """Says whether this process is to reuse the memory of large results of `grads()`; returns what was said before.
+
+    At first it does. `reuse(False)` gives back what is kept, and results are fresh memory from then on.
+
+    ```python
+    from persample import memory
+
+    before = memory.reuse(False)
+    assert memory.kept() == 0
+    memory.reuse(before)
+    ```
+    """
+    global _reusing
+    before, _reusing = _reusing, wanted
+    if not wanted:
+        release()
+    return before
 
 
 def huge_pages(wanted: bool) -> bool:
@@ -46,6 +80,30 @@ def huge_pages(wanted: bool) -> bool:
     global _wanted
     before, _wanted = _wanted, wanted
     return before
+
+
+def rows(parameter: Tensor, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """Returns memory for the rows of a parameter, [B, *shape], contiguous and not initialised, to be written in full.
+
+    None where it should be fresh: for rows smaller than `SMALLEST`, or asked for the first time; on other devices;
+    where reuse is switched off; under torch.compile, function transforms and dispatch modes; and where torch is to
+    fill fresh memory (`torch.utils.deterministic.fill_uninitialized_memory`).
+    """
+    if batch * parameter.numel() * dtype.itemsize < SMALLEST:
+        return None
+    if (
+        not _reusing
+        or not lent.available()
+        or type(parameter) not in (Tensor, nn.Parameter)  # a fake or a distributed one has other memory
+        or parameter.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or (torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory())
+    ):
+        return None
+    found = lent.rows(parameter, (batch, *parameter.shape), dtype)
+    return None if found is None else advise(found)
 
 
 @cache

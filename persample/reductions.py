@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import singledispatch
 from math import prod
+from mmap import PAGESIZE
 from typing import TypeVar
 
 import torch
@@ -77,9 +78,9 @@ def _(block: Rows, out: Tensor | None = None) -> Tensor:
 
 @materialise.register
 def _(block: Dense, out: Tensor | None = None) -> Tensor:
-    rows = full_precision(block.values)
     if out is not None:
-        return out.copy_(rows)
+        return out.copy_(block.values)
+    rows = full_precision(block.values)
     return rows.clone() if rows is block.values else rows  # the caller may write into the result
 
 
@@ -87,6 +88,30 @@ def _(block: Dense, out: Tensor | None = None) -> Tensor:
 def _(block: Pulled, out: Tensor | None = None) -> Tensor:
     rows = block.pull(materialise(block.inner))
     return rows if out is None else out.copy_(rows)
+
+
+@singledispatch
+def overwrites(block: Block) -> bool:
+    """Whether rows are as cheaply written to memory used before: all their pages are, and no copy is made for it."""
+    return False
+
+
+@overwrites.register(Outer)
+@overwrites.register(Conv)
+def _(block: Block) -> bool:
+    return all(full_precision(factor).dtype == block.dtype for factor in block.factors)
+
+
+@overwrites.register
+def _(block: Rows) -> bool:
+    """Fresh zeros are pages that nobody has touched, so that rows which are not written cost nothing."""
+    row = block.shape[1] * block.dtype.itemsize
+    return 2 * block.z.shape[1] * max(row, PAGESIZE) >= block.rows * row
+
+
+@overwrites.register
+def _(block: Dense) -> bool:
+    return block.values.is_contiguous()  # a clone of other values would have their strides
 
 
 def read_rows(block: Block) -> Tensor:

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from persample import memory
 from persample.algorithms import algorithm
 from persample.backends import Capture, Captured
 from persample.backends.outputs import HeldGraph
 from persample.blocks import Block
 from persample.gradient import Gradient, add
 from persample.precision import full_precision
+from persample.reductions import overwrites
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -138,13 +140,13 @@ class PerSampleGrads:
             found.setdefault(layer_of(name), []).append(name)
         return {layer: tuple(names) for layer, names in found.items()}
 
-    @reduction
     def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """Returns g_b for every parameter: name -> [B, *shape].
 
         Args:
             out: buffers to write into, name -> contiguous [B, *shape] in the result's dtype, for some or all
-                parameters: the result of an earlier call, for example. Fresh memory costs several times the write.
+                parameters: the result of an earlier call, for example. Without, large results are written where
+                earlier ones were that nothing refers to any more, or to fresh memory (`persample.memory`).
 
         Raises:
             ValueError: a buffer of another shape, dtype or device.
@@ -155,8 +157,7 @@ class PerSampleGrads:
         tensor([[[3., 4.]],
                 [[0., 1.]]])
         """
-        buffers = self._checked(out or {})
-        return self._each(lambda name, gradient: gradient.materialise(buffers.get(name)))
+        return self._rows(out or {}, reused)
 
     @reduction
     def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
@@ -298,6 +299,16 @@ class PerSampleGrads:
         """
         return [row for rows in self._each(_explained).values() for row in rows]
 
+    @reduction
+    def _rows(
+        self, out: Mapping[str, Tensor], elsewhere: Callable[[Gradient], Tensor | None] = lambda gradient: None
+    ) -> dict[str, Tensor]:
+        """`grads`; where `out` has no buffer, in the memory that `elsewhere` finds, which by default is fresh."""
+        buffers = self._checked(out)
+        return self._each(
+            lambda name, gradient: gradient.materialise(buffers[name] if name in buffers else elsewhere(gradient))
+        )
+
     # --- what depends on how the gradients are held ---------------------------------------------------------
 
     def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
@@ -383,6 +394,17 @@ class GraphPerSampleGrads(PerSampleGrads):
 
     def _held(self) -> Mapping[str, Gradient]:
         return self._each(lambda _, gradient: gradient)
+
+
+def reused(gradient: Gradient) -> Tensor | None:
+    """Memory of earlier rows of a parameter, where there is some and its rows are as cheaply written there."""
+    batch, numel = gradient.losses.shape[0], gradient.parameter.numel()
+    if not gradient.blocks or batch * numel * gradient.blocks[0].dtype.itemsize < memory.SMALLEST:
+        return None
+    first, *more = gradient.blocks
+    if not overwrites(first) or any(block.dtype != first.dtype for block in more):
+        return None
+    return memory.rows(gradient.parameter, batch, first.dtype)
 
 
 def layer_of(name: str) -> str:
