@@ -88,7 +88,9 @@ def rows(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         return None
     loan = memoryview(block)[:nbytes]
     weakref.finalize(loan, _returned, weakref.ref(slot), block).atexit = False
-    return torch.frombuffer(loan, dtype=dtype).view(shape)
+    return torch.frombuffer(loan, dtype=dtype).resize_(
+        shape
+    )  # a view would be one of a tensor that holds the loan, too
 
 
 def kept() -> int:
