@@ -20,6 +20,7 @@ from deques of one place. A forked process starts with nothing.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
@@ -71,9 +72,7 @@ def rows(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         dtype: of the result.
     """
     slot = _slot_of(parameter)
-    nbytes = dtype.itemsize
-    for length in shape:
-        nbytes *= length
+    nbytes = math.prod(shape) * dtype.itemsize
     last, slot.last = slot.last, nbytes
     if not _alike(last, nbytes):
         slot.resize(0)
@@ -88,9 +87,8 @@ def rows(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         return None
     loan = memoryview(block)[:nbytes]
     weakref.finalize(loan, _returned, weakref.ref(slot), block).atexit = False
-    return torch.frombuffer(loan, dtype=dtype).resize_(
-        shape
-    )  # a view would be one of a tensor that holds the loan, too
+    found = torch.frombuffer(loan, dtype=dtype)
+    return found.resize_(shape)  # in place: a view would keep the tensor that it is of, and with it the loan
 
 
 def kept() -> int:

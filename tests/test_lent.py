@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,15 @@ def test_threads_never_share_a_block() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) > 500
     assert memory.kept() == parameter.nbytes * 8
+
+
+def test_a_block_too_small_that_another_thread_gave_back_is_not_taken() -> None:
+    """Between one thread's change of size and another's return there is no lock."""
+    psg, rows = linear(layer())
+    warm(psg)
+    (slot,) = lent._slots.values()
+    slot.free.append(mmap.mmap(-1, rows.nbytes // 2))
+    torch.testing.assert_close(psg.grads()["weight"], rows)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
