@@ -117,13 +117,21 @@ class Policy:
     def known(self, layer: str, batch: int, device: torch.device) -> Tensor | None:
         """Returns stored factors, where they are all that the step needs."""
         table = self._table
-        if table is None or self._method.accumulate == "joint" or self._drawing or self._compares():
+        if table is None or self._drawing or self.measuring:
+            return None
+        if self.met_batch:
+            ready = table.ready(layer, batch)
+            if ready is not None:
+                return ready
+        if self._method.accumulate == "joint" or self._compares():
             return None
         if not table.has(layer) or table.probing(layer) or not self._chosen(layer):
             return None
+        factors = table.lookup(layer, batch, device)
         if not self.met_batch:
             self._begin(layer)
-        return table.lookup(layer, batch, device)
+        table.make_ready(self._chosen)
+        return factors
 
     def of_layer(self, layer: str, grads: LayerGrads) -> Any:
         """The policy where layers are asked one by one."""

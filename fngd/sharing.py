@@ -81,6 +81,7 @@ class CoefficientTable:
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._lengths: dict[tuple[str, int], list[int]] = {}
         self._bad: dict[tuple[str, int], Tensor] = {}
+        self._ready: dict[str, tuple[int, Tensor]] | None = None  # see `make_ready`
 
     @property
     def computing(self) -> bool:
@@ -113,6 +114,30 @@ class CoefficientTable:
         if self.control == "constant":
             return torch.ones(batch, device=device)
         return self._by_sample(layer, batch) if self.share == "sample" else self._by_position(layer, batch)
+
+    def make_ready(self, wanted: Callable[[str], bool]) -> None:
+        """Looks up at once what the first backward pass of this step will ask of all layers, for `ready`.
+
+        Between two convolutions each Python function must be read from memory again; in one loop it costs nothing.
+        """
+        if self._ready is not None:
+            return
+        self._ready = {}
+        probes = self.refresh_cosine is not None and not self.index
+        if self.share != "position" or self.control == "constant" or self.computing or probes:
+            return
+        index = self.index % self.steps_per_epoch
+        for (layer, number), lengths in self._lengths.items():
+            if not number and lengths[index] and wanted(layer):
+                self._ready[layer] = lengths[index], self._rows[layer, 0][index, : lengths[index]]
+
+    def ready(self, layer: str, batch: int) -> Float[Tensor, " batch"] | None:
+        """Returns what `lookup` would, for a layer's first backward pass in this step; None where it is to be asked."""
+        length, factors = (0, None) if self._ready is None else self._ready.pop(layer, (0, None))
+        if length != batch or layer in self._calls:
+            return None
+        self._calls[layer] = 1
+        return factors
 
     def look_for_more(self, layer: str) -> None:
         """Warns, once, where `lookup` found nothing because the step makes more backward passes than it used to."""
@@ -210,6 +235,7 @@ class CoefficientTable:
         """The next backward pass is the first one of the step: earlier ones do not count."""
         self._calls.clear()
         self._written.clear()
+        self._ready = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs; tensors are not copied."""
@@ -284,6 +310,7 @@ class CoefficientTable:
 
     def _close_epoch(self) -> None:
         self.epoch, self.index = self.epoch + 1, 0
+        self._ready = None
         # NaN asks for nothing: the batch that was probed was not finite.
         self._stale = (
             self.cosine is not None and self.refresh_cosine is not None and bool(self.cosine < self.refresh_cosine)

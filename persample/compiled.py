@@ -70,7 +70,7 @@ def _gradients(
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
     asker = target.hooks.asker
-    grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z.device.type)
+    grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
     assert grad_weight is not None, "it was needed"
     empty = z.new_empty(0)
     return grad_weight.to(weight.dtype), empty if grad_bias is None else grad_bias.to(weight.dtype)

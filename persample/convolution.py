@@ -39,21 +39,31 @@ def weighted_grad(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor | None = None)
         return x.new_zeros(spec.weight_shape)
     if c is None:
         return weight_gradient(x, z, spec)
-    c, number = c.to(x.dtype), pieces(x, z, spec)
+    return summing(x, z, spec)(x, z, c.to(x.dtype))
+
+
+def summing(x: Tensor, z: Tensor, spec: ConvSpec) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Returns (x, z, c) → Σ_b c_b g_b for ordinary convolutions of these shapes, which are all that decides how.
+
+    The sum is linear in x and in z, so the smaller of them is scaled.
+    """
+    narrow, number = x.numel() < z.numel(), pieces(x, z, spec)
+
+    def piece(x: Tensor, z: Tensor, c: Tensor) -> Tensor:
+        return weight_gradient(scaled(x, c), z, spec) if narrow else weight_gradient(x, scaled(z, c), spec)
+
     if number == 1:
-        return scaled_sum(x, z, spec, c)
+        return piece
     size = -(-x.shape[0] // number)
-    first, *rest = zip(x.split(size), z.split(size), c.split(size), strict=True)
-    total = scaled_sum(first[0], first[1], spec, first[2])
-    for part_x, part_z, part_c in rest:
-        total += scaled_sum(part_x, part_z, spec, part_c)
+
+    def total(x: Tensor, z: Tensor, c: Tensor) -> Tensor:
+        parts = zip(x.split(size), z.split(size), c.split(size), strict=True)
+        result = piece(*next(parts))
+        for part in parts:
+            result += piece(*part)
+        return result
+
     return total
-
-
-def scaled_sum(x: Tensor, z: Tensor, spec: ConvSpec, c: Tensor) -> Tensor:
-    """Σ_b c_b g_b in one piece, of an ordinary convolution: linear in x and in z, so the smaller of them is scaled."""
-    x, z = (scaled(x, c), z) if x.numel() < z.numel() else (x, scaled(z, c))
-    return weight_gradient(x, z, spec)
 
 
 def pieces(x: Tensor, z: Tensor, spec: ConvSpec) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.convolution import pieces, scaled_sum
+from persample.convolution import summing
 from persample.convolution_blocks import conv_block
 from persample.layer_sum import Parameters, layer_sum
 
@@ -33,7 +33,7 @@ def prepare(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: int
     ordinary = x.dtype == z.dtype and x.dtype in (torch.float32, torch.float64) and len(x)
     if ordinary and tuple(needed) == (True, False) and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         block = conv_block(module, x, z)
-        if block.x is x and pieces(x, z, block.spec) == 1:
-            spec = block.spec  # alone: the block holds x and z
-            return lambda x, z, c: (scaled_sum(x, z, spec, c.to(z.dtype)), None)
+        if block.x is x:
+            total = summing(x, z, block.spec)
+            return lambda x, z, c: (total(x, z, c if c.dtype == z.dtype else c.to(z.dtype)), None)
     return lambda x, z, c: layer_sum(module, [(x, z)], needed, axis, c)

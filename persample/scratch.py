@@ -18,18 +18,34 @@ from torch import Tensor
 SMALLEST, LARGEST = 2**17, 32 * 2**20
 """Bytes of the products that go to kept memory, which is as large as the largest of them, for each dtype: smaller ones
 are in memory that the C library keeps itself, larger ones would cost more memory than is worth it."""
+VIEWS = 64
+"""Shapes that are remembered, so that a step that repeats makes no view anew."""
 
 
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], Tensor] = {}
+        """Of the memory for "scaled", by the shape, the strides and the dtype of what is scaled."""
 
     def get(self, use: str, size: int, dtype: torch.dtype) -> Tensor:
         """Returns at least that many elements, which lie where those of the last call for this use did."""
         memory = self.memory.get((use, dtype))
         if memory is None or memory.numel() < size:
             memory = self.memory[use, dtype] = torch.empty(size, dtype=dtype)
+            self.views.clear()
         return memory
+
+    def view(self, rows: Tensor) -> Tensor | None:
+        """Returns memory for what is scaled, with the shape and the strides of `rows`; None where none is kept."""
+        key = rows.shape, rows.stride(), rows.dtype
+        view = self.views.get(key)
+        if view is None and _fits(rows):
+            view = self.get("scaled", rows.numel(), rows.dtype).as_strided(rows.shape, rows.stride())
+            if len(self.views) == VIEWS:
+                self.views.clear()
+            self.views[key] = view
+        return view
 
 
 _kept = _Kept()
@@ -43,11 +59,11 @@ def scaled(rows: Tensor, factors: Tensor, axis: int = 0) -> Tensor:
         factors: [B], of the same dtype and device.
         axis: of rows that counts samples.
     """
-    factors = factors.view(-1, *[1] * (rows.dim() - 1 - axis))
-    if not _fits(rows) or rows.requires_grad or factors.requires_grad:
+    factors = factors.view(-1, *(1,) * (rows.dim() - 1 - axis))
+    if rows.requires_grad or factors.requires_grad or not _ordinary(rows):
         return rows * factors
-    memory = _kept.get("scaled", rows.numel(), rows.dtype)
-    return torch.mul(rows, factors, out=memory.as_strided(rows.shape, rows.stride()))
+    memory = _kept.view(rows)
+    return rows * factors if memory is None else torch.mul(rows, factors, out=memory)
 
 
 def transposed(rows: Tensor) -> Tensor:
@@ -71,15 +87,15 @@ def room(shape: Sequence[int], like: Tensor, use: str = "rows") -> Tensor | None
 
 
 def _fits(rows: Tensor) -> bool:
-    """Whether the rows fill their memory without gaps, and their product may lie in memory that is kept."""
+    """Whether the rows are of a size to be kept, and fill their memory without gaps."""
     dense = rows.is_contiguous() or (rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last))
-    return SMALLEST <= rows.nbytes <= LARGEST and dense and _ordinary(rows)
+    return SMALLEST <= rows.nbytes <= LARGEST and dense
 
 
 def _ordinary(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_inference_mode_enabled()  # what is made there may never be written to elsewhere
         and not torch._C._are_functorch_transforms_active()  # they refuse `out=`

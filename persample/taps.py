@@ -83,11 +83,11 @@ Gradients = Callable[[Any, Sequence[bool]], Sequence[Tensor | None]]
 """(the uses of a layer or of several, whether each weight and bias needs a gradient) → those gradients."""
 
 
-def without_autocast(gradients: Gradients, uses: Any, needed: Sequence[bool], kind: str) -> Sequence[Tensor | None]:
+def without_autocast(gradients: Gradients, uses: Any, needed: Sequence[bool], z: Tensor) -> Sequence[Tensor | None]:
     """Returns gradients(uses, needed) in the precision of x and z; `backward()` may be called inside autocast."""
-    if not torch.is_autocast_enabled(kind):
+    if not torch._C._is_any_autocast_enabled():
         return gradients(uses, needed)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(z.device.type, enabled=False):
         return gradients(uses, needed)
 
 
@@ -132,12 +132,16 @@ def _leave(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
     if not _runs(source) and not (bias and _runs(bias[0][0])):
         return z, None, None, None, None, None
     uses: Uses = ctx.uses
-    if uses.met(ctx, None if z is None else ctx.saved_tensors[0], z) and ctx.gradients is not None:
+    gradients: Gradients | None = ctx.gradients
+    if gradients is not None and z is not None and len(uses.taps) == 1:  # the usual case, in a few lines of code
+        uses.found = [(ctx.saved_tensors[0].detach(), z.detach())]
+    elif uses.met(ctx, None if z is None else ctx.saved_tensors[0], z) and gradients is not None:
         uses.take()
-        if uses.found:
-            needed, kind = ctx.needs_input_grad[4:], uses.found[0][1].device.type
-            return z, None, None, None, *without_autocast(ctx.gradients, uses, needed, kind)
-    return z, None, None, None, None, None
+    else:
+        return z, None, None, None, None, None
+    if not uses.found:
+        return z, None, None, None, None, None
+    return z, None, None, None, *without_autocast(gradients, uses, ctx.needs_input_grad[4:], uses.found[0][1])
 
 
 def _refusing(results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -176,4 +180,4 @@ def _answer(ctx: Any) -> tuple[Tensor | None, ...]:
     met = [uses.found[0][1] for uses in ctx.group if uses.found]
     if not met:
         return None, None, *(None for _ in ctx.needs_input_grad[2:])
-    return None, None, *without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0].device.type)
+    return None, None, *without_autocast(ctx.gradients, ctx.group, ctx.needs_input_grad[2:], met[0])

@@ -29,6 +29,7 @@ CONVOLUTIONS = {
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
     scratch._kept.memory.clear()
+    scratch._kept.views.clear()
 
 
 def by_samples(module: nn.Module, x: Tensor, z: Tensor, c: Tensor, axis: int = 0) -> list[Tensor]:
