@@ -167,6 +167,7 @@ def claim(root: int, number: int) -> bool:
     if target.graph is None or target.graph is not TracingContext.try_get():
         return False
     target.claimed.add(number)
+    layer.note = "nothing is tried out in a compiled graph"
     return True
 
 

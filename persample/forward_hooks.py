@@ -20,9 +20,8 @@ from persample.batches import batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, computed
-from persample.provenance import Provenance
 from persample.taps import Gate, Pass, Tap, Uses
-from persample.tryout import Tryout
+from persample.tryout import Tryout, Watch
 from persample.weights import Layer
 
 __all__ = ["ForwardHooks", "batch_size"]
@@ -62,7 +61,7 @@ class ForwardHooks:
         self._call: tuple[tuple, dict] = (), {}
         self._passes: list[Pass] = []  # under way, one inside the other; and those that Ctrl-C ended
         self._met = False  # whether a forward pass for training has been seen
-        self._seen: Provenance | None = None  # while the first of them runs: what derives from the batch
+        self._seen: Watch | None = None  # while the first of them runs: what derives from the batch
 
     # --- the model ------------------------------------------------------------------------------------------
 
@@ -95,7 +94,7 @@ class ForwardHooks:
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
         self._unfollow()  # left over from a forward pass that Ctrl-C ended
-        self._seen = Provenance(self._model)
+        self._seen = Watch(self._model)
         self._seen.follow((args, kwargs))
         self._seen.__enter__()
 
@@ -127,6 +126,7 @@ class ForwardHooks:
         """It ends, or raised an exception (output None)."""
         if self._tryout.running is not None:
             return
+        selects = self._seen is not None and self._seen.selects
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
@@ -142,7 +142,7 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
+        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met, selects=selects)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
@@ -169,7 +169,12 @@ class ForwardHooks:
         self._running = None
         if self._tryout.running is not None:
             self._tryout.note(layer, output)
+            return None
         if not layer.off:
+            # A reentrant checkpoint runs it without gradients first.
+            first = self._tryout.new and not torch.is_grad_enabled() and layer.why_plain() is None
+            if first and isinstance(output, Tensor):
+                self._tryout.look(layer, tuple(output.shape), self.forward.batch)
             return None
         weight, *rest = layer.off
         layer.switch_on()

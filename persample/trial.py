@@ -14,6 +14,9 @@ A trial takes 1 + 2 log₂ B runs without gradients at most; random numbers and 
 
 from __future__ import annotations
 
+import random
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from persample.folded import Reading
+from persample.folded import Reading, by_size
 from persample.precision import full_precision
 
 Shape = tuple[int, ...]
@@ -40,7 +43,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     places = [(module._buffers, name, own) for module in model.modules() for name, own in module._buffers.items()]
     copies = {id(own): own.clone() for _, _, own in places if own is not None}
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), _other_random_numbers(), torch.no_grad():
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
         try:
             for buffers, name, own in places:
@@ -52,12 +55,26 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
                 buffers[name] = own
 
 
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Puts back those of Python and, where it is loaded, of numpy: layers are left out at random by them, too."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    other = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(other)
+
+
 def mark(output: Tensor, linear: bool) -> Tensor:
     """Returns a number for each row of an output, which changes with it: [*axes but the last], or [images]."""
     rows = full_precision(output) if linear else full_precision(output).flatten(1)
     # Outputs of all layers at once would be as many bytes as their activations.
     one = torch.rand(rows.shape[-1], generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
-    return rows @ one.to(rows.device)
+    with torch.autocast(rows.device.type, enabled=False):  # halves would hide small changes
+        return rows @ one.to(rows.device)
 
 
 def readings(
@@ -68,8 +85,10 @@ def readings(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     confirmed: Iterable[Key] = (),
-) -> dict[Key, Reading]:
+) -> dict[Key, Reading | None]:
     """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
+
+    None for one that has as many rows as there are samples, of which some belong to other samples.
 
     Arguments:
         model: its modules are put into evaluation mode where the mode of training leaves outputs undecided
@@ -82,7 +101,7 @@ def readings(
         batch: number of samples B, 2 or more.
         confirmed: outputs of which a folded reading need not be followed to the last bit.
     """
-    found: dict[Key, Reading] = {}
+    found: dict[Key, Reading | None] = {}
     modes = [(module, module.training) for module in model.modules()]
     sure = set(confirmed)
     try:
@@ -103,7 +122,10 @@ class _Evidence:
 
     def __init__(self, candidates: Sequence[Reading], shape: Shape, batch: int, thorough: bool) -> None:
         self.left, self._batch, self._thorough = list(candidates), batch, thorough
+        self._ordinary = by_size(candidates)
         self._lit = {each.axis: torch.zeros(shape[each.axis], dtype=torch.bool) for each in candidates}
+        self.foreign = False
+        """Whether rows that are as many as samples change with others alone, or their number does."""
 
     @property
     def touched(self) -> bool:
@@ -115,20 +137,24 @@ class _Evidence:
         """Whether it has to be followed further."""
         return len(self.left) > 1 or any(self._thorough and not each.ordinary for each in self.left)
 
-    def add(self, before: list[Tensor], after: list[Tensor] | None, replaced: Tensor) -> None:
-        """The outputs before and after the samples were replaced for which `replaced` [batch] is true."""
-        if after is None or [each.shape for each in before] != [each.shape for each in after]:
+    def add(self, before: list[Tensor], after: Sequence[list[Tensor] | None], half: Tensor) -> None:
+        """The outputs before, and after the samples of a half [batch] were replaced, and after the others were."""
+        shapes = [each.shape for each in before]
+        self.foreign |= None in after
+        if any(each is None or [mark.shape for mark in each] != shapes for each in after):
             self.left = []
             return
-        for one, other in zip(before, after, strict=True):
-            different = ((one != other) & ~(one.isnan() & other.isnan())).cpu()
+        for one, *others in zip(before, *(each for each in after if each is not None), strict=True):
+            differences = [((one != other) & ~(one.isnan() & other.isnan())).cpu() for other in others]
             for axis, lit in self._lit.items():
-                changed = different.movedim(axis, 0).reshape(len(lit), -1).any(1)
-                lit |= changed
-                self.left = [
-                    each for each in self.left
-                    if each.axis != axis or not bool((changed & ~replaced[self._owners(each)]).any())
-                ]  # fmt: skip
+                first, second = (each.movedim(axis, 0).reshape(len(lit), -1).any(1) for each in differences)
+                lit |= first | second
+                for reading in [each for each in self.left if each.axis == axis]:
+                    mine = half[torch.arange(len(lit)) // reading.after % self._batch]
+                    with_own, with_others = torch.where(mine, first, second), torch.where(mine, second, first)
+                    if bool(with_others.any()):
+                        self.left.remove(reading)
+                        self.foreign |= reading == self._ordinary and bool((with_others & ~with_own).any())
 
     def decided(self, all_inputs: bool) -> Reading | None:
         """The reading that is left, if rows of every place that a sample has were seen to follow it.
@@ -141,9 +167,6 @@ class _Evidence:
         places = self._lit[reading.axis].view(reading.before, self._batch, reading.after).any(1).float().mean()
         return reading if places == 1 or (all_inputs and places > 0.5) else None
 
-    def _owners(self, reading: Reading) -> Tensor:
-        return torch.arange(len(self._lit[reading.axis])) // reading.after % self._batch
-
 
 def _by_inputs(
     model: nn.Module,
@@ -153,7 +176,7 @@ def _by_inputs(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     sure: set[Key],
-) -> dict[Key, Reading]:
+) -> dict[Key, Reading | None]:
     """One input after the other is changed, then all together."""
     leaves, tree = tree_flatten((args, kwargs))
     places = [each for each in leaves if isinstance(each, Tensor) and _sizes(each)[:1] == (batch,)]
@@ -164,38 +187,40 @@ def _by_inputs(
     known = all(batch not in _sizes(each) if isinstance(each, Tensor) else isinstance(each, plain) for each in rest)
 
     def rehearse(changed: list[Any]) -> dict[Key, list[Tensor]]:
-        with rehearsal(model):
+        with rehearsal(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the pass has given them
             marks: dict[Key, list[Tensor]] = {}
             for layer, outputs in run(*tree_unflatten(changed, tree)).items():
                 for shape, each in outputs:
                     marks.setdefault((layer, shape), []).append(each)
             return marks
 
-    found: dict[Key, Reading] = {}
+    found: dict[Key, Reading | None] = {}
+    touched: set[Key] = set()
     try:
         before = rehearse(leaves)
     except Exception:  # a model that cannot be run again
         return found
-    touched: set[Key] = set()
-    for chosen in [*([each] for each in places), *([places] if len(places) > 1 else [])]:
+    for number, chosen in enumerate([*([each] for each in places), *([places] if len(places) > 1 else [])]):
         evidence = {
             key: _Evidence(each, key[1], batch, key not in sure)
             for key, each in candidates.items()
             if key in before and key not in found and (len(chosen) > 1 or key not in touched)
         }
-        for number, halves in enumerate(_halves(batch)):
-            if number and not any(each.open for each in evidence.values()):
-                break
-            for replaced in halves if evidence else ():
-                try:
-                    after = rehearse(_replaced(leaves, chosen, replaced))
-                except Exception:  # lengths that must fall, say: what the model refuses tells nothing
-                    after = {}
+        try:
+            for bit, half in enumerate(_halves(batch) if evidence else ()):
+                if bit and not any(each.open for each in evidence.values()):
+                    break
+                both = [rehearse(_replaced(leaves, chosen, each)) for each in (half, ~half)]
                 for key, each in evidence.items():
-                    each.add(before[key], after.get(key), replaced)
+                    each.add(before[key], [marks.get(key) for marks in both], half)
+        except Exception:  # lengths that must fall, say: what the model refuses tells nothing
+            continue
         touched |= {key for key, each in evidence.items() if each.touched}
         decided = {key: each.decided(known and len(chosen) == len(places)) for key, each in evidence.items()}
-        found.update({key: reading for key, reading in decided.items() if reading is not None})
+        found |= {key: reading for key, reading in decided.items() if reading is not None}
+        if number == 0:  # the tensor that says how many samples there are
+            found |= {key: None for key, each in evidence.items() if each.foreign and key not in found}
     return found
 
 
@@ -203,13 +228,12 @@ def _sizes(tensor: Tensor) -> Shape:
     return () if tensor.is_nested or tensor.layout is not torch.strided else tuple(tensor.shape)
 
 
-def _halves(batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Masks [batch], of the samples that have a bit in their number and of those that have not, for each bit."""
+def _halves(batch: int) -> Iterator[Tensor]:
+    """Masks [batch] of the samples that have a bit in their number, for each bit."""
     # Numbers without order: samples that lie regularly would agree with more readings.
     numbers = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
     for bit in range((batch - 1).bit_length()):
-        having = (numbers >> bit) & 1 == 1
-        yield having, ~having
+        yield (numbers >> bit) & 1 == 1
 
 
 def _replaced(leaves: list[Any], chosen: Sequence[Tensor], replaced: Tensor) -> list[Any]:

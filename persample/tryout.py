@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from persample import trial
 from persample.folded import Reading
+from persample.provenance import Provenance
 from persample.weights import Layer
 
 
@@ -25,6 +27,7 @@ class Tryout:
     def __init__(self, model: nn.Module, watching: Callable[[], AbstractContextManager[None]]) -> None:
         self._model, self._watching = model, watching
         self._unsure: dict[trial.Key, list[Reading]] = {}
+        self._calls: Counter[trial.Key] = Counter()
         self._met: set[Any] = set()  # shapes of the tensors that the model has been called with
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
@@ -39,31 +42,50 @@ class Tryout:
 
     def forget(self) -> None:
         """Nothing is to be tried."""
-        self._unsure = {}
+        self._unsure, self.new = {}, False
+        self._calls.clear()
 
     def look(self, layer: Layer, shape: trial.Shape, batch: int | None) -> None:
         """The pass has met an output of that shape."""
+        if batch == 1:  # all rows are the sample's
+            layer.forget_axis(shape)
         candidates = layer.unsure(shape, batch)
         if candidates:
             self._unsure[layer, shape] = candidates
+            self._calls[layer, shape] += 1
 
-    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool) -> None:
-        """The pass ends: tries the model out if need be. `first`: whether it was the first one."""
-        unsure = self._unsure
+    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool, selects: bool) -> None:
+        """The pass ends: tries the model out if need be.
+
+        Arguments:
+            args, kwargs: of the model.
+            batch: how many samples it was called with.
+            first: whether it was the first pass.
+            selects: whether rows were selected in it. Then as many rows as samples need not be these, nor where a
+                layer is called as often: for one sample at a time, with as many positions.
+        """
+        unsure = {
+            key: each
+            for key, each in self._unsure.items()
+            if len(each) > 1 or not each[0].ordinary or selects or (batch and self._calls[key] % batch == 0)
+        }
         if unsure and _together(self._model):
             # Every process must run the model as often as the others: only what depends on no batch is tried.
-            unsure = {key: each for key, each in unsure.items() if first and not _one_axis(each)}
-            for layer, _ in self._unsure.keys() - unsure.keys():
-                layer.untried = (
+            tried = {key: each for key, each in unsure.items() if first and not _one_axis(each)}
+            for layer, _ in unsure.keys() - tried.keys():
+                layer.note = (
                     "it was not tried out with other samples, because processes share a forward pass (FSDP, DDP, "
                     "SyncBatchNorm), and only their first one is sure to be alike in all"
                 )
+            unsure = tried
         self._unsure = unsure
         if unsure and batch is not None:
             confirmed = {key for key in unsure if key[0].readings}
             found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed)
-            for (layer, shape), reading in found.items():
-                layer.settle(shape, batch, reading)
+            for layer, shape in unsure:
+                layer.note = "a trial with other samples did not tell how to read its rows"
+                if (layer, shape) in found:
+                    layer.settle(shape, batch, found[layer, shape])
         self.forget()
 
     def rehearse(self, args: tuple, kwargs: dict) -> dict[Layer, list[tuple[trial.Shape, Tensor]]]:
@@ -82,6 +104,22 @@ class Tryout:
         noted = self.running.setdefault(layer, [])
         if output is not None and (layer, tuple(output.shape)) in self._unsure:
             noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
+
+
+class Watch(Provenance):
+    """Sees in a forward pass what derives from the batch, and whether entries of that are selected."""
+
+    _SELECTING = frozenset(
+        getattr(torch.ops.aten, name)
+        for name in ("index", "index_select", "gather", "masked_select", "take", "sort", "topk", "nonzero")
+    )
+    selects = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does what the operation does."""
+        if func.overloadpacket in self._SELECTING and isinstance(args[0], Tensor) and self.may_be_data(args[0]):
+            self.selects = True
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _one_axis(candidates: list[Reading]) -> bool:

@@ -8,7 +8,7 @@ from persample.folded import Folded, Reading
 
 
 def uncertain(
-    path: str, shape: Sequence[int], batch: int | None, candidates: Sequence[Reading], *, linear: bool, untried: str
+    path: str, shape: Sequence[int], batch: int | None, candidates: Sequence[Reading], *, linear: bool, note: str
 ) -> ValueError:
     """Returns the error for a layer's output of that shape, with what was found and what to do.
 
@@ -18,7 +18,7 @@ def uncertain(
         batch: how many samples the model was called with, None where that is unknown.
         candidates: the readings that the shape allows.
         linear: whether it is a linear layer, and no convolution.
-        untried: why there was no trial, empty where there was one.
+        note: what a trial showed, or why there was none.
     """
     remedy = f"give reweight(..., batch_axis={{'{path}': axis}})"
     if batch is None:
@@ -37,7 +37,6 @@ def uncertain(
         found.append(
             f"ax{'es' if folded[1:] else 'is'} {folded} {'have multiples' if folded[1:] else 'has a multiple'} of it"
         )
-    trial = untried or "a trial with other samples did not tell how to read them"
     rows = (
         f" Where every sample has several rows of an axis, give batch_axis={{'{path}': persample.Folded()}}, with "
         "before= and after= as they lie."
@@ -45,10 +44,10 @@ def uncertain(
     if not linear:
         return ValueError(
             f"layer '{path}' has an output of shape {list(shape)}, but the model's input {batch} samples, and axis 0 "
-            f"must count samples{f', or as many rows of each, but {trial}' if found else ''}. If each of its "
+            f"must count samples{f', or as many rows of each, but {note}' if found else ''}. If each of its "
             f"{shape[0]} rows is to be a sample of its own, {remedy.replace('axis}', '0}')}.{rows if found else ''}"
         )
-    what = f"{' and '.join(found)}, and {trial}" if found else "no axis before the last has that size or a multiple"
+    what = f"{' and '.join(found)}, and {note}" if found else "no axis before the last has that size or a multiple"
     return ValueError(
         f"cannot tell which axis of layer '{path}' counts samples: its output has shape {list(shape)}, the model's "
         f"input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "

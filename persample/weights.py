@@ -41,8 +41,10 @@ class Layer:
     """By batch size and shape of an output: what trials told."""
     besides: str = ""
     """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
-    untried: str = ""
-    """Why there was no trial, where there was to be one."""
+    foreign: bool = False
+    """Whether a trial has shown rows, as many as samples, that belong to others."""
+    note: str = "no trial with other samples saw it, as it ran outside of the model's forward pass"
+    """What a trial showed that did not tell how to read its output, or why there was none."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""
 
@@ -127,17 +129,24 @@ class Layer:
         return None if self.linear else len(module.kernel_size)
 
     def unsure(self, shape: tuple[int, ...], batch: int | None) -> list[Reading]:
-        """The candidates among which a trial is to choose; empty where there is nothing to be tried."""
+        """The candidates among which a trial may have to choose; empty where it is known how to read the output."""
         if isinstance(self.where, Folded) or batch is None or batch < 2 or (batch, shape) in self.readings:
             return []
         if self.axis is not None and (not self._found or shape[self.axis : self.axis + 1] == (batch,)):
             return []
-        found = self.candidates(shape, batch)
-        return [] if [each.ordinary for each in found] == [True] else found
+        return self.candidates(shape, batch)
 
-    def settle(self, shape: tuple[int, ...], batch: int, reading: Reading) -> None:
-        """A trial has told how to read an output."""
-        if reading.ordinary and not self.readings:
+    def forget_axis(self, shape: tuple[int, ...]) -> None:
+        """What was found of other batches does not hold for the only sample of this one, unless it has one row."""
+        if self.axis is not None and self._found and shape[self.axis : self.axis + 1] != (1,):
+            self.axis = None
+
+    def settle(self, shape: tuple[int, ...], batch: int, reading: Reading | None) -> None:
+        """A trial has told how to read an output; None: that it is not to be read by its size."""
+        if reading is None:
+            self.axis, self.foreign = None, True
+            self.note = "a trial with other samples showed rows that belong to others, or come and go with them"
+        elif reading.ordinary and not self.readings:
             self.axis, self._found = reading.axis, True
         else:
             self.axis, self.readings[batch, shape] = None, reading
@@ -169,8 +178,8 @@ class Layer:
             raise ValueError(
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
                 f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples, nor "
-                f"as many of each{f' ({self.untried})' if self.untried else ''}. They may be tokens that were "
-                "selected, or the layer was called apart from the model. Leave it out by reweighting "
+                f"as many of each ({self.note}). They may be tokens that were selected, or the layer was called apart "
+                "from the model. Leave it out by reweighting "
                 f"the other parts of the model, or give reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each "
                 "row is a sample then."
             )
@@ -213,7 +222,10 @@ class Layer:
             return None
         if batch == 1:
             return Reading(1, rows[0], 0) if rows[0] else None
-        return self.readings.get((batch, shape)) or by_size(self.candidates(shape, batch))
+        return self.readings.get((batch, shape)) or self._by_size(shape, batch)
+
+    def _by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
+        return None if self.foreign else by_size(self.candidates(shape, batch))
 
     def _agree(self, sizes: set[int]) -> None:
         if len(sizes) > 1:
@@ -225,14 +237,14 @@ class Layer:
 
     def _find_axis(self, shape: tuple[int, ...], batch: int | None) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
-        found = None if batch is None else by_size(self.candidates(shape, batch))
+        found = None if batch is None else self._by_size(shape, batch)
         if found is None:
             raise self._uncertain(shape, batch)
         return found.axis
 
     def _uncertain(self, shape: tuple[int, ...], batch: int | None) -> ValueError:
         candidates = [] if batch is None else self.candidates(shape, batch)
-        return uncertain(self.path, shape, batch, candidates, linear=self.linear, untried=self.untried)
+        return uncertain(self.path, shape, batch, candidates, linear=self.linear, note=self.note)
 
     def combine(self, grads: LayerGrads, answer: Any) -> Parameters:
         """Returns the (weight, bias) gradients that the policy's answer stands for."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from persample import LayerGrads, reweight
+from persample import Folded, LayerGrads, reweight
 from persample.compiled import Target
 
 B = 4
@@ -296,3 +296,19 @@ def test_layers_that_all_samples_share_are_told_in_models_of_a_class_of_ones_own
         assert handle.explain()["key"].startswith("plain: it works on what all samples share")
         assert not handle._eager._passes, "the pass has been left as it was entered"
         assert handle._eager._seen is None
+
+
+def test_folded_rows_must_be_given() -> None:
+    """Nothing is tried out in a graph."""
+    model, x, c = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2)), torch.randn(B, 5, 3), FACTORS
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(model(each[None]).sin().sum(), parameters) for each in x]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with reweight(model, lambda layer, grads: c), pytest.raises(ValueError, match=r"nothing is tried .*Folded\(\)"):
+        compiled(x).sin().sum().backward()
+    torch._dynamo.reset()
+    with reweight(model, lambda layer, grads: c, batch_axis={"1": Folded(after=5)}) as handle:
+        compiled(x).sin().sum().backward()
+        assert handle.explain()["1"] == "reweighted, samples of 5 consecutive rows each on axis 0 of its output"
+    for parameter, *own in zip(parameters, *rows, strict=True):
+        torch.testing.assert_close(parameter.grad, torch.tensordot(c, torch.stack(own), 1))
