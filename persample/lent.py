@@ -87,12 +87,29 @@ def rows(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         return None
     loan = memoryview(block)[:nbytes]
     weakref.finalize(loan, _returned, weakref.ref(slot), block).atexit = False
-    found = torch.frombuffer(loan, dtype=dtype)
-    return found.resize_(shape)  # in place: a view would keep the tensor that it is of, and with it the loan
+    return _tensor(loan, shape, dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Returns zeros, of one entry at least, in pages that nobody has touched; None where there is no memory."""
+    block = _mapped(math.prod(shape) * dtype.itemsize)
+    return None if block is None else _tensor(memoryview(block), shape, dtype)
 
 
 def kept() -> int:
-    """Returns the bytes that are kept, lent to nobody."""
+    """Returns the bytes that are kept for results to come.
+
+    >>> model, batch = nn.Linear(1024, 512, bias=False), torch.randn(8, 1024)
+    >>> before = persample.memory.reuse(True)
+    >>> for _ in range(2):
+    ...     rows = persample.per_sample(model, lambda y, _: y.sum(1), batch).grads()
+    >>> held = persample.memory.kept()
+    >>> del rows
+    >>> persample.memory.kept() - held
+    16777216
+    >>> persample.memory.release()
+    >>> _ = persample.memory.reuse(before)
+    """
     return sum(len(block) for slot in list(_slots.values()) for block in list(slot.free))
 
 
@@ -141,10 +158,21 @@ def _block(slot: _Slot, nbytes: int) -> mmap.mmap | None:
             return block
     except IndexError:
         pass
+    return _mapped(max(slot.size, nbytes))
+
+
+def _mapped(nbytes: int) -> mmap.mmap | None:
+    """A new block."""
     try:
-        return mmap.mmap(-1, max(slot.size, nbytes), flags=_PRIVATE)
+        return mmap.mmap(-1, nbytes, flags=_PRIVATE)
     except (OSError, OverflowError):
         return None
+
+
+def _tensor(loan: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor whose storage owns the loan."""
+    found = torch.frombuffer(loan, dtype=dtype)
+    return found.resize_(shape)  # in place: a view would keep the tensor that it is of, and with it the loan
 
 
 def _returned(slot: weakref.ref[_Slot], block: mmap.mmap) -> None:

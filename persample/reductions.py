@@ -69,8 +69,8 @@ def _(block: Rows, out: Tensor | None = None) -> Tensor:
     batch, time, dim = block.z.shape
     z = full_precision(block.z)
     offsets = torch.arange(batch, device=block.device)[:, None] * block.rows
-    # fresh zeros are pages that nobody has touched: only rows that are written cost memory
-    result = z.new_zeros(batch, block.rows, dim) if out is None else out.zero_()
+    # large fresh zeros are pages that nobody has touched: only rows that are written cost memory
+    result = memory.zeros((batch, block.rows, dim), z) if out is None else out.zero_()
     flat = result.view(batch * block.rows, dim)
     flat.index_add_(0, (block.indices + offsets).reshape(-1), z.reshape(batch * time, dim))
     return result
@@ -104,9 +104,9 @@ def _(block: Block) -> bool:
 
 @overwrites.register
 def _(block: Rows) -> bool:
-    """Fresh zeros are pages that nobody has touched, so that rows which are not written cost nothing."""
+    """Where a quarter of the pages is written to at least: one of fresh zeros that is not costs nothing."""
     row = block.shape[1] * block.dtype.itemsize
-    return 2 * block.z.shape[1] * max(row, PAGESIZE) >= block.rows * row
+    return 4 * block.z.shape[1] * max(row, PAGESIZE) >= block.rows * row
 
 
 @overwrites.register

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
+from mmap import PAGESIZE
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import persample
 from persample import lent, memory
 from persample.blocks import Conv, Dense, Outer, Pulled, Rows
 from persample.cases import CASES, Case
-from persample.reductions import overwrites
+from persample.reductions import materialise, overwrites
 
 __all__ = ["small_results_are_large"]
 pytestmark = pytest.mark.usefixtures("small_results_are_large")
@@ -223,6 +226,44 @@ def test_a_cuda_device_keeps_memory_by_itself() -> None:
         assert rows["weight"].is_cuda
         del rows
     assert not lent._slots
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone tells what lies in memory")
+def test_zeros_of_which_little_is_written_take_little_memory() -> None:
+    """A table of 16 MiB a sample, of which 3 rows are written."""
+    z = torch.randn(2, 3, 64)
+    indices = torch.tensor([[5, 5, 0], [2**16 - 1, 7, 9]])
+    block = Rows(indices, z, 2**16)
+    before = resident()
+    rows = materialise(block)
+    assert resident() - before < rows.nbytes / 4
+    expected = torch.zeros(2, 2**16, 64)
+    for b, t in product(range(2), range(3)):
+        expected[b, indices[b, t]] += z[b, t]
+    torch.testing.assert_close(rows, expected)
+    assert not rows._is_view()
+    memory.reuse(False)
+    torch.testing.assert_close(materialise(block), expected)
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+
+
+def test_zeros_are_torchs_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    assert memory.zeros((0, 3), like).shape == (0, 3)
+    assert memory.zeros((2, 3), torch.zeros(1, device="meta")).is_meta
+    for _ in range(2):
+        found = memory.zeros((2, 3), like)
+        assert found.tolist() == [[0.0] * 3] * 2
+        assert found.dtype == torch.float64
+        monkeypatch.setattr(lent.mmap, "mmap", refuses)
+
+
+def refuses(*_: object, **__: object) -> None:
+    raise OSError("cannot allocate memory")
 
 
 AT_THE_END = """
