@@ -130,6 +130,8 @@ def _together(model: nn.Module) -> bool:
     """Whether a forward pass waits for other processes: a trial must run in all of them, or in none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    kinds = nn.SyncBatchNorm, nn.parallel.DistributedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # takes a while, and only here it is needed
+
+    kinds = nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel
     sharded = any(hasattr(each, "to_local") for each in model.parameters())
-    return sharded or any(isinstance(each, kinds) or hasattr(each, "_fsdp_wrapped_module") for each in model.modules())
+    return sharded or any(isinstance(each, kinds) for each in model.modules())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import joined_factors
+import joined_folded
 import joined_options
 import pytest
 import torch
@@ -194,6 +195,7 @@ SCENARIOS = (
     global_gram_in_float32,
     clipping_agrees_between_ranks,
     *joined_factors.SCENARIOS,
+    *joined_folded.SCENARIOS,
     *joined_options.SCENARIOS,
 )
 
