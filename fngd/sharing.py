@@ -1,15 +1,13 @@
 """Coefficients that are computed in one epoch and reused in later ones (FNGD paper, Section IV-B).
 
 What is stored is the factor B·c_b by which each sample's share of the plain gradient is multiplied; 1 is SGD.
+Which epochs compute is for `fngd.epochs` to say.
 
 - `share="position"`, the paper's rule: the key is (layer, batch index, position in the batch). Batches are
   reshuffled, so a factor meets another sample in every epoch. A shorter last batch has its own shorter
   vector.
 - `share="sample"`, what the paper's argument ("determined by the intrinsic nature of samples") would
   support: the key is (layer, sample id).
-- `refresh_cosine`: in the first batch of each epoch that reuses factors, one layer's are computed all the same,
-  and kept from the step; where their cosine with the stored ones is below the threshold, the next epoch
-  computes. That is decided when the epoch closes, so that no step waits for the device.
 - `control="constant"`: all factors 1 (plain SGD by the same code). `control="permuted"`: every computed
   vector is permuted at random before it is used and stored. Both exist to test whether it matters whose
   factor it is.
@@ -24,22 +22,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fngd.epochs import Epochs
 from fngd.guards import warn_of_more_passes
 
 SHARES = ("position", "sample", None)
 CONTROLS = (None, "constant", "permuted")
 
 
-class CoefficientTable:
+class CoefficientTable(Epochs):
     """Factors by layer and batch position or sample id, with the place in the epoch that finds them.
 
     Arguments:
-        steps_per_epoch: optimiser steps (batches) in one epoch.
+        steps_per_epoch, refresh_epochs, refresh_cosine, probe_layer: see `Epochs`.
         share: "position" or "sample".
         samples: the number of different sample ids; only with "sample".
-        refresh_epochs: compute anew in every R-th epoch (R ≥ 1); None: only in the first.
-        refresh_cosine: threshold in (0, 1] on the cosine of the probed layer's factors; None: no probes.
-        probe_layer: the layer that is probed; None: the first that is asked for.
         control: None, "constant" or "permuted".
         seed: of the permutations.
     """
@@ -56,19 +52,12 @@ class CoefficientTable:
         control: str | None = None,
         seed: int = 0,
     ) -> None:
-        if refresh_cosine is not None and not 0 < refresh_cosine <= 1:
-            raise ValueError(f"refresh_cosine={refresh_cosine}; it is the cosine of two vectors and must be in (0, 1]")
-        if probe_layer is not None and refresh_cosine is None:
-            raise ValueError(f"probe_layer={probe_layer!r} needs refresh_cosine=, the threshold")
         _check(steps_per_epoch, share, samples, refresh_epochs, control)
         assert steps_per_epoch is not None, "checked"
-        self.steps_per_epoch, self.share, self.samples = steps_per_epoch, share, samples
-        self.refresh_epochs, self.control = refresh_epochs, control
-        self.refresh_cosine, self.probe_layer = refresh_cosine, probe_layer
-        self.epoch, self.index = 0, 0
-        self.cosine: Tensor | None = None  # of the last probe
-        self._stale = False  # whether it asks this epoch to compute
-        self._explicit = False  # whether the user announces epochs
+        super().__init__(
+            steps_per_epoch, refresh_epochs=refresh_epochs, refresh_cosine=refresh_cosine, probe_layer=probe_layer
+        )
+        self.share, self.samples, self.control = share, samples, control
         self._random = torch.Generator().manual_seed(seed)
         self._calls: dict[str, int] = {}  # backward passes of each layer since the last step
         self._written: set[str] = set()  # layers whose coefficients were computed since the last step
@@ -83,15 +72,6 @@ class CoefficientTable:
         self._bad: dict[tuple[str, int], Tensor] = {}
         self._ready: dict[str, tuple[int, Tensor]] | None = None  # see `make_ready`
 
-    @property
-    def computing(self) -> bool:
-        """Whether this epoch computes coefficients."""
-        return (
-            self.epoch == 0
-            or self._stale
-            or (self.refresh_epochs is not None and self.epoch % self.refresh_epochs == 0)
-        )
-
     def has(self, layer: str) -> bool:
         """Whether `lookup` would find factors for the layer's next backward pass, or raise."""
         if self.computing:
@@ -102,15 +82,11 @@ class CoefficientTable:
         if number and self.restarts(layer):
             number = 0
         lengths = self._lengths.get((layer, number))
-        return lengths is not None and lengths[self.index % self.steps_per_epoch] > 0
+        return lengths is not None and lengths[self.place] > 0
 
     def lookup(self, layer: str, batch: int, device: torch.device) -> Float[Tensor, " batch"] | None:
         """Returns the factors to use now, None where they must be computed; for one backward pass."""
-        if self._explicit and self.index >= self.steps_per_epoch:
-            raise ValueError(
-                f"batch {self.index + 1} of an epoch, but steps_per_epoch is {self.steps_per_epoch}. "
-                "Give the optimiser steps_per_epoch=len(loader), counted in optimiser steps."
-            )
+        self.check_place()
         if self.control == "constant":
             return torch.ones(batch, device=device)
         return self._by_sample(layer, batch) if self.share == "sample" else self._by_position(layer, batch)
@@ -126,7 +102,7 @@ class CoefficientTable:
         probes = self.refresh_cosine is not None and not self.index
         if self.share != "position" or self.control == "constant" or self.computing or probes:
             return
-        index = self.index % self.steps_per_epoch
+        index = self.place
         for (layer, number), lengths in self._lengths.items():
             if not number and lengths[index] and wanted(layer):
                 self._ready[layer] = lengths[index], self._rows[layer, 0][index, : lengths[index]]
@@ -141,7 +117,7 @@ class CoefficientTable:
 
     def look_for_more(self, layer: str) -> None:
         """Warns, once, where `lookup` found nothing because the step makes more backward passes than it used to."""
-        number, index = self._calls.get(layer, 0) - 1, self.index % self.steps_per_epoch
+        number, index = self._calls.get(layer, 0) - 1, self.place
         if number < 1 or self.computing or self._warned or layer in self._written:
             return  # a layer that has just been written to is new to the table
         if (layer, number) not in self._bad or not self._bad[layer, number][index]:
@@ -150,13 +126,7 @@ class CoefficientTable:
 
     def probing(self, layer: str) -> bool:
         """Whether the factors that `lookup` just found are to be compared with fresh ones, by `probe`."""
-        if self.refresh_cosine is None or self.control == "constant" or self.index:
-            return False
-        return self.cosine is None and layer == (self.probe_layer if self.probe_layer is not None else layer)
-
-    def probe(self, stored: Float[Tensor, " batch"], fresh: Float[Tensor, " batch"]) -> None:
-        """Keeps the cosine of stored and fresh factors for the end of the epoch."""
-        self.cosine = torch.nn.functional.cosine_similarity(stored, fresh, dim=0)
+        return self.control != "constant" and super().probing(layer)
 
     def store(
         self, layer: str, factors: Float[Tensor, " batch"], good: Tensor, sizes: Sequence[int] | None = None
@@ -195,9 +165,10 @@ class CoefficientTable:
         if key not in self._lengths:
             self._lengths[key] = [0] * self.steps_per_epoch
             self._bad[key] = torch.zeros(self.steps_per_epoch, dtype=torch.bool, device=factors.device)
-        rows[self.index % self.steps_per_epoch, : len(factors)] = factors
-        self._bad[key][self.index % self.steps_per_epoch] = ~good
-        self._lengths[key][self.index % self.steps_per_epoch] = len(factors)
+        index = self.place
+        rows[index, : len(factors)] = factors
+        self._bad[key][index] = ~good
+        self._lengths[key][index] = len(factors)
 
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces the ids (0 … samples − 1) of the coming backward pass's samples; for share="sample"."""
@@ -217,19 +188,11 @@ class CoefficientTable:
             self._announced[-1] = ids  # announced again before any layer has asked
         self._asked = False
 
-    def start_epoch(self) -> None:
-        """Announces that an epoch begins. Optional: without it, an epoch is every steps_per_epoch steps."""
-        if self._explicit or self.index:
-            self._close_epoch()
-        self._explicit = True
-
     def advance(self) -> None:
         """Ends a step: the next backward pass belongs to the next batch."""
         self.restart()
         self._announced, self._asked = [], False
-        self.index += 1
-        if not self._explicit and self.index == self.steps_per_epoch:
-            self._close_epoch()
+        super().advance()
 
     def restart(self) -> None:
         """The next backward pass is the first one of the step: earlier ones do not count."""
@@ -239,15 +202,9 @@ class CoefficientTable:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs; tensors are not copied."""
-        return {
-            "epoch": self.epoch,
-            "index": self.index,
-            "explicit": self._explicit,
-            "steps_per_epoch": self.steps_per_epoch,
+        return super().state_dict() | {
             "share": self.share,
             "samples": self.samples,
-            "stale": self._stale,
-            "cosine": self.cosine,
             "random": self._random.get_state(),
             "rows": dict(self._rows),
             "lengths": {key: list(lengths) for key, lengths in self._lengths.items()},
@@ -264,12 +221,10 @@ class CoefficientTable:
                     "coefficients would meet other samples. Construct the optimiser as the saved one was."
                 )
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restores what `state_dict` returned, with tensors on `device`; raises as `check_state` does."""
         self.check_state(state)
-        self.epoch, self.index, self._explicit = state["epoch"], state["index"], state["explicit"]
-        self._stale, cosine = state.get("stale", False), state.get("cosine")  # absent in states of version 0.1
-        self.cosine = None if cosine is None else cosine.to(device, copy=True)
+        super().load_state_dict(state, device)
         self._random.set_state(state["random"].cpu())
         self._rows = {key: rows.to(device, copy=True) for key, rows in state["rows"].items()}
         self._bad = {key: bad.to(device, copy=True) for key, bad in state["bad"].items()}
@@ -280,7 +235,7 @@ class CoefficientTable:
     def _by_position(self, layer: str, batch: int) -> Tensor | None:
         key = layer, self._calls.get(layer, 0)
         self._calls[layer] = key[1] + 1
-        index = self.index % self.steps_per_epoch
+        index = self.place
         length = self._lengths[key][index] if key in self._lengths else 0
         if self.computing or not length:
             return None
@@ -308,15 +263,11 @@ class CoefficientTable:
         # Samples that were never met take the plain gradient.
         return torch.where(factors.isnan(), 1.0, factors)
 
-    def _close_epoch(self) -> None:
-        self.epoch, self.index = self.epoch + 1, 0
+    def close_epoch(self) -> None:
+        """Ends the epoch; looks at what was probed, and at which batches had values that were not finite."""
+        super().close_epoch()
         self._ready = None
-        # NaN asks for nothing: the batch that was probed was not finite.
-        self._stale = (
-            self.cosine is not None and self.refresh_cosine is not None and bool(self.cosine < self.refresh_cosine)
-        )
-        self.cosine = None
-        # With the probe the only look at device values, once an epoch: a batch with NaN or inf is redone next time.
+        # With the probe the only look at device values, once an epoch: such a batch is redone next time.
         for key, bad in self._bad.items():
             for index in bad.nonzero().flatten().tolist():
                 self._lengths[key][index] = 0
