@@ -157,6 +157,9 @@ class PerSampleGrads:
         tensor([[[3., 4.]],
                 [[0., 1.]]])
         """
+        largest = max((parameter.nbytes for parameter in self._parameters.values()), default=0)
+        if 2 * self.batch * largest < memory.SMALLEST:  # twice, because rows of half precision are float32
+            return self._rows(out or {})
         return self._rows(out or {}, reused)
 
     @reduction
@@ -301,10 +304,12 @@ class PerSampleGrads:
 
     @reduction
     def _rows(
-        self, out: Mapping[str, Tensor], elsewhere: Callable[[Gradient], Tensor | None] = lambda gradient: None
+        self, out: Mapping[str, Tensor], elsewhere: Callable[[Gradient], Tensor | None] | None = None
     ) -> dict[str, Tensor]:
         """`grads`; where `out` has no buffer, in the memory that `elsewhere` finds, which by default is fresh."""
         buffers = self._checked(out)
+        if elsewhere is None:
+            return self._each(lambda name, gradient: gradient.materialise(buffers.get(name)))
         return self._each(
             lambda name, gradient: gradient.materialise(buffers[name] if name in buffers else elsewhere(gradient))
         )
