@@ -17,7 +17,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(3, 4), (3,)),
     "linear, no bias": (lambda: nn.Linear(3, 4, bias=False), (3,)),
     "linear, positions": (lambda: nn.Linear(3, 4), (5, 3)),
-    "conv1d": (lambda: nn.Conv1d(2, 3, 2, stride=2), (2, 5)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 2, stride=2, dilation=2), (2, 5)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2), (2, 3, 4)),
     "conv2d few positions": (lambda: nn.Conv2d(6, 7, 2), (6, 2, 2)),
     "conv2d one pixel": (lambda: nn.Conv2d(2, 3, 1), (2, 1, 2)),

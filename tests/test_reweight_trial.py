@@ -65,6 +65,24 @@ def test_rows_that_do_not_lie_by_samples_are_refused(name: str) -> None:
     assert sizes_of(model, x, batch_axis={"layer": 0})["layer"] == len(MIXED[name](x))  # each row a sample
 
 
+def test_views_of_which_the_second_belong_to_others() -> None:
+    """The first input alone would agree with views by turns; the rows that it leaves alone say nothing."""
+    model = Rows(lambda first, second: torch.cat([first, second.flip(0)]))
+    with pytest.raises(ValueError, match="did not tell how to read its rows"):
+        sizes_of(model, torch.randn(B, 3), torch.randn(B, 3))
+
+
+def test_windows_as_long_as_the_batch_are_no_samples() -> None:
+    """[windows of all samples, B positions, C]: axis 1 has as many entries as there are samples, and counts none."""
+    model = Rows(lambda x: x.flatten(0, 1))
+    with reweight(model, lambda layer, grads: None) as handle:
+        model(torch.randn(B, 3, B, 3)).sum().backward()
+        assert handle.explain()["layer"] == "reweighted, samples of 3 consecutive rows each on axis 0 of its output"
+    coupled = Rows(lambda x: (x - x.mean(0)).flatten(0, 1))
+    with pytest.raises(ValueError, match=r"axis \[1\] has that size and axis \[0\] has a multiple"):
+        sizes_of(coupled, torch.randn(B, 3, B, 3))
+
+
 SELECTED: dict[str, Callable[[Tensor], Tensor]] = {
     "a sample at a time": lambda x: x,
     "tokens of some samples": lambda x: x.flatten(0, 1)[torch.tensor([0, 1, 5, 14])],
