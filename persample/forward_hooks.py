@@ -105,7 +105,10 @@ class ForwardHooks:
 
     def _has_rows(self, layer: Layer, x: Any) -> bool:
         """Whether the layer works on the batch, as far as the first forward pass has shown; asked while it runs."""
-        if self._seen is not None and isinstance(x, Tensor) and not self._seen.may_be_data(x):
+        if self._seen is None or not isinstance(x, Tensor):
+            return layer.shared is None
+        layer.selected |= self._seen.selected(x)
+        if not self._seen.may_be_data(x):
             layer.shared = "it works on what all samples share (its input does not come from the model's)"
         return layer.shared is None
 
@@ -126,7 +129,6 @@ class ForwardHooks:
         """It ends, or raised an exception (output None)."""
         if self._tryout.running is not None:
             return
-        selects = self._seen is not None and self._seen.selects
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
@@ -142,7 +144,7 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met, selects=selects)
+        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()

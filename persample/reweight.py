@@ -71,17 +71,18 @@ def reweight(
             impossible axis, or `known` is given with joint=True.
             In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
 
-    Where sizes leave more than one reading, as where rows are folded they always do, the model is tried out after
-    its forward pass, with some samples replaced by others, 1 + 2 log₂ B times at most, without gradients and with
-    the same random numbers; and again, three times as a rule, whenever it meets new shapes. Only a reading that
-    every row agrees with is taken. `explain()` says which; giving it spares the trials. They cannot see rows that
-    belong to samples by chance alone: as many tokens selected of each sample in this batch, and not in the next.
+    Where sizes leave more than one reading, as they always do where rows are folded, or where rows were selected, the
+    model is tried out after its forward pass, with some samples replaced by others, without gradients and with the
+    same random numbers: 1 + 2 log₂ B runs, as many again in evaluation mode where that does not tell, and three as a
+    rule for each new shape. Only a reading that every row agrees with is taken. `explain()` says which; giving it
+    spares the trials. They cannot see rows that belong to samples by chance alone: as many tokens selected of each
+    sample in this batch, and not in the next.
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
     and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not
     where it is of one of torch's (`nn.Sequential`). Rows count as they lie in each layer: where a model reorders its
-    samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D], must not be
-    reweighted; it is refused unless T happens to be B.
+    samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D], cannot be
+    reweighted, and is refused.
 
     Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as
     in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,

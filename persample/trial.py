@@ -85,6 +85,7 @@ def readings(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     confirmed: Iterable[Key] = (),
+    selected: Iterable[Key] = (),
 ) -> dict[Key, Reading | None]:
     """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
 
@@ -100,8 +101,10 @@ def readings(
         candidates: by layer and shape.
         batch: number of samples B, 2 or more.
         confirmed: outputs of which a folded reading need not be followed to the last bit.
+        selected: outputs of rows that were selected from others: None, too, where they change and nothing is decided.
     """
     found: dict[Key, Reading | None] = {}
+    touched: set[Key] = set()
     modes = [(module, module.training) for module in model.modules()]
     sure = set(confirmed)
     try:
@@ -110,11 +113,13 @@ def readings(
             if left and (training or any(was for _, was in modes)):
                 for module, was in modes:
                     module.training = was and training
-                found.update(_by_inputs(model, run, args, kwargs, left, batch, sure))
+                new, touched = _by_inputs(model, run, args, kwargs, left, batch, sure)
+                found |= new
     finally:
         for module, was in modes:
             module.training = was
-    return found
+    mixed = (key for key in selected if key in touched and key not in found and by_size(candidates[key]) is not None)
+    return found | dict.fromkeys(mixed)
 
 
 class _Evidence:
@@ -140,7 +145,7 @@ class _Evidence:
     def add(self, before: list[Tensor], after: Sequence[list[Tensor] | None], half: Tensor) -> None:
         """The outputs before, and after the samples of a half [batch] were replaced, and after the others were."""
         shapes = [each.shape for each in before]
-        self.foreign |= None in after
+        self.foreign |= None in after and self._ordinary is not None
         if any(each is None or [mark.shape for mark in each] != shapes for each in after):
             self.left = []
             return
@@ -176,8 +181,8 @@ def _by_inputs(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     sure: set[Key],
-) -> dict[Key, Reading | None]:
-    """One input after the other is changed, then all together."""
+) -> tuple[dict[Key, Reading | None], set[Key]]:
+    """One input after the other is changed, then all together; returns what was found, and which outputs changed."""
     leaves, tree = tree_flatten((args, kwargs))
     places = [each for each in leaves if isinstance(each, Tensor) and _sizes(each)[:1] == (batch,)]
     places = list({id(each): each for each in places}.values())
@@ -200,7 +205,7 @@ def _by_inputs(
     try:
         before = rehearse(leaves)
     except Exception:  # a model that cannot be run again
-        return found
+        return found, touched
     for number, chosen in enumerate([*([each] for each in places), *([places] if len(places) > 1 else [])]):
         evidence = {
             key: _Evidence(each, key[1], batch, key not in sure)
@@ -221,7 +226,7 @@ def _by_inputs(
         found |= {key: reading for key, reading in decided.items() if reading is not None}
         if number == 0:  # the tensor that says how many samples there are
             found |= {key: None for key, each in evidence.items() if each.foreign and key not in found}
-    return found
+    return found, touched
 
 
 def _sizes(tensor: Tensor) -> Shape:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from persample import trial
 from persample.folded import Reading
@@ -54,20 +55,20 @@ class Tryout:
             self._unsure[layer, shape] = candidates
             self._calls[layer, shape] += 1
 
-    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool, selects: bool) -> None:
+    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool) -> None:
         """The pass ends: tries the model out if need be.
 
         Arguments:
             args, kwargs: of the model.
             batch: how many samples it was called with.
             first: whether it was the first pass.
-            selects: whether rows were selected in it. Then as many rows as samples need not be these, nor where a
-                layer is called as often: for one sample at a time, with as many positions.
         """
+        # As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
+        # one sample at a time, with as many positions.
         unsure = {
             key: each
             for key, each in self._unsure.items()
-            if len(each) > 1 or not each[0].ordinary or selects or (batch and self._calls[key] % batch == 0)
+            if len(each) > 1 or not each[0].ordinary or key[0].selected or (batch and self._calls[key] % batch == 0)
         }
         if unsure and _together(self._model):
             # Every process must run the model as often as the others: only what depends on no batch is tried.
@@ -81,7 +82,8 @@ class Tryout:
         self._unsure = unsure
         if unsure and batch is not None:
             confirmed = {key for key in unsure if key[0].readings}
-            found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed)
+            selected = {key for key in unsure if key[0].selected}
+            found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed, selected)
             for layer, shape in unsure:
                 layer.note = "a trial with other samples did not tell how to read its rows"
                 if (layer, shape) in found:
@@ -107,19 +109,25 @@ class Tryout:
 
 
 class Watch(Provenance):
-    """Sees in a forward pass what derives from the batch, and whether entries of that are selected."""
+    """Sees in a forward pass what derives from the batch, and what from entries that were selected of that."""
 
+    _SELECTED = 1 << 1000  # beyond the bits of any number of inputs
     _SELECTING = frozenset(
         getattr(torch.ops.aten, name)
         for name in ("index", "index_select", "gather", "masked_select", "take", "sort", "topk", "nonzero")
     )
-    selects = False
+
+    def selected(self, tensor: Tensor) -> bool:
+        """Whether the tensor derives from selected entries."""
+        return bool(self._marks(tensor) & self._SELECTED)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Does what the operation does."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.overloadpacket in self._SELECTING and isinstance(args[0], Tensor) and self.may_be_data(args[0]):
-            self.selects = True
-        return super().__torch_dispatch__(func, types, args, kwargs)
+            for each in tree_leaves(result):
+                self._mark(each, self._SELECTED)
+        return result
 
 
 def _one_axis(candidates: list[Reading]) -> bool:

@@ -41,6 +41,8 @@ class Layer:
     """By batch size and shape of an output: what trials told."""
     besides: str = ""
     """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
+    selected: bool = False
+    """Whether its input was selected from other rows, in the first forward pass."""
     foreign: bool = False
     """Whether a trial has shown rows, as many as samples, that belong to others."""
     note: str = "no trial with other samples saw it, as it ran outside of the model's forward pass"
@@ -145,7 +147,7 @@ class Layer:
         """A trial has told how to read an output; None: that it is not to be read by its size."""
         if reading is None:
             self.axis, self.foreign = None, True
-            self.note = "a trial with other samples showed rows that belong to others, or come and go with them"
+            self.note = "a trial with other samples showed rows that change with others than their own"
         elif reading.ordinary and not self.readings:
             self.axis, self._found = reading.axis, True
         else:

@@ -90,6 +90,9 @@ SELECTED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+SELECTED["tokens chosen among all"] = lambda x: x.flatten(0, 1)[x.flatten(0, 1)[:, 0].topk(len(x)).indices]
+
+
 class OneByOne(Rows):
     def forward(self, *inputs: Any) -> Tensor:
         return torch.stack([self.layer(each) for each in self.choose(*inputs)])
@@ -100,7 +103,7 @@ def test_as_many_rows_as_samples_that_belong_to_others(name: str) -> None:
     """The only axis with as many entries as samples, but not of these."""
     model = (OneByOne if name == "a sample at a time" else Rows)(SELECTED[name])
     x = torch.randn(B, B, 3)
-    with pytest.raises(ValueError, match=r"axis \[0\] has that size, and a trial .* rows that belong to others"):
+    with pytest.raises(ValueError, match=r"axis \[0\] has that size, and a trial .* rows that change with others"):
         sizes_of(model, x)
     assert sizes_of(model, x, batch_axis=0) == {"layer": B}
 
