@@ -12,7 +12,8 @@ known while tracing is kept on the Python side (`begin`, `claim`), by the identi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +60,18 @@ _SCHEMA = (
 )
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Within it autograd can be used, as by a policy in an ordinary backward pass; torch hides it in an operation."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, hidden)
+
+
 @torch.library.custom_op("persample::gradients", mutates_args=(), schema=_SCHEMA)
 def _gradients(
     x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, batch: int, number: int, needs_bias: bool
@@ -70,10 +83,13 @@ def _gradients(
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
     asker = target.hooks.asker
-    grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
-    assert grad_weight is not None, "it was needed"
-    empty = z.new_empty(0)
-    return grad_weight.to(weight.dtype), empty if grad_bias is None else grad_bias.to(weight.dtype)
+    with _recording():
+        grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
+    # A policy may give no gradient; an operation of a graph always has its outputs.
+    grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+    if bias is None or not needs_bias:
+        return grad_weight, z.new_empty(0)
+    return grad_weight, torch.zeros_like(bias) if grad_bias is None else grad_bias.to(weight.dtype)
 
 
 @_gradients.register_fake

@@ -94,7 +94,7 @@ def train(model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> tupl
             with torch.no_grad():
                 for each in model.parameters():
                     if each.grad is not None:
-                        each.sub_(0.1 * each.grad)
+                        each.sub_(0.01 * each.grad)  # larger ones run away, and rounding with them
     return result, policy.grams
 
 

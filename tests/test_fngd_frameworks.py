@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loops import METHODS, STEPS_PER_EPOCH, build_model, data, deviation, gradients, same_parameters
+from loops import build_model, data, same_parameters
 from torch import Tensor
 from torch.nn import functional as F
 
 from fngd import FNGD, NGD
 
+COMPILED = Path(__file__).parent / "fngd_compiled.py"
 
-@pytest.mark.filterwarnings("ignore")  # Dynamo warns about the shape checks that only tests install
-@pytest.mark.parametrize(
-    ("method", "backend"),
-    [
-        ("fngd", "aot_eager"),
-        ("ngd", "eager"),
-        pytest.param("fngd", "eager", marks=pytest.mark.slow),
-        pytest.param("ngd", "aot_eager", marks=pytest.mark.slow),
-        *(
-            pytest.param(name, backend, marks=pytest.mark.slow)
-            for name in ("kfac", "skfac", "eva", "shampoo")
-            for backend in ("eager", "aot_eager")
-        ),
-    ],
-)
-def test_torch_compile(method: str, backend: str) -> None:
-    first, (x, y) = build_model(), data()
-    second = copy.deepcopy(first)
-    torch._dynamo.reset()
-    compiled = torch.compile(second, backend=backend)
-    opts = [METHODS[method](net) for net in (first, second)]
-    for _ in range(STEPS_PER_EPOCH + 2):  # computed and stored coefficients
-        for call, opt in zip((first, compiled), opts, strict=True):
-            opt.zero_grad()
-            F.cross_entropy(call(x), y).backward()
-            opt.step()
-    assert deviation(dict(second.named_parameters()), dict(first.named_parameters())) < 1e-4
-    assert deviation(gradients(second), gradients(first)) < 1e-3
-    torch._dynamo.reset()
+
+@pytest.mark.parametrize("kind", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_torch_compile(kind: str) -> None:
+    """Without the shape checks of conftest: users have none, and Dynamo cannot trace them."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--noconftest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        kind,
+        str(COMPILED),
+    ]
+    done = subprocess.run(command, cwd=COMPILED.parents[1], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
