@@ -14,7 +14,7 @@ compared within `TOLERANCE`, and an owner found so must also explain the gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,23 @@ DEFAULT_LEVELS = 32
 TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, torch.complex64: 1e-3}
 """Largest part of a row, in norm, that may come from elsewhere; half precision: `HALF_TOLERANCE`."""
 HALF_TOLERANCE = 5e-2
+PIECE = 2**20
+"""Bytes of z that are compared at a time."""
 NOBODY = -1
-SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-"""Layouts of gradients whose entries are compared as those of an ordinary tensor."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is known of a gradient that is not held."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, z: Tensor) -> Output:
+        """Of a gradient that is there."""
+        return cls(tuple(z.shape), z.dtype, z.device)
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ def attribute(
         losses: [B].
         shapes: shape to give to each gradient; default: as it comes.
         watch: `watch(v, visit)` shows the same gradients one by one, and keeps none; by default those of `backward`.
-            It is called ⌈log_`LEVELS` B⌉ times. Where sample b lies at index b of an axis, nothing is kept here either.
+            It is called ⌈log_`LEVELS` B⌉ times. Where samples lie in a regular pattern, nothing is kept here either.
     """
     batch = losses.shape[0]
 
@@ -189,36 +203,56 @@ def attribute(
 
 
 class _Found:
-    """What the probes have shown of one z so far: the axes at whose index b lies sample b, exactly, or the probes.
+    """What the probes have shown of one z so far: the regular layouts that explain them exactly, or the probes.
 
-    The first is by far the most common layout, quickly found, and tells what the probes were: they need not be kept.
+    The first is the common case, quickly found, and tells what the probes were: they need not be kept.
     """
 
     def __init__(self, z: Tensor, batch: int) -> None:
         self._z, self._batch = z, batch
-        self._axes = [axis for axis, size in enumerate(z.shape) if size == batch > 1]
+        self._layouts = list(_regular(z, batch))
         self._weights: list[Tensor] = []
         self._probes: list[Tensor] = []
 
     def add(self, probe: Tensor, weights: Tensor) -> None:
         """Compares another probe."""
-        left = [axis for axis in self._axes if torch.equal(probe, self._scaled(weights, axis))]
-        if self._axes and not left:
-            self._probes = [self._scaled(before, self._axes[0]) for before in self._weights]
-        self._axes = left
+        left = [layout for layout in self._layouts if self._explained(probe, weights, layout)]
+        if self._layouts and not left:
+            self._probes = [self._z * self._factors(before, self._layouts[0]) for before in self._weights]
+        self._layouts = left
         self._weights.append(weights)
         if not left:
             self._probes.append(probe)
 
     def owner(self, levels: int) -> Owner | None:
         """Whom each entry belongs to, or None where samples mix."""
-        if self._axes and self._weights:
-            return Owner(self._axes[0], torch.arange(self._batch, device=self._z.device), self._batch)
+        if self._layouts and self._weights:
+            return self._layouts[0]
         return locate(self._z, self._probes, self._batch, levels)
 
-    def _scaled(self, weights: Tensor, axis: int) -> Tensor:
-        shape = [-1 if d == axis else 1 for d in range(self._z.ndim)]
-        return self._z * weights.to(self._z.real.dtype).view(shape)
+    def _explained(self, probe: Tensor, weights: Tensor, layout: Owner) -> bool:
+        """Whether the probe is z, each entry times its owner's weight, to the last bit; a piece at a time."""
+        z, factors = self._z, self._factors(weights, layout)
+        rows = max(1, PIECE * z.shape[0] // max(1, z.nbytes))
+        pieces = zip(
+            probe.split(rows), z.split(rows), factors.expand(z.shape[0], *factors.shape[1:]).split(rows), strict=True
+        )
+        return all(torch.equal(there, here * factor) for there, here, factor in pieces)
+
+    def _factors(self, weights: Tensor, layout: Owner) -> Tensor:
+        shape = [-1 if d == layout.axis else 1 for d in range(self._z.ndim)]
+        return weights.to(self._z.real.dtype)[layout.ids].view(shape)
+
+
+def _regular(z: Tensor, batch: int) -> Iterator[Owner]:
+    """The owners of z if samples lay in a regular pattern along an axis, likely axes first."""
+    arange = torch.arange(batch, device=z.device)
+    for axis in likely_axes(z.shape, batch) if batch > 1 else ():
+        each, rest = divmod(z.shape[axis], batch)
+        if each and not rest:
+            yield Owner(axis, arange.repeat_interleave(each), batch)
+            if each > 1:
+                yield Owner(axis, arange.repeat(each), batch)
 
 
 def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAULT_LEVELS) -> Owner | None:
@@ -237,10 +271,10 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
     ids = _of_entries(z, probed, batch, levels)
     if ids is None:
         return _within_tolerance(z, probed, batch, levels)
-    for axis in _axes(z.shape, batch):
+    for axis in likely_axes(z.shape, batch):
         along = _of_axis(ids, axis)
         if along is not None:
-            return Owner(axis, _fill(along, batch), batch)
+            return Owner(axis, fill(along, batch), batch)
     return Owner(None, ids, batch)
 
 
@@ -248,7 +282,7 @@ def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.ones(exponents.shape, device=exponents.device, dtype=torch.float64), exponents).to(dtype)
 
 
-def _axes(shape: Sequence[int], batch: int) -> list[int]:
+def likely_axes(shape: Sequence[int], batch: int) -> list[int]:
     """Axes in the order in which samples are looked for: of size B first, then of a multiple of B."""
     return sorted(range(len(shape)), key=lambda axis: (shape[axis] != batch, shape[axis] % batch != 0, axis))
 
@@ -288,11 +322,11 @@ def _of_axis(ids: Int[Tensor, " *size"], axis: int) -> Int[Tensor, " axis"] | No
 def _within_tolerance(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Owner | None:
     """The owner by rows of an axis, or by entries, allowing for rounding; to be confirmed."""
     tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
-    for axis in (*_axes(z.shape, batch), None):
+    for axis in (*likely_axes(z.shape, batch), None):
         rows = [_rows(t, axis) for t in (z, *probed)]
         ids = _identify(rows[0], rows[1:], batch, levels, tolerance)
         if ids is not None and bool((ids != NOBODY).any()):
-            filled = ids.view(z.shape) if axis is None else _fill(ids, batch)
+            filled = ids.view(z.shape) if axis is None else fill(ids, batch)
             return Owner(axis, filled, batch, exact=False)
     return None
 
@@ -343,7 +377,7 @@ def _identify(
     return None if bool((ids >= batch).any()) else ids
 
 
-def _fill(ids: Tensor, batch: int) -> Tensor:
+def fill(ids: Tensor, batch: int) -> Tensor:
     """Owners of silent rows, where all the others follow one of the regular patterns."""
     known = ids != NOBODY
     if batch == 0 or ids.shape[0] % batch or bool(known.all()):

@@ -15,6 +15,8 @@ from persample.reductions import full_precision, weighted_sum
 # What rounding may explain: a part of the largest sum in the model, and a part of the batch gradient itself.
 _ROUNDING = {torch.float64: (1e-13, 1e-8), torch.float32: (1e-6, 2e-3)}
 _HALF_ROUNDING = (1e-3, 5e-2)
+PIECE = 2**20
+"""Bytes of a sum that are compared at a time."""
 
 
 def check_losses(losses: object) -> Tensor:
@@ -75,53 +77,72 @@ class SumCheck:
     Rounding is relative to what is summed, not to what cancellation leaves (the bias of attention keys has a
     gradient of zero, and z there is noise of larger terms elsewhere), so a small part of the largest sum in the
     model is allowed as well.
+
+    Args:
+        weights: w, [B].
+        batch_gradient: of Σ_b w_b ℓ_b, by parameter; emptied, so that each is freed once it has been compared.
     """
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, batch_gradient: dict[str, Tensor | None]) -> None:
         self._weights = weights
-        self._sums: dict[str, Tensor] = {}
+        self._gradient = batch_gradient
+        self._names = list(batch_gradient)
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
         self._largest = torch.zeros((), dtype=torch.float64)
 
     def add(self, name: str, uses: Sequence[Block | Captured]) -> None:
         """Takes the blocks of one parameter, all of them."""
+        total = None
         for use in uses:
             block = use if isinstance(use, Block) else use.block
             part = weighted_sum(block, self._weights.to(device=block.device, dtype=block.dtype.to_real()))
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+            total = part if total is None else total + part
             bound = upper_bound(block).to(self._largest.device)
             # a factor may hold NaN or infinity where its partner is zero, or belong to a sample whose loss is NaN
             self._largest = torch.maximum(self._largest, torch.where(bound.isfinite(), bound, 0.0))
+        if name in self._gradient:
+            self._meet(name, total)
 
-    def compare(self, batch_gradient: Mapping[str, Tensor | None], *, precision: torch.dtype, backend: str) -> None:
+    def compare(self, *, precision: torch.dtype, backend: str) -> None:
         """Raises `CheckError` unless the sums are the gradient of the weighted losses."""
-        for name, (miss, norm) in self.misses(batch_gradient, precision=precision).items():
+        for name, (miss, norm) in self.misses(precision).items():
             raise sum_error(name, miss, norm, precision=precision, backend=backend)
 
-    def misses(
-        self, batch_gradient: Mapping[str, Tensor | None], *, precision: torch.dtype
-    ) -> dict[str, tuple[float, float]]:
+    def misses(self, precision: torch.dtype) -> dict[str, tuple[float, float]]:
         """The parameters whose sum is another one: norms of the difference and of the batch gradient."""
+        for name in list(self._gradient):  # those without a block
+            self._meet(name, None)
         absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
-        misses: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, gradient in batch_gradient.items():
-            total = self._sums.get(name)
-            if gradient is not None:
-                expected = full_precision(gradient.to_dense())
-            elif total is not None:
-                expected = torch.zeros_like(total)
-            else:
-                continue
-            if not bool(expected.isfinite().all()):
-                continue  # NaN in a sample's loss: its row is NaN, the others are right
-            norm = torch.linalg.vector_norm(expected).double().cpu()
-            miss = norm if total is None else torch.linalg.vector_norm(total - expected).double().cpu()
-            self._largest = torch.maximum(self._largest, norm)
-            misses[name] = miss, norm
-        return {
-            name: (float(miss), float(norm))
-            for name, (miss, norm) in misses.items()
-            if not bool(miss <= absolute * self._largest + relative * norm)
-        }
+        missed = {}
+        for name in self._names:
+            miss, norm = self._found.get(name, (0.0, 0.0))
+            if not bool(miss <= absolute * self._largest + relative * norm):
+                missed[name] = float(miss), float(norm)
+        return missed
+
+    def _meet(self, name: str, total: Tensor | None) -> None:
+        gradient = self._gradient.pop(name)
+        if gradient is not None:
+            expected = full_precision(gradient.to_dense())
+        elif total is not None:
+            expected = torch.zeros_like(total)
+        else:
+            return
+        norm = torch.linalg.vector_norm(expected).double().cpu()
+        if not bool(norm.isfinite()) and not bool(expected.isfinite().all()):
+            return  # NaN in a sample's loss: its row is NaN, the others are right
+        miss = norm if total is None else distance(total, expected).cpu()
+        self._largest = torch.maximum(self._largest, norm)
+        self._found[name] = miss, norm
+
+
+def distance(found: Tensor, expected: Tensor) -> Tensor:
+    """The norm of the difference of two tensors of one shape, in double precision; a piece at a time, for memory."""
+    if found.ndim == 0 or found.nbytes <= PIECE:
+        return torch.linalg.vector_norm(found - expected).double()
+    rows = max(1, PIECE * len(found) // found.nbytes)
+    pairs = zip(found.split(rows), expected.split(rows), strict=True)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a - b).double() for a, b in pairs]))
 
 
 def sum_error(name: str, miss: float, norm: float, *, precision: torch.dtype, backend: str) -> CheckError:
@@ -141,10 +162,10 @@ def check_sum(
     backend: str,
 ) -> None:
     """Raises `CheckError` unless Σ_b g_b equals the batch gradient for every parameter, see `SumCheck`."""
-    check = SumCheck(torch.ones(next((found[0].batch for found in blocks.values() if found), 0)))
+    check = SumCheck(torch.ones(next((found[0].batch for found in blocks.values() if found), 0)), dict(batch_gradient))
     for name, found in blocks.items():
         check.add(name, found)
-    check.compare(batch_gradient, precision=precision, backend=backend)
+    check.compare(precision=precision, backend=backend)
 
 
 def upper_bound(block: Block) -> Tensor:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from persample.attribution import Owner
+from persample.attribution import Output, Owner
 from persample.errors import CoupledSamplesError, UnderflowError
 from persample.graph import Graph, Node
 from persample.provenance import Provenance
 
 
-def row_owner(z: Tensor, batch: int) -> Owner | None:
+def row_owner(z: Tensor | Output, batch: int) -> Owner | None:
     """Returns the owner in the row reading, in which row b of dimension 0 belongs to sample b, or None.
 
     With operations that couple samples, what flows through sample b's rows is not the gradient of sample b's
     loss, but it is what the FNGD paper uses with batch normalisation, and it still adds up to the batch gradient.
     """
-    if z.ndim == 0 or z.shape[0] != batch:
+    if not z.shape or z.shape[0] != batch:
         return None
     return Owner(0, torch.arange(batch, device=z.device), batch)
 

@@ -22,7 +22,8 @@ from persample.attribution import Owner
 from persample.graph import Graph, Node, Route, edge_shape, shape_of
 from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
-from persample.uses import Separation, Use
+from persample.separation import Separation
+from persample.uses import Use
 
 PLANS_PER_MODEL = 16
 CHECK_EVERY = 8
@@ -80,7 +81,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     cuts = list(dict.fromkeys(use.node for found in uses.values() for use in found))
     places = proven(graph, cuts, batch) if batch > 1 else {}
     # an output without a gradient, in this batch, has no owner that a later batch could use
-    complete = all(zs[output] is not None for node, zs in known.zs.items() for output in graph.outputs(node))
+    complete = all(found[output] is not None for node, found in known.outputs.items() for output in graph.outputs(node))
     regular = (
         complete
         and places is not None

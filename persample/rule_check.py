@@ -28,7 +28,8 @@ from persample.graph import call_node, edge_dtype, sum_to
 from persample.precision import coarsest, full_precision
 from persample.reductions import weighted_sum
 from persample.rules import Site, build
-from persample.uses import Separation, Use
+from persample.separation import Separation
+from persample.uses import Use
 
 DRAWS = 4
 """Draws of signs, judged together: one alone may happen to cancel in a parameter of few entries."""

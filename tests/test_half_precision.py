@@ -106,8 +106,8 @@ def test_a_missing_use_is_seen_beside_it(monkeypatch: pytest.MonkeyPatch) -> Non
     outputs = importlib.import_module("persample.backends.outputs")
     find = outputs.find_uses
 
-    def without_one(*args: Any) -> Any:
-        uses, known = find(*args)
+    def without_one(*args: Any, **options: Any) -> Any:
+        uses, known = find(*args, **options)
         return {name: found[:1] for name, found in uses.items()}, known
 
     monkeypatch.setattr(outputs, "find_uses", without_one)
@@ -119,8 +119,8 @@ def test_a_wrong_owner_is_seen_beside_it(monkeypatch: pytest.MonkeyPatch) -> Non
     outputs = importlib.import_module("persample.backends.outputs")
     find = outputs.find_uses
 
-    def turned(*args: Any) -> Any:
-        uses, known = find(*args)
+    def turned(*args: Any, **options: Any) -> Any:
+        uses, known = find(*args, **options)
         known.owners = {
             node: tuple(owner and replace(owner, ids=(owner.ids + 1) % owner.batch) for owner in owners)
             for node, owners in known.owners.items()

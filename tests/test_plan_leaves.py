@@ -22,9 +22,9 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = outputs.find_uses
 
-    def counted(graph: Any, losses: Tensor, *rest: Any) -> Any:
+    def counted(graph: Any, losses: Tensor, *rest: Any, **options: Any) -> Any:
         found.append(len(losses))
-        return original(graph, losses, *rest)
+        return original(graph, losses, *rest, **options)
 
     monkeypatch.setattr(outputs, "find_uses", counted)
     return found

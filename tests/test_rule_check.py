@@ -106,7 +106,7 @@ def test_a_wrong_rule_is_caught(
 ) -> None:
     """Of the bias that cancels, too: its rows are rounding, and those of z with random signs are not."""
     armed = plant(monkeypatch, kind, slot, change)
-    found = [s for s in sites(monkeypatch, Image().to(dtype), batch(dtype)) if (s.node.name(), s.slot) == (kind, slot)]
+    found = [s for s in sites(Image().to(dtype), batch(dtype)) if (s.node.name(), s.slot) == (kind, slot)]
     assert found
     for site in found:
         rule_check.check_site(site, build(site)[0])
@@ -152,25 +152,16 @@ def test_cancelling_gradients_need_signs(monkeypatch: pytest.MonkeyPatch) -> Non
         return original(site)
 
     monkeypatch.setattr(rule_check, "with_signs", counted)
-    for site in sites(monkeypatch, model, batch(torch.float32)):
+    for site in sites(model, batch(torch.float32)):
         rule_check.check_site(site, build(site)[0])
     assert sorted(second) == [f"{CONVOLUTION} 2", "MulBackward0 0"]
 
 
-def sites(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor) -> list[Site]:
-    """Every use of a parameter in the model."""
+def sites(model: nn.Module, x: Tensor) -> list[Site]:
+    """Every use of every parameter in the model."""
     outputs = importlib.import_module("persample.backends.outputs")
-    found: list[Site] = []
-    original = outputs.build_uses
-
-    def kept(uses: Any, known: Any, count: int) -> Any:
-        found.extend(outputs.site_of(use, known, count) for places in uses.values() for use in places)
-        return original(uses, known, count)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "build_uses", kept)
-        persample.per_sample(model, squares, x, check=False)
-    return found
+    reading = outputs.read(squares(model(x), None), dict(model.named_parameters()))
+    return [outputs.site_of(use, reading.known, len(x)) for uses in reading.uses.values() for use in uses]
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -188,7 +179,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_right_rules_pass(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
     make, shape = MODELS[name]
-    for site in sites(monkeypatch, make().to(dtype), torch.randn(shape, dtype=dtype)):
+    for site in sites(make().to(dtype), torch.randn(shape, dtype=dtype)):
         before = torch.get_rng_state()
         rule_check.check_site(site, build(site)[0])
         assert torch.equal(torch.get_rng_state(), before), "the user's random numbers"
@@ -198,14 +189,14 @@ def test_right_rules_pass(monkeypatch: pytest.MonkeyPatch, name: str, dtype: tor
 def test_a_sample_that_is_not_finite_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     x = batch(torch.float64)
     x[2, 0, 0, 0] = torch.nan
-    for site in sites(monkeypatch, Image().double(), x):
+    for site in sites(Image().double(), x):
         rule_check.check_site(site, build(site)[0])
 
 
 def test_rounding_grows_with_the_sum_and_falls_with_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(dtype: torch.dtype, *shape: int) -> float:
         model = nn.Linear(3, 2).to(dtype)
-        return max(map(rule_check.rounding, sites(monkeypatch, model, torch.randn(*shape, 3).to(dtype))))
+        return max(map(rule_check.rounding, sites(model, torch.randn(*shape, 3).to(dtype))))
 
     assert of(torch.float64, 4) < 1e-14 < of(torch.float32, 4) < 2e-6 < of(torch.float32, 4, 4096) < 1e-5
     assert of(torch.bfloat16, 4, 4096) == of(torch.bfloat16, 4, 65536)

@@ -1,0 +1,95 @@
+"""Whether separated samples at a node can be believed: what probing alone would let through.
+
+Probing tells that one sample alone stands behind a row of z. That the row's gradient depends on no other sample, and
+that the samples there are those of the batch, is asked of provenance and of the operation itself.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from persample.attribution import Owner
+from persample.graph import Graph, Node, call_node, edge_shape
+from persample.provenance import Provenance
+from persample.separation import Separation
+
+Meeting = tuple[Node, int, Node, int]
+"""A node, the slot through which a parameter enters, and the edge (source, output) that feeds it."""
+
+
+def trusted(
+    node: Node, graph: Graph, owners: tuple[Owner | None, ...], provenance: Provenance | None, batch: int
+) -> bool:
+    """Whether separated samples at a node can be believed.
+
+    An operation on parameters alone sums over samples. Where one sample's part is so large that the others' vanish
+    in rounding, the sum looks like that sample's own; a regular pattern over all samples cannot come about so.
+    """
+    if provenance is None or batch == 1 or node is graph.root or provenance.saw_data(node, batch):
+        return True
+    return all(owner is None or owner.layout in ("identity", "grouped", "tiled") for owner in owners)
+
+
+def came_in_unseen(
+    meeting: Meeting, graph: Graph, region: set[Node], known: Separation, provenance: Provenance, batch: int
+) -> bool:
+    """Whether samples became apart where a parameter met none, on from operations that may have read data.
+
+    What all samples share becomes a sample's own by meeting samples, or by being copied for each of them. Samples that
+    come apart in another way were there before, and the operations that were passed mixed them.
+    """
+    node, _, source, output = meeting
+    if node is graph.root or written_in_python(node) or provenance.met_samples(node, batch):
+        return False
+    entering = prod(edge_shape((source, output)))
+    if any(z is not None and prod(z.shape) > entering for z in known.outputs[node]):
+        return False
+    mixed = (passed for passed in region if passed in known.owners and not known.separated(passed))
+    return any(provenance.doubtful(passed) for passed in mixed)
+
+
+def written_in_python(node: Node) -> bool:
+    """Whether the node belongs to a custom `torch.autograd.Function`."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def mixes_inside(
+    node: Node,
+    zs: tuple[Tensor | None, ...],
+    owners: tuple[Owner | None, ...],
+    provenance: Provenance,
+    batch: int,
+) -> bool:
+    """Whether a custom Function hands the gradient of one sample on to others, as far as its backward tells.
+
+    Its parameters' rows can be told apart, as those of batch normalisation's weight, and depend on other samples.
+    """
+    if not written_in_python(node):
+        return False
+    mixed = False
+    for output, (z, owner) in enumerate(zip(zs, owners, strict=True)):
+        if z is None or owner is None or owner.axis is None:
+            continue
+        [alone] = owner.masked(z, slice(batch - 1, batch))
+        with torch.no_grad():
+            grads = call_node(node, [alone if k == output else None for k in range(len(zs))])
+        others = owner.ids != batch - 1
+        for grad, (source, _) in zip(grads, node.next_functions, strict=True):
+            data = source is None or provenance.saw_data(source, batch)
+            if data and isinstance(grad, Tensor) and grad.ndim >= z.ndim > 1 and grad.shape[owner.axis] == len(others):
+                mixed = mixed or bool(grad.movedim(owner.axis, 0)[others].any())
+    return mixed
+
+
+def normalises_over_samples(node: Node, known: Separation) -> bool:
+    """Whether the node is batch normalisation in training mode, over more than one sample.
+
+    Its own weight and bias have rows that add up, but each of them depends on the other samples. Instance
+    normalisation is the same operation with samples among the channels, which are apart.
+    """
+    owner = known.owners[node][0]
+    training = "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
+    return training and (owner is None or (owner.axis != 1 and owner.batch > 1))
