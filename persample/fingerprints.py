@@ -156,14 +156,16 @@ def _piece(device: torch.device) -> int:
 
 def _factors(start: int, count: int, words: int, device: torch.device) -> Int[Tensor, " count"]:
     """r_j of the `count` integers that entries from number `start` on consist of: random, and the same each time."""
-    table, scales = _table(device)
-    number = start // _piece(device)
+    piece = _piece(device)
+    table, scales = _table(device, piece)
     factors = table[: count * words]
-    return factors * scales[number % len(scales)] if number else factors
+    return factors * scales[start // piece % len(scales)] if start else factors
 
 
 @cache
-def _table(device: torch.device) -> tuple[Tensor, Tensor]:
+def _table(device: torch.device, piece: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**63), 2**63 - 1, (2 * _piece(device) + 4096,), generator=generator)
-    return numbers[4096:].to(device), (numbers[:4096] | 1).to(device)  # odd: one to one modulo 2^64
+    table, scales = (
+        torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator).to(device) for size in (2 * piece, 4096)
+    )
+    return table, scales | 1  # odd: one to one modulo 2^64

@@ -40,7 +40,7 @@ class Separation:
     outputs: dict[Node, tuple[Output | None, ...]] = field(default_factory=dict)
     """None for outputs without a gradient."""
     owners: dict[Node, tuple[Owner | None, ...]] = field(default_factory=dict)
-    room: int = SMALLEST
+    room: int = 0
     """Bytes of z to be held at a time where they are not kept."""
 
     def separated(self, node: Node) -> bool:
@@ -114,7 +114,7 @@ def _groups(graph: Graph, nodes: Collection[Node], known: Separation) -> Iterato
         node: sum(prod(edge_shape((node, k))) * edge_dtype((node, k)).itemsize for k in graph.outputs(node))
         for node in sorted(nodes, key=graph.order.__getitem__)
     }
-    known.room = max(known.room, sum(sizes.values()) // PARTS)
+    known.room = max(known.room, SMALLEST, sum(sizes.values()) // PARTS)
     group: list[Node] = []
     held = 0
     for node, size in sizes.items():

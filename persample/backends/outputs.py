@@ -12,13 +12,13 @@ from the graph (`persample.layout`), later batches cost one backward pass to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Owner
 from persample.backends import Capture, Captured, Problem, register
@@ -32,13 +32,15 @@ from persample.precision import coarsest
 from persample.provenance import Provenance
 from persample.rule_check import check_site, check_use, rounded_away, site_of
 from persample.rules import build
+from persample.separation import Separation, z_at
 from persample.streaming import Stream, Take, unpacked_by_hooks
-from persample.uses import Separation, Use, find_uses
+from persample.uses import Use, find_uses
 
 PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
     "the kinds of its operations (see persample.layout)"
 )
+HALF = (torch.float16, torch.bfloat16)
 LOST = (
     "the gradients that loss.backward() gives in {precision} to {names} are not the sums of the rows: autograd adds so "
     "many numbers there that most are lost beside their sum. The rows, added in float32, are right"
@@ -56,7 +58,7 @@ class Reading:
     owners: Mapping[Node, tuple[Owner | None, ...]]
     plan: Plan | None
     known: Separation | None
-    """z where the graph was attributed; None where a plan was followed."""
+    """What attribution knows, with z where it was kept; None where a plan was followed."""
     key: Key | None
 
     @property
@@ -77,8 +79,13 @@ def read(
     provenance: Provenance | None = None,
     plans: Plans | None = None,
     coupled: str = "error",
+    keep: bool = True,
 ) -> Reading:
-    """Returns the reading of losses that are already there."""
+    """Returns the reading of losses that are already there.
+
+    Where a batch is the first of many, z is not kept: attribution takes more passes and no more memory than the graph.
+    Where every batch is attributed, time counts; then, and with `keep`, the reading has z.
+    """
     losses = check_losses(losses)
     check_graph(losses, parameters)
     if losses.is_leaf and losses.requires_grad:
@@ -97,9 +104,11 @@ def read(
         nodes = list(graph.order)
         owners = {nodes[position]: each for position, each in plan.owners.items()}
         return Reading(losses, graph, plan.restore(graph), owners, plan, None, key)
-    uses, known = find_uses(graph, losses, parameters, coupled, provenance)
+    every = plans is None or (plan is not None and plan.owners is None)
+    uses, known = find_uses(graph, losses, parameters, coupled, provenance, keep=keep and every)
     plan = make(graph, uses, known, losses.shape[0]) if plans is not None else None
-    return Reading(losses, graph, uses, known.owners, plan, known, key)
+    owners = {use.node: known.owners[use.node] for found in uses.values() for use in found}
+    return Reading(losses, graph, uses, owners, plan, known, key)
 
 
 def capture_losses(
@@ -117,19 +126,20 @@ def capture_losses(
     `plans` the graph of the losses is kept; with them it is consumed, as by `backward()`.
     """
     reading = read(losses, parameters, provenance=provenance, plans=plans, coupled=coupled)
-    if reading.known is None:
-        captured = captured_by_plan(reading, reading.turn if check else None)
-    else:
-        with torch.no_grad():
-            captured = build_uses(reading.uses, reading.known, losses.shape[0])
+    captured: dict[str, tuple[Captured, ...]] = {}
     notes = reading.notes
-    if check and reading.known is not None:
+    if not check or reading.known is None:
+        captured = capture_reading(reading, reading.turn if check else None)
+    elif precision_of(reading, parameters) in HALF and not reading.known.keep and not read_once(reading):
+        # the check may ask for z again: the graph stays until it is done, so nothing else is held meanwhile
+        notes += check_batch(partial(stream, reading, None), reading, parameters, coupled)
+        captured = capture_reading(reading, None)
+    else:
 
-        def each(take: Take) -> None:
-            for name, found in captured.items():
-                take(name, found)
+        def blocks(take: Take) -> None:
+            captured.update(capture_reading(reading, None, take))
 
-        notes += check_batch(each, reading, parameters, coupled)
+        notes += check_batch(blocks, reading, parameters, coupled)
     if plans is not None and reading.plan is not None and reading.key is not None:
         plans.keep(reading.key, reading.plan)  # only what the check has passed
     return Capture(losses.detach(), captured, notes=notes)
@@ -144,10 +154,7 @@ class HeldGraph:
 
     def stream(self, take: Take) -> None:
         """Hands over the uses of one parameter after another and keeps none."""
-        reading, turn = self.reading, self.reading.turn if self.check else None
-        check = None if turn is None else check_site
-        stream = Stream(reading.graph, reading.uses, reading.owners, len(reading.losses), take, check, turn or 0)
-        stream.run(reading.losses, retain_graph=True)
+        stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
 
 
 def hold_graph(problem: Problem) -> HeldGraph:
@@ -159,8 +166,10 @@ def hold_graph(problem: Problem) -> HeldGraph:
     losses, provenance = losses_of(problem)
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        found = read(losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled)
-        if unpacked_by_hooks(list(found.owners)):
+        found = read(
+            losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled, keep=False
+        )
+        if read_once(found):
             raise UnsupportedError(
                 "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
                 "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
@@ -173,24 +182,53 @@ def hold_graph(problem: Problem) -> HeldGraph:
     return held
 
 
-def captured_by_plan(reading: Reading, turn: int | None) -> dict[str, tuple[Captured, ...]]:
-    """Every use of every parameter, from one backward pass; `turn`: the use to verify, None for no check."""
-    graph, uses, batch = reading.graph, reading.uses, len(reading.losses)
-    if unpacked_by_hooks(list(reading.owners)):
-        known = outputs_by_plan(reading)
+def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool = True) -> None:
+    """Hands over the uses of one parameter after another and keeps none; `turn`: the use to verify, None for none."""
+    check = None if turn is None else check_site
+    batch = len(reading.losses)
+    passed = Stream(reading.graph, reading.uses, reading.owners, batch, take, check, turn or 0)
+    passed.run(reading.losses, retain_graph=retain_graph)
+
+
+def read_once(reading: Reading) -> bool:
+    """Whether saved tensors that a rule may ask for can be read only once."""
+    return unpacked_by_hooks(list(reading.owners))
+
+
+def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
+    """Every use of every parameter, from z where the reading has it; where not, from a backward pass.
+
+    The pass consumes the graph where there is a proven plan. Elsewhere samples may meet a parameter on the way to
+    another use of it, by operations that rows are pulled back through later.
+
+    Args:
+        reading: of the batch.
+        turn: the use to verify, None for no check.
+        take: gets the uses of one parameter after another, early.
+    """
+    uses, batch = reading.uses, len(reading.losses)
+    known = reading.known if reading.known is not None and reading.known.keep else None
+    if known is None and read_once(reading):
+        known = known_again(reading)
+    if known is not None:
         with torch.no_grad():
             if turn is not None:
                 check_use(uses, known, batch, turn)
-            return build_uses(uses, known, batch)
+            built = build_uses(uses, known, batch)
+            if take is not None:
+                for name, found in built.items():
+                    take(name, found)
+        return built
     captured: dict[str, tuple[Captured, ...]] = {}
     versions: list[tuple[str, Tensor, int]] = []
 
-    def take(name: str, found: tuple[Captured, ...]) -> None:
+    def arrive(name: str, found: tuple[Captured, ...]) -> None:
         captured[name] = found
         versions.extend((name, f, f._version) for each in found for f in each.block.factors if not f.is_inference())
+        if take is not None:
+            take(name, found)
 
-    check = None if turn is None else check_site
-    Stream(graph, uses, reading.owners, batch, take, check, turn or 0).run(reading.losses)
+    stream(reading, turn, arrive, retain_graph=reading.plan is None or reading.plan.owners is None)
     for name, factor, version in versions:
         if factor._version != version:
             raise CheckError(
@@ -200,18 +238,11 @@ def captured_by_plan(reading: Reading, turn: int | None) -> dict[str, tuple[Capt
     return {name: captured[name] for name in uses}
 
 
-def outputs_by_plan(reading: Reading) -> Separation:
-    """z at every use, with the plan's owners: one backward pass, after which the graph is still there."""
-    known = Separation(owners=dict(reading.owners))
-    wanted = [(node, output) for node in reading.owners for output in reading.graph.outputs(node)]
-    if not wanted:
-        return known
-    losses, edges = reading.losses, [GradientEdge(*edge) for edge in wanted]
-    found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=True, allow_unused=True)
-    zs = dict(zip(wanted, found, strict=True))
-    for node, owners in reading.owners.items():
-        known.zs[node] = tuple(zs.get((node, output)) for output in range(len(owners)))
-    return known
+def known_again(reading: Reading, uses: Sequence[Use] | None = None) -> Separation:
+    """z at some uses, by default all, with the owners: one backward pass, after which the graph is still there."""
+    nodes = list(reading.owners) if uses is None else list(dict.fromkeys(use.node for use in uses))
+    owners = {node: reading.owners[node] for node in nodes}
+    return Separation(zs=z_at(reading.graph, reading.losses, nodes), owners=owners)
 
 
 def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> dict[str, tuple[Captured, ...]]:
@@ -236,31 +267,35 @@ def check_batch(
 
     Returns what it has found out about that gradient.
     """
-    losses, known = reading.losses, reading.known
+    losses = reading.losses
     if not parameters:
         return ()
     # the row reading of coupled samples adds up, and promises no more
     weights = torch.ones_like(losses) if coupled == "rows" else binary_weights(losses.detach())
-    sums = SumCheck(weights)
+
+    def gradient(names: Sequence[str]) -> dict[str, Tensor | None]:
+        asked = [parameters[name] for name in names]
+        found = torch.autograd.grad(losses, asked, weights, retain_graph=True, allow_unused=True)
+        return dict(zip(names, found, strict=True))
+
+    sums = SumCheck(weights, gradient(list(parameters)))
     with torch.no_grad():
         blocks(sums.add)
-    total = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=True, allow_unused=True)
-    zs = [] if known is None else [z for zs in known.zs.values() for z in filter_none(zs)]
-    precision = coarsest(losses, *parameters.values(), *zs)
-    gradient = dict(zip(parameters, total, strict=True))
-    lost = []
-    for name, (miss, norm) in sums.misses(gradient, precision=precision).items():
-        whole, found = gradient[name], reading.uses.get(name, ())
-        half = whole is not None and precision in (torch.float16, torch.bfloat16)
-        if known is None or whole is None or not half or not rounded_away(found, known, weights, whole):
+    precision = precision_of(reading, parameters)
+    missed = sums.misses(precision)
+    for name, (miss, norm) in missed.items():
+        whole, found = gradient([name])[name] if precision in HALF else None, reading.uses.get(name, ())
+        if whole is None or not rounded_away(found, known_again(reading, found), weights, whole):
             raise sum_error(name, miss, norm, precision=precision, backend="outputs")
-        lost.append(name)
-    return (LOST.format(names=", ".join(lost), precision=precision),) if lost else ()
+    return (LOST.format(names=", ".join(missed), precision=precision),) if missed else ()
 
 
-def filter_none(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """The tensors that are there."""
-    return [tensor for tensor in tensors if tensor is not None]
+def precision_of(reading: Reading, parameters: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype with the largest rounding error: of the losses, the parameters and z where it was attributed."""
+    known = {} if reading.known is None else reading.known.outputs
+    dtypes = [z.dtype for found in known.values() for z in found if z is not None]
+    dtypes.append(coarsest(reading.losses, *parameters.values()))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def losses_of(problem: Problem) -> tuple[Any, Provenance]:

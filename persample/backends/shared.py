@@ -26,11 +26,10 @@ def check_rows(
         return
     weights = distinct_weights(losses)
     gradient = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=True, allow_unused=True)
-    sums = SumCheck(weights)
+    sums = SumCheck(weights, dict(zip(parameters, gradient, strict=True)))
     for name, found in blocks.items():
         sums.add(name, found)
-    precision = coarsest(losses, *parameters.values())
-    sums.compare(dict(zip(parameters, gradient, strict=True)), precision=precision, backend=backend)
+    sums.compare(precision=coarsest(losses, *parameters.values()), backend=backend)
 
 
 @contextmanager
