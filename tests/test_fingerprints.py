@@ -97,6 +97,53 @@ def test_one_entry_that_is_not_the_samples_own(fault: str, dtype: torch.dtype) -
     assert recognise(watch, torch.ones(40, dtype=dtype), 1)[1] == [None]
 
 
+def test_rows_of_two_samples_whose_number_is_none_of_the_batch() -> None:
+    z, calls = drawn((40, 3), torch.float64, 0).abs() + 1, iter([7, 31, 39])
+
+    def watch(weights: Tensor, visit: Callable[[int, Tensor], object]) -> None:
+        weights = weights.clone()
+        weights[7] = weights[next(calls)]  # digits 31 and 1: sample 63 of 40
+        visit(0, z * weights[:, None])
+
+    assert recognise(watch, torch.ones(40, dtype=torch.float64), 1)[1] == [None]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), seeds)
+def test_entries_that_change_places_change_the_fingerprint(first: int, gap: int, seed: int) -> None:
+    """Whether in one piece or in two."""
+    row = drawn((1, 24), torch.float32, seed) + torch.arange(24) * 8
+    changed = row.clone()
+    changed[0, [first, first + gap]] = row[0, [first + gap, first]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprints, "PIECE", 4)
+        assert fingerprints.fingerprint(row, 0) != fingerprints.fingerprint(changed, 0)
+
+
+def test_what_is_left_open_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[Any]] = []
+    compare = separation._compare
+
+    def noted(graph: Any, losses: Tensor, nodes: list[Any], *rest: Any) -> None:
+        groups.append(nodes)
+        compare(graph, losses, nodes, *rest)
+
+    def none(watch: Any, losses: Tensor, count: int) -> Any:
+        outputs, owners = recognise(watch, losses, count)
+        return outputs, [None] * len(owners)
+
+    monkeypatch.setattr(separation, "_compare", noted)
+    monkeypatch.setattr(separation, "recognise", none)
+    monkeypatch.setattr(separation, "SMALLEST", 0)
+    model = network()
+    losses = squares(model(torch.randn(4, 3, 16, 16)), None)
+    graph = trace(losses)
+    uses, known = find_uses(graph, losses, dict(model.named_parameters()), "error", None, keep=False)
+    nodes = {use.node for found in uses.values() for use in found}
+    assert [node for group in groups for node in group] == sorted(nodes, key=graph.order.__getitem__)
+    assert separation.PARTS <= len(groups) <= 2 * separation.PARTS
+    assert all(known.separated(node) for node in nodes)
+
+
 def test_numbers_that_lose_digits_are_left_open() -> None:
     z = drawn((40, 3), torch.float32, 0) * 1e-38
     found, expected = both_ways(z, torch.arange(40), 0, 40)
