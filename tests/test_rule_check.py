@@ -177,7 +177,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_right_rules_pass(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+def test_right_rules_pass(name: str, dtype: torch.dtype) -> None:
     make, shape = MODELS[name]
     for site in sites(make().to(dtype), torch.randn(shape, dtype=dtype)):
         before = torch.get_rng_state()
@@ -186,14 +186,14 @@ def test_right_rules_pass(monkeypatch: pytest.MonkeyPatch, name: str, dtype: tor
         assert rule_check.rounding(site) < 0.13  # in half precision, too
 
 
-def test_a_sample_that_is_not_finite_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_is_not_finite_is_no_fault() -> None:
     x = batch(torch.float64)
     x[2, 0, 0, 0] = torch.nan
     for site in sites(Image().double(), x):
         rule_check.check_site(site, build(site)[0])
 
 
-def test_rounding_grows_with_the_sum_and_falls_with_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_grows_with_the_sum_and_falls_with_the_precision() -> None:
     def of(dtype: torch.dtype, *shape: int) -> float:
         model = nn.Linear(3, 2).to(dtype)
         return max(map(rule_check.rounding, sites(model, torch.randn(*shape, 3).to(dtype))))
