@@ -67,7 +67,7 @@ def scaled(rows: Tensor, factors: Tensor, axis: int = 0) -> Tensor:
 
 
 def transposed(rows: Tensor) -> Tensor:
-    """Returns a copy of rows, [R, n], as [n, R], contiguous: the caller's to change before the next call."""
+    """Returns a copy of rows, [*, R, n], as [*, n, R], contiguous: the caller's to change before the next call."""
     memory = room(rows.mT.shape, rows, "scaled")
     return rows.mT.clone(memory_format=torch.contiguous_format) if memory is None else memory.copy_(rows.mT)
 
