@@ -14,7 +14,7 @@ small that they lose digits) is left to a comparison with z itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -27,6 +27,7 @@ PIECE, PIECE_CUDA = 2**15, 2**20
 """Entries whose bits are multiplied at a time: on a CPU as many as its cache holds the 64-bit products of."""
 ROWS = 2**13
 """Rows whose digits are looked up at a time."""
+ALL = slice(None)
 _BITS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
     torch.float32: (torch.int32, 1, 2**23),
     torch.float64: (torch.int32, 2, 2**20),
@@ -36,8 +37,13 @@ _BITS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
 """How bits are read: as which integers, how many for a number, and the exponent's unit in the most significant one."""
 
 
+def candidates(shape: Sequence[int], batch: int) -> list[int]:
+    """Axes that may count samples, in the order in which they are believed: those that samples divide evenly."""
+    return [axis for axis in likely_axes(shape, batch) if shape[axis] and shape[axis] % batch == 0]
+
+
 def recognise(
-    watch: Callable[[Tensor, Visit], None], losses: Tensor, count: int
+    watch: Callable[[Tensor, Visit], None], losses: Tensor, count: int, part: slice = ALL
 ) -> tuple[list[Output | None], list[Owner | None]]:
     """Returns what is known of z, and its owner, at each of several places; no owner where none was recognised.
 
@@ -46,12 +52,13 @@ def recognise(
             1 + ⌈log_`LEVELS` B⌉ times.
         losses: [B].
         count: number of places.
+        part: of the `candidates`, those that are tried.
     """
     batch = losses.shape[0]
     found: list[Fingerprints | None] = [None] * count
 
     def first(place: int, z: Tensor) -> None:
-        found[place] = Fingerprints(z, batch)
+        found[place] = Fingerprints(z, batch, part)
 
     watch(torch.ones_like(losses), first)
     present = [prints.output.dtype for prints in found if prints is not None] + [losses.dtype]
@@ -74,16 +81,15 @@ def recognise(
 class Fingerprints:
     """Of the rows of one z along each axis that may count samples, and what the probes have shown of these."""
 
-    def __init__(self, z: Tensor, batch: int) -> None:
+    def __init__(self, z: Tensor, batch: int, part: slice = ALL) -> None:
         self.output, self._batch = Output.of(z), batch
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._ids: dict[int, Tensor] = {}
         self._place = 1
         if batch > 1 and z.layout == torch.strided and z.dtype.to_real() in _BITS:
-            for axis in likely_axes(z.shape, batch):
-                if z.shape[axis] and z.shape[axis] % batch == 0:
-                    self._rows[axis] = fingerprint(z, axis), weight(z, axis)
-                    self._ids[axis] = torch.zeros(z.shape[axis], dtype=torch.long, device=z.device)
+            for axis in candidates(z.shape, batch)[part]:
+                self._rows[axis] = fingerprint(z, axis), weight(z, axis)
+                self._ids[axis] = torch.zeros(z.shape[axis], dtype=torch.long, device=z.device)
 
     def compare(self, probe: Tensor, levels: int) -> None:
         """Takes the next probe, whose weights are 2^(digit - levels / 2); an axis that does not explain it is out."""

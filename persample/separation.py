@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution import Output, Owner, Visit, attribute
 from persample.coupling import row_owner
-from persample.fingerprints import recognise
+from persample.fingerprints import candidates, recognise
 from persample.graph import Graph, Node, edge_dtype, edge_shape
 from persample.passes import ends, outputs_of, watched
 
@@ -161,10 +161,21 @@ class _Places:
 
 
 def _recognise(graph: Graph, losses: Tensor, nodes: list[Node], known: Separation, scale: float) -> None:
-    places = _Places(graph, losses, nodes, scale)
-    outputs, owners = recognise(places.watch, losses, len(places.edges))
-    known.outputs.update(places.by_node(outputs))
-    known.owners.update(places.by_node(owners))
+    """By the first axis that may count samples, nearly always the one; where it does not, by the others."""
+    batch = losses.shape[0]
+
+    def has_others(node: Node) -> bool:
+        pairs = zip(known.outputs[node], known.owners[node], strict=True)
+        return any(z is not None and o is None and len(candidates(z.shape, batch)) > 1 for z, o in pairs)
+
+    for part in (slice(0, 1), slice(1, None)):
+        nodes = [node for node in nodes if node not in known.owners or has_others(node)]
+        places = _Places(graph, losses, nodes, scale)
+        outputs, owners = recognise(places.watch, losses, len(places.edges), part) if nodes else ([], [])
+        known.outputs.update(places.by_node(outputs))
+        for node, found in places.by_node(owners).items():
+            before = known.owners.get(node, found)
+            known.owners[node] = tuple(o if o is not None else f for o, f in zip(before, found, strict=True))
 
 
 def _compare(

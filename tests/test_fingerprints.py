@@ -127,8 +127,8 @@ def test_what_is_left_open_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch)
         groups.append(nodes)
         compare(graph, losses, nodes, *rest)
 
-    def none(watch: Any, losses: Tensor, count: int) -> Any:
-        outputs, owners = recognise(watch, losses, count)
+    def none(watch: Any, losses: Tensor, count: int, part: slice) -> Any:
+        outputs, owners = recognise(watch, losses, count, part)
         return outputs, [None] * len(owners)
 
     monkeypatch.setattr(separation, "_compare", noted)
@@ -232,10 +232,10 @@ def test_one_z_at_a_time_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     original = Fingerprints.__init__
 
-    def noted(self: Fingerprints, z: Tensor, batch: int) -> None:
+    def noted(self: Fingerprints, z: Tensor, *rest: Any) -> None:
         alive.append(sum(each() is not None for each in seen))
         seen.append(ref(z))
-        original(self, z, batch)
+        original(self, z, *rest)
 
     monkeypatch.setattr(Fingerprints, "__init__", noted)
     persample.per_sample(network(), squares, torch.randn(4, 3, 16, 16), hold="graph")
