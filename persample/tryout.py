@@ -16,6 +16,8 @@ from persample.folded import Reading
 from persample.provenance import Provenance
 from persample.weights import Layer
 
+_REMEMBERED = 1000
+
 
 class Tryout:
     """Collects in a forward pass the outputs of which sizes do not tell where the samples are, and has them tried.
@@ -29,7 +31,7 @@ class Tryout:
         self._model, self._watching = model, watching
         self._unsure: dict[trial.Key, list[Reading]] = {}
         self._calls: Counter[trial.Key] = Counter()
-        self._met: set[Any] = set()  # shapes of the tensors that the model has been called with
+        self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
         self.running: dict[Layer, list[tuple[trial.Shape, Tensor]]] | None = None
@@ -37,9 +39,16 @@ class Tryout:
 
     def begin(self, args: tuple, kwargs: dict) -> None:
         """A forward pass for training begins."""
-        shapes = tuple(each.shape for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-        self.new = shapes not in self._met
-        self._met.add(shapes)
+        given: list[Any] = [*args, *kwargs.values()]
+        if any(isinstance(each, (dict, list, tuple)) for each in given):
+            given = tree_leaves(given)
+        signature = tuple(
+            each.shape if isinstance(each, Tensor) else each if isinstance(each, (int, str)) else None for each in given
+        )
+        self.new = signature not in self._met
+        if len(self._met) == _REMEMBERED:  # a number that counts steps, say
+            self._met.clear()
+        self._met.add(signature)
 
     def forget(self) -> None:
         """Nothing is to be tried."""

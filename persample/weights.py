@@ -45,7 +45,7 @@ class Layer:
     """Whether its input was selected from other rows, in the first forward pass."""
     foreign: bool = False
     """Whether a trial has shown rows, as many as samples, that belong to others."""
-    note: str = "no trial with other samples saw it, as it ran outside of the model's forward pass"
+    note: str = "no trial with other samples was made of it"
     """What a trial showed that did not tell how to read its output, or why there was none."""
     opaque: bool = False
     """Not to be traced by torch.compile: called several times, or in another graph than the model's entry."""

@@ -226,6 +226,24 @@ def test_property_batches_and_images_of_all_sizes(shapes: list[tuple[int, int]])
                     torch.testing.assert_close(model.get_parameter(name).grad, torch.tensordot(c, row, 1))
 
 
+@pytest.mark.parametrize("kind", ["dictionary", "number"])
+def test_rows_that_were_samples_are_folded_later(kind: str) -> None:
+    """One window a sample in the first batch, and then three: told by what the model is called with."""
+    model = Rows(lambda given, windows=1: (given["x"] if kind == "dictionary" else given).reshape(-1, 2, 3))
+    explained = []
+    with reweight(model, lambda layer, grads: torch.ones(B)) as handle:
+        for windows in (1, 3):
+            x = torch.randn(B, 2 * windows, 3) if kind == "dictionary" else torch.randn(B, 6, 3)
+            if kind == "dictionary":
+                model({"x": x}).sum().backward()
+            else:
+                model.choose = lambda x, number: x[:, : 2 * number].reshape(-1, 2, 3)
+                model(x, windows).sum().backward()
+            explained.append(handle.explain()["layer"])
+    each = "samples of 3 consecutive rows each"
+    assert explained == [f"reweighted, {what} on axis 0 of its output" for what in ("samples", each)]
+
+
 def test_passes_that_are_under_way_at_once() -> None:
     """Both forward passes before either backward pass, of other sizes."""
     model, factors = Tokens(time_first=False), {B: torch.randn(B), 3: torch.randn(3)}
