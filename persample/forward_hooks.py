@@ -195,6 +195,8 @@ class ForwardHooks:
             uses = Uses(layer, self.forward)
             if self.uses is not None:
                 self.uses[layer.path] = uses
+            elif layer.several_batches(tuple(output.shape)):
+                uses.forward = Pass()  # recomputed in a checkpoint: of which pass is not known
         return Tap.apply(output, x, uses, self.asker.of_layer, weight, bias)
 
     # --- a function -----------------------------------------------------------------------------------------

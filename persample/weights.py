@@ -138,6 +138,10 @@ class Layer:
             return []
         return self.candidates(shape, batch)
 
+    def several_batches(self, shape: tuple[int, ...]) -> bool:
+        """Whether an output of that shape has held several numbers of samples."""
+        return sum(known == shape for _, known in self.readings) > 1
+
     def forget_axis(self, shape: tuple[int, ...]) -> None:
         """What was found of other batches does not hold for the only sample of this one, unless it has one row."""
         if self.axis is not None and self._found and shape[self.axis : self.axis + 1] != (1,):

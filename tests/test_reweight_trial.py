@@ -288,6 +288,16 @@ def test_in_a_reentrant_checkpoint(given: bool) -> None:
                     torch.testing.assert_close(inner.get_parameter(name).grad, torch.tensordot(c, row, 1))
 
 
+def test_a_reentrant_checkpoint_that_may_be_of_two_passes() -> None:
+    """As many rows in both, of other numbers of samples: which of them is recomputed, nobody says."""
+    model = Checkpointed(Rows(lambda x: x.flatten(0, 1)), reentrant=True)
+    inputs = [torch.randn(*sizes, 3, requires_grad=True) for sizes in ((B, 3), (3, B))]
+    with reweight(model, lambda layer, grads: torch.ones(grads.batch_size)):
+        losses = [model(x).sum() for x in inputs]
+        with pytest.raises(ValueError, match=r"the batch size is unknown at layer 'inner\.layer'"):
+            losses[0].backward()
+
+
 def test_under_autocast() -> None:
     model, x, c = Frames().float(), torch.randn(B, 3, 2, 4, 4).float(), torch.arange(4.0).float()
     expected = rows_by_layer(model, x)
