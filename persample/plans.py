@@ -24,6 +24,7 @@ from persample.layout import Lying, proven
 from persample.rules import RULES, Rule
 from persample.separation import Separation
 from persample.uses import Use
+from persample.watching import Trust
 
 PLANS_PER_MODEL = 16
 CHECK_EVERY = 8
@@ -202,6 +203,7 @@ class Plans:
         self._plans: OrderedDict[Key, Plan] = OrderedDict()
         self._of_structure: OrderedDict[Hashable, Plan] = OrderedDict()
         self._lock = threading.Lock()
+        self.trust = Trust()
 
     def find(self, key: Key) -> Plan | None:
         """The plan for a key."""

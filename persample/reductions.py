@@ -104,9 +104,13 @@ def _(block: Block) -> bool:
 
 @overwrites.register
 def _(block: Rows) -> bool:
-    """Where a quarter of the pages is written to at least: one of fresh zeros that is not costs nothing."""
+    """Where a 16th of the pages is written to at least: one of fresh zeros that is not costs nothing.
+
+    Measured in a virtual machine, milliseconds: 32 samples with 32 rows each of 1000 × 256, an eighth of the pages,
+    11.9 fresh and 0.5 reused; 64 with 64 of 30,000 × 64, a 30th, 45 and 16, but for 490 MB that are kept.
+    """
     row = block.shape[1] * block.dtype.itemsize
-    return 4 * block.z.shape[1] * max(row, PAGESIZE) >= block.rows * row
+    return 16 * block.z.shape[1] * max(row, PAGESIZE) >= block.rows * row
 
 
 @overwrites.register

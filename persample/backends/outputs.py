@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from persample.rules import build
 from persample.separation import Separation, z_at
 from persample.streaming import Stream, Take, unpacked_by_hooks
 from persample.uses import Use, find_uses
+from persample.watching import MISSES, losses_of, replayable, traces, watched_losses_of
 
 PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
@@ -72,6 +72,43 @@ class Reading:
         return None if self.known is not None or self.plan is None else self.plan.turn
 
 
+@dataclass(frozen=True)
+class Found:
+    """The graph of losses, and the plan that an earlier batch has left for it."""
+
+    losses: Tensor
+    graph: Graph
+    key: Key | None
+    plan: Plan | None
+
+    def followed(self) -> Reading | None:
+        """The reading by the plan; None where there is none that tells owners."""
+        plan, graph = self.plan, self.graph
+        if plan is None or plan.owners is None or not plan.current():
+            return None
+        nodes = list(graph.order)
+        owners = {nodes[position]: each for position, each in plan.owners.items()}
+        return Reading(self.losses, graph, plan.restore(graph), owners, plan, None, self.key)
+
+
+def find(losses: Tensor, parameters: Mapping[str, Tensor], plans: Plans | None, coupled: str) -> Found:
+    """Returns the graph of losses that are already there, with its plan."""
+    losses = check_losses(losses)
+    check_graph(losses, parameters)
+    if losses.is_leaf and losses.requires_grad:
+        losses = losses.clone()  # they are a parameter themselves: an operation where that is met
+    graph = trace(losses)
+    if plans is None:
+        return Found(losses, graph, None, None)
+    names = tuple((name, id(p)) for name, p in parameters.items())
+    key = Key(signature(graph, parameters.values()), coupled, names)
+    plan = plans.find(key)
+    if plan is None:
+        similar = plans.similar(key)
+        plan = None if similar is None else derived(similar, graph, losses.shape[0])
+    return Found(losses, graph, key, plan)
+
+
 def read(
     losses: Tensor,
     parameters: Mapping[str, Tensor],
@@ -86,63 +123,41 @@ def read(
     Where a batch is the first of many, z is not kept: attribution takes more passes and no more memory than the graph.
     Where every batch is attributed, time counts; then, and with `keep`, the reading has z.
     """
-    losses = check_losses(losses)
-    check_graph(losses, parameters)
-    if losses.is_leaf and losses.requires_grad:
-        losses = losses.clone()  # they are a parameter themselves: an operation where that is met
-    graph = trace(losses)
-    key = plan = None
-    if plans is not None:
-        key = Key(
-            signature(graph, parameters.values()), coupled, tuple((name, id(p)) for name, p in parameters.items())
-        )
-        plan = plans.find(key)
-        if plan is None:
-            similar = plans.similar(key)
-            plan = None if similar is None else derived(similar, graph, losses.shape[0])
-    if plan is not None and plan.owners is not None and plan.current():
-        nodes = list(graph.order)
-        owners = {nodes[position]: each for position, each in plan.owners.items()}
-        return Reading(losses, graph, plan.restore(graph), owners, plan, None, key)
+    found = find(losses, parameters, plans, coupled)
+    followed = found.followed()
+    if followed is not None:
+        return followed
+    losses, graph, plan = found.losses, found.graph, found.plan
     every = plans is None or (plan is not None and plan.owners is None)
     uses, known = find_uses(graph, losses, parameters, coupled, provenance, keep=keep and every)
     plan = make(graph, uses, known, losses.shape[0]) if plans is not None else None
-    owners = {use.node: known.owners[use.node] for found in uses.values() for use in found}
-    return Reading(losses, graph, uses, owners, plan, known, key)
+    owners = {use.node: known.owners[use.node] for places in uses.values() for use in places}
+    return Reading(losses, graph, uses, owners, plan, known, found.key)
 
 
-def capture_losses(
-    losses: Tensor,
-    parameters: Mapping[str, Tensor],
-    *,
-    provenance: Provenance | None = None,
-    plans: Plans | None = None,
-    coupled: str = "error",
-    check: bool = True,
-) -> Capture:
-    """Returns the capture of losses that are already there.
+def run(problem: Problem, plans: Plans, *, keep: bool = True) -> Reading:
+    """Runs the model and returns the reading of its losses; see `persample.watching`."""
+    trust = plans.trust
+    if trust.familiar:
+        random = torch.get_rng_state()
+        followed = find(losses_of(problem), problem.parameters, plans, problem.coupled).followed()
+        if followed is not None:
+            return followed
+        trust.missed()
+        torch.set_rng_state(random)
+    with traces(problem) as changed:
+        losses, provenance = watched_losses_of(problem)
+    reading = read(losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled, keep=keep)
+    trust.familiar = reading.known is None and trust.misses < MISSES and not changed and replayable(problem)
+    return reading
 
-    Without `provenance` nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed. Without
-    `plans` the graph of the losses is kept; with them it is consumed, as by `backward()`.
+
+def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: bool = True) -> Capture:
+    """Returns the capture of losses that are already there; their graph is kept.
+
+    Nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed.
     """
-    reading = read(losses, parameters, provenance=provenance, plans=plans, coupled=coupled)
-    captured: dict[str, tuple[Captured, ...]] = {}
-    notes = reading.notes
-    if not check or reading.known is None:
-        captured = capture_reading(reading, reading.turn if check else None)
-    elif precision_of(reading, parameters) in HALF and not reading.known.keep and not read_once(reading):
-        # the check may ask for z again: the graph stays until it is done, so nothing else is held meanwhile
-        notes += check_batch(partial(stream, reading, None), reading, parameters, coupled)
-        captured = capture_reading(reading, None)
-    else:
-
-        def blocks(take: Take) -> None:
-            captured.update(capture_reading(reading, None, take))
-
-        notes += check_batch(blocks, reading, parameters, coupled)
-    if plans is not None and reading.plan is not None and reading.key is not None:
-        plans.keep(reading.key, reading.plan)  # only what the check has passed
-    return Capture(losses.detach(), captured, notes=notes)
+    return captured_by(read(losses, parameters), parameters, None, "error", check=check)
 
 
 @dataclass(frozen=True)
@@ -163,12 +178,9 @@ def hold_graph(problem: Problem) -> HeldGraph:
     Raises:
         UnsupportedError: saved tensors that can be read only once (checkpointing, offloading).
     """
-    losses, provenance = losses_of(problem)
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        found = read(
-            losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled, keep=False
-        )
+        found = run(problem, plans, keep=False)
         if read_once(found):
             raise UnsupportedError(
                 "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
@@ -298,26 +310,32 @@ def precision_of(reading: Reading, parameters: Mapping[str, Tensor]) -> torch.dt
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def losses_of(problem: Problem) -> tuple[Any, Provenance]:
-    """Runs the model; returns the losses and what saw the data."""
-    provenance = Provenance(problem.model)
-    provenance.follow(problem.inputs)
-    provenance.follow_targets(problem.targets)
-    # inference mode is left as well: its tensors can be inputs, but no operation on them would be recorded
-    with torch.inference_mode(False), torch.enable_grad(), provenance.named(problem.model), provenance:
-        return problem.loss_fn(problem.outputs(), problem.targets), provenance
+def captured_by(
+    reading: Reading, parameters: Mapping[str, Tensor], plans: Plans | None, coupled: str, *, check: bool
+) -> Capture:
+    """Returns the capture of a batch that has been read. With `plans` its graph is consumed, as by `backward()`."""
+    captured: dict[str, tuple[Captured, ...]] = {}
+    notes = reading.notes
+    if not check or reading.known is None:
+        captured = capture_reading(reading, reading.turn if check else None)
+    elif precision_of(reading, parameters) in HALF and not reading.known.keep and not read_once(reading):
+        # the check may ask for z again: the graph stays until it is done, so nothing else is held meanwhile
+        notes += check_batch(partial(stream, reading, None), reading, parameters, coupled)
+        captured = capture_reading(reading, None)
+    else:
+
+        def blocks(take: Take) -> None:
+            captured.update(capture_reading(reading, None, take))
+
+        notes += check_batch(blocks, reading, parameters, coupled)
+    if plans is not None and reading.plan is not None and reading.key is not None:
+        plans.keep(reading.key, reading.plan)  # only what the check has passed
+    return Capture(reading.losses.detach(), captured, notes=notes)
 
 
 @register("outputs", covers="every operation: rules for the common ones, the generic node rule for the rest")
 def capture(problem: Problem) -> Capture:
     """Runs the model and captures its losses."""
-    losses, provenance = losses_of(problem)
+    plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        return capture_losses(
-            losses,
-            problem.parameters,
-            provenance=provenance,
-            plans=plans_of(problem.model),
-            coupled=problem.coupled,
-            check=problem.check,
-        )
+        return captured_by(run(problem, plans), problem.parameters, plans, problem.coupled, check=problem.check)
