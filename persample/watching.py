@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from persample.backends import Problem
 from persample.provenance import Provenance, tensors_of
@@ -59,7 +60,7 @@ def traces(problem: Problem) -> Iterator[list[Tensor]]:
         *tensors_of((problem.inputs, problem.targets)),
         *chain(problem.model.parameters(), problem.model.buffers()),
     ]
-    before = [(each, each._version) for each in tensors if not each.is_inference()]
+    before = [(each, each._version) for each in tensors if not is_lazy(each) and not each.is_inference()]
     changed: list[Tensor] = []
     yield changed
     changed += [each for each, version in before if each._version != version]
