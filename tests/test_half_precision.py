@@ -103,21 +103,21 @@ def test_a_wrong_rule_is_seen_beside_it(
 
 
 def test_a_missing_use_is_seen_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = importlib.import_module("persample.backends.outputs")
-    find = outputs.find_uses
+    reading = importlib.import_module("persample.reading")
+    find = reading.find_uses
 
     def without_one(*args: Any, **options: Any) -> Any:
         uses, known = find(*args, **options)
         return {name: found[:1] for name, found in uses.items()}, known
 
-    monkeypatch.setattr(outputs, "find_uses", without_one)
+    monkeypatch.setattr(reading, "find_uses", without_one)
     with pytest.raises(persample.CheckError, match=r"'norm\.(weight|bias)' that do not add up"):
         persample.per_sample(Twice().bfloat16(), squares, batch("shared", torch.bfloat16))
 
 
 def test_a_wrong_owner_is_seen_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = importlib.import_module("persample.backends.outputs")
-    find = outputs.find_uses
+    reading = importlib.import_module("persample.reading")
+    find = reading.find_uses
 
     def turned(*args: Any, **options: Any) -> Any:
         uses, known = find(*args, **options)
@@ -127,7 +127,7 @@ def test_a_wrong_owner_is_seen_beside_it(monkeypatch: pytest.MonkeyPatch) -> Non
         }
         return uses, known
 
-    monkeypatch.setattr(outputs, "find_uses", turned)
+    monkeypatch.setattr(reading, "find_uses", turned)
     with pytest.raises(persample.CheckError, match="do not add up"):
         persample.per_sample(normalised().bfloat16(), scaled, batch("norm", torch.bfloat16), torch.arange(4))
 

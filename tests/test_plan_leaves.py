@@ -13,20 +13,20 @@ from torch import Tensor, nn
 import persample
 from persample.plans import plans_of
 
-outputs = importlib.import_module("persample.backends.outputs")
+reading = importlib.import_module("persample.reading")
 
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry, the number of samples, for each batch that was probed."""
     found: list[int] = []
-    original = outputs.find_uses
+    original = reading.find_uses
 
     def counted(graph: Any, losses: Tensor, *rest: Any, **options: Any) -> Any:
         found.append(len(losses))
         return original(graph, losses, *rest, **options)
 
-    monkeypatch.setattr(outputs, "find_uses", counted)
+    monkeypatch.setattr(reading, "find_uses", counted)
     return found
 
 

@@ -61,7 +61,7 @@ def test_other_sizes_follow_a_proven_plan(kind: str, monkeypatch: pytest.MonkeyP
                 torch.testing.assert_close(rows, expected[name])
             torch.testing.assert_close(found.norms(), norms(expected))
         if not number and kind == "images":  # a recurrent layer has another graph for each length
-            monkeypatch.setattr(importlib.import_module("persample.backends.outputs"), "find_uses", None)
+            monkeypatch.setattr(importlib.import_module("persample.reading"), "find_uses", None)
 
 
 def test_sizes_at_which_samples_mix_are_refused() -> None:

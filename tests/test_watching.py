@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import persample
 from persample.watching import MISSES
 
-outputs = importlib.import_module("persample.backends.outputs")
+reading = importlib.import_module("persample.reading")
 pytestmark = pytest.mark.usefixtures("double")
 
 
@@ -55,8 +55,8 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every run that is watched."""
     seen: list[int] = []
-    original = outputs.watched_losses_of
-    monkeypatch.setattr(outputs, "watched_losses_of", lambda problem: (seen.append(1), original(problem))[1])
+    original = reading.watched_losses_of
+    monkeypatch.setattr(reading, "watched_losses_of", lambda problem: (seen.append(1), original(problem))[1])
     return seen
 
 
