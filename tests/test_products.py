@@ -72,8 +72,13 @@ def test_a_factor_with_a_gradient_is_differentiated() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given_out", [True, False])
+@pytest.mark.parametrize("together", [0, 2**18])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_the_weight_products_are_those_of_the_samples(batch: int, given_out: bool, dtype: torch.dtype) -> None:
+def test_the_weight_products_are_those_of_the_samples(
+    batch: int, together: int, given_out: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "TOGETHER", together)
+    monkeypatch.setattr(scratch, "SMALLEST", 1)  # each transpose lies where the one before did
     z, x = torch.randn(batch, 20, 3, dtype=dtype), torch.randn(batch, 20, 4, dtype=dtype)
     out = torch.full((batch, 3, 4), torch.nan, dtype=dtype) if given_out else None
     result = weight_products(z, x, out)
