@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, growth, memory, peers, report, results, timing
+from benchmarks import check, growth, memory, processes, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
 from benchmarks.variants import WHATS, Variant
-
-del peers  # imported for its variants
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -69,10 +67,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--what", type=_some(WHATS), default=everything, metavar="A,B,…", help="default all but compiled")
         add("--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries, where installed")
         add("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, in fresh processes")
+        add("--processes", type=_positive, default=3, metavar="N", help="fresh processes that time (default 3)")
         add("--memory-repeats", type=_positive, default=3, metavar="N", help="processes a variant (default 3)")
     add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
     add("--threads", type=_positive, default=2, metavar="N", help="threads of torch (default 2)")
-    add("--repeats", type=_positive, default=15, metavar="N", help="interleaved rounds (default 15)")
+    rounds, where = (15, "") if command == "growth" else (5, " in each process")
+    add("--repeats", type=_positive, default=rounds, metavar="N", help=f"interleaved rounds{where} (default {rounds})")
     add("--size", choices=("full", "tiny"), default="full", help="tiny models, to try the command out")
     name = "growth" if command == "growth" else "speed"
     add("--out", type=Path, default=None, metavar="FILE.json", help=f"default benchmarks/results/{name}-DEVICE.json")
@@ -103,7 +103,8 @@ def _opened(options: argparse.Namespace, kind: str) -> tuple[Path, Results]:
     """
     torch.set_num_threads(options.threads)
     path = options.out or FOLDER / f"{kind}-{options.device.replace(':', '')}.json"
-    settings = {name: getattr(options, name) for name in ("device", "threads", "repeats", "size")}
+    names = ("device", "threads", "processes", "repeats", "size")
+    settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
     fresh = results.new({"kind": kind, "seed": SEED, **settings}, options.device)
     if not path.exists():
         return path, fresh
@@ -150,7 +151,8 @@ def _timed(problem: Problem, variants: Sequence[Variant], options: argparse.Name
         "load_before": timing.load(),
         "fill": timing.fill_speed(options.device, 2**29 if options.size == "full" else 2**20),
     }
-    times = timing.measure(problem, variants, repeats=options.repeats, seed=SEED)
+    rounds = {name: getattr(options, name) for name in ("processes", "repeats", "threads")}
+    times = processes.measure(problem, [variant.key for variant in variants], **rounds, seed=SEED)
     model["load_after"] = timing.load()
     model["variants"] = {key: vars(entry) for key, entry in times.items()}
     return model

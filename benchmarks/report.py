@@ -82,9 +82,10 @@ def conditions(found: Results) -> str:
     about, settings = found["environment"], found["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     device = about.get("gpu") or f"{about['processor']}, {settings['threads']} threads of {about['cores']} cores"
+    several = f" in each of {settings['processes']} processes" if settings.get("processes", 1) > 1 else ""
     return (
-        f"{device}; Python {about['python']}, {versions}; {settings['repeats']} interleaved repetitions, order drawn "
-        f"with seed {settings['seed']}."
+        f"{device}; Python {about['python']}, {versions}; {settings['repeats']} interleaved repetitions{several}, "
+        f"order drawn with seed {settings['seed']}."
     )
 
 

@@ -67,8 +67,10 @@ def installed(variant: Variant) -> bool:
     return importlib.util.find_spec(variant.module) is not None
 
 
-def measure(problem: Problem, variants: Sequence[Variant], *, repeats: int, seed: int = 0) -> dict[str, Times]:
-    """Returns times by variant key."""
+def measure(
+    problem: Problem, variants: Sequence[Variant], *, repeats: int, seed: int = 0, first: int = 0
+) -> dict[str, Times]:
+    """Returns times by variant key, in this process; `first` is the number of its first round."""
     times = {variant.key: Times() for variant in variants}
     steps: dict[str, Step] = {}
     ours: dict[str, Any] = {}
@@ -85,7 +87,7 @@ def measure(problem: Problem, variants: Sequence[Variant], *, repeats: int, seed
             if times[variant.key].status == "ok":
                 steps[variant.key] = step
                 _warm_up(step, times[variant.key], problem.device)
-        for number in range(repeats):
+        for number in range(first, first + repeats):
             order = list(steps)
             random.Random(seed + number).shuffle(order)
             for key in order:

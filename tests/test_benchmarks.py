@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, growth, memory, peers, report, results, timing
+from benchmarks import check, growth, memory, peers, processes, report, results, timing
 from benchmarks.__main__ import main
 from benchmarks.models import MODELS, Problem
 from benchmarks.timing import Times
@@ -24,7 +24,8 @@ EAGER = [what for what in WHATS if what != "compiled"]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run of the command on two models, without memory."""
     path = tmp_path_factory.mktemp("benchmarks") / "speed.json"
-    arguments = ["--size", "tiny", "--repeats", "2", "--no-memory", "--threads", "1", "--out", str(path)]
+    arguments = ["--size", "tiny", "--repeats", "1", "--processes", "2", "--no-memory", "--threads", "1"]
+    arguments += ["--out", str(path)]
     assert main([*arguments, "--models", "mlp,resnet20_bn"]) == 0
     return path
 
@@ -73,6 +74,13 @@ def test_a_peer_that_raises_is_refused_and_ours_is_not() -> None:
         timing.measure(Problem("mlp", "tiny"), [_variant(Step(fail), library=OURS)], repeats=1)
 
 
+def test_processes_join_what_they_found() -> None:
+    one, two = Times("ok", 1e-6, 3, [0], [0.5], [1.0]), Times("ok", 1e-5, 4, [1], [0.7], [1.4])
+    assert processes.joined(one, two) == Times("ok", 1e-5, 3, [0, 1], [0.5, 0.7], [1.0, 1.4])
+    wrong = Times("wrong: relative difference 1", 1.0)
+    assert processes.joined(one, wrong) == processes.joined(wrong, one) == wrong
+
+
 def test_a_library_that_is_not_there_is_not_installed() -> None:
     absent = Variant("other", "norms", "another", lambda task: Step(list), "another", "some-package", "no_such_module")
     times = timing.measure(Problem("mlp", "tiny"), [VARIANTS["plain"], absent], repeats=1)
@@ -93,7 +101,8 @@ def test_json_has_the_documented_form(measured: Path) -> None:
     found = json.loads(measured.read_text())
     assert found.keys() == {"format", "settings", "environment", "models"}
     assert found["settings"] == {
-        "kind": "speed", "seed": 0, "device": "cpu", "threads": 1, "repeats": 2, "size": "tiny",
+        "kind": "speed", "seed": 0, "device": "cpu", "threads": 1, "processes": 2, "repeats": 1,
+        "size": "tiny",
     }  # fmt: skip
     assert {"python", "processor", "cores", "versions"} <= found["environment"].keys()
     assert list(found["models"]) == ["mlp", "resnet20_bn"]
@@ -103,6 +112,7 @@ def test_json_has_the_documented_form(measured: Path) -> None:
         for entry in model["variants"].values():
             assert entry.keys() == vars(Times()).keys()
             assert len(entry["rounds"]) == len(entry["wall"]) == len(entry["process"])
+            assert entry["rounds"] == ([0, 1] if entry["status"] == "ok" else [])  # one round of each process
     assert str(Path.home()) not in measured.read_text()
 
 
@@ -110,7 +120,8 @@ def test_memory_may_follow_times(measured: Path, tmp_path: Path, monkeypatch: py
     path = Path(shutil.copy(measured, tmp_path))
     before = json.loads(measured.read_text())["models"]["mlp"]["variants"]
     monkeypatch.setattr(memory, "measure", lambda problem, key, **options: memory.Peak(len(key), 1))
-    arguments = ["--size", "tiny", "--repeats", "2", "--memory", "--threads", "1", "--out", str(path)]
+    arguments = ["--size", "tiny", "--repeats", "1", "--processes", "2", "--memory", "--threads", "1"]
+    arguments += ["--out", str(path)]
     assert main([*arguments, "--models", "mlp", "--what", "stored"]) == 0
     after = json.loads(path.read_text())["models"]["mlp"]["variants"]
     weighed = {key: entry["memory"] for key, entry in after.items() if "memory" in entry}
@@ -120,7 +131,8 @@ def test_memory_may_follow_times(measured: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_run_goes_on_where_it_stopped(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads(measured.read_text())["models"]["mlp"]
-    arguments = ["--size", "tiny", "--repeats", "2", "--no-memory", "--threads", "1", "--out", str(measured)]
+    arguments = ["--size", "tiny", "--repeats", "1", "--processes", "2", "--no-memory", "--threads", "1"]
+    arguments += ["--out", str(measured)]
     assert main([*arguments, "--models", "mlp", "--what", "stored,norms"]) == 0
     assert "mlp is measured already" in capsys.readouterr().err
     assert json.loads(measured.read_text())["models"]["mlp"] == before
@@ -128,7 +140,7 @@ def test_a_run_goes_on_where_it_stopped(measured: Path, capsys: pytest.CaptureFi
 
 def test_results_of_other_settings_are_not_mixed(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["--size", "tiny", "--repeats", "3", "--threads", "1", "--out", str(measured)])
+        main(["--size", "tiny", "--repeats", "3", "--processes", "2", "--threads", "1", "--out", str(measured)])
     assert "measured with other repeats; give another --out" in capsys.readouterr().err
 
 
