@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_convolution_backward = torch.ops.aten.convolution_backward
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 @dataclass(frozen=True)

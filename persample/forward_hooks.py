@@ -20,7 +20,7 @@ from persample.batches import batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, computed
-from persample.taps import Gate, Pass, Tap, Uses
+from persample.taps import Gate, Pass, Uses, attach
 from persample.tryout import Tryout, Watch
 from persample.weights import Layer
 
@@ -190,14 +190,14 @@ class ForwardHooks:
             self._tryout.look(layer, tuple(output.shape), self.forward.batch)
         uses = None if self.uses is None else self.uses.get(layer.path)
         if self._token is not None and uses is not None:
-            return Tap.apply(output, x, uses, None, self._token, None)
+            return attach(output, x, uses, None, self._token, None)
         if uses is None:
             uses = Uses(layer, self.forward)
             if self.uses is not None:
                 self.uses[layer.path] = uses
             elif layer.several_batches(tuple(output.shape)):
                 uses.forward = Pass()  # recomputed in a checkpoint: of which pass is not known
-        return Tap.apply(output, x, uses, self.asker.of_layer, weight, bias)
+        return attach(output, x, uses, self.asker.of_layer, weight, bias)
 
     # --- a function -----------------------------------------------------------------------------------------
 

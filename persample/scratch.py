@@ -96,7 +96,7 @@ def _ordinary(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.is_cpu
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and not torch.is_inference_mode_enabled()  # what is made there may never be written to elsewhere
         and not torch._C._are_functorch_transforms_active()  # they refuse `out=`
     )

@@ -62,9 +62,9 @@ class Layer:
 
     def parameters(self) -> list[Any]:
         """[weight, bias or None], or an empty list where the layer is to take the plain gradient."""
-        if self.why_plain() is not None:
-            return []
         weight, bias = self._own()
+        if self._why_plain(weight) is not None:
+            return []
         return [weight, bias if bias is not None and bias.requires_grad else None]
 
     def _own(self) -> Parameters:
@@ -79,9 +79,11 @@ class Layer:
 
     def why_plain(self) -> str | None:
         """Why the layer takes the plain gradient, None if it does not."""
+        return self._why_plain(self._own()[0])
+
+    def _why_plain(self, own: Tensor | None) -> str | None:
         if self.shared is not None:
             return self.shared
-        own = self._own()[0]
         if own is None or (self.module is not None and not own.is_leaf):
             return "its weight is computed from other parameters (parametrised)"
         if own.is_complex():
@@ -171,7 +173,7 @@ class Layer:
                 return found
             self.axis, self._found = self._find_axis(tuple(found[-1][1].shape), uses.forward.batch), True
         for _, z in found:
-            if self.linear and self.axis > z.dim() - 2:
+            if self.axis > z.dim() - 2 and self.linear:
                 raise ValueError(
                     f"layer '{self.path}' has its samples on axis {self.axis}, but a call of it an output of shape "
                     f"{list(z.shape)}, whose last axis counts features. Give all of its calls the same axes, or call "
