@@ -178,8 +178,13 @@ def batched_matrix_product(step: Step) -> Lying | None:
     "ScaledDotProductFlashAttention ScaledDotProductCudnnAttention NllLoss NllLoss2D UpsampleLinear1D"
 )
 def first_axis(step: Step) -> Lying | None:
-    """Axis 0 is the batch of the operation."""
-    return step.kept() if step.at.axis == 0 else None
+    """Axis 0 is the batch of the operation, in what it works on: weights, biases and masks count something else."""
+    return step.kept() if step.at.axis == 0 and step.slot < _data_slots(step.node) else None
+
+
+def _data_slots(node: Node) -> int:
+    """How many of an operation's first inputs have its batch along axis 0: of attention query, key and value."""
+    return 3 if node.name().startswith("ScaledDotProduct") else 1
 
 
 @passage("ConstantPadNd")
@@ -191,16 +196,16 @@ def pad(step: Step) -> Lying | None:
 
 @passage("NativeLayerNorm FusedRmsNorm")
 def layer_norm(step: Step) -> Lying | None:
-    """Normalised over the last axes."""
+    """Normalised over the last axes, which are those of weight and bias."""
     normalised = len(step.saved("normalized_shape"))
-    return step.kept() if step.at.axis < len(step.shape) - normalised else None
+    return step.kept() if step.slot == 0 and step.at.axis < len(step.shape) - normalised else None
 
 
 @passage("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm")
 def batch_norm(step: Step) -> Lying | None:
     """By running statistics every entry is apart; by the batch's, every channel."""
     training = getattr(step.node, "_saved_training", True)
-    return step.kept() if not training or step.at.axis == 1 else None
+    return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
 
 
 def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:

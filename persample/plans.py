@@ -53,6 +53,8 @@ class Plan:
     rules: Mapping[str, Rule | None]
     """The rules the first, fully checked batch was built by."""
     calls: int = 0
+    alone: bool = False
+    """Whether it was made from a single sample, which is apart everywhere: in operations on parameters alone, too."""
 
     @property
     def turn(self) -> int | None:
@@ -96,6 +98,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
         owners={order[node]: known.owners[node] for node in cuts} if regular else None,
         rules={node.name(): RULES.get(node.name()) for node in cuts},
+        alone=batch == 1,
     )
 
 
@@ -215,7 +218,7 @@ class Plans:
             return plan
 
     def similar(self, key: Key) -> Plan | None:
-        """The latest plan for a graph of the same structure, see `derived`."""
+        """The latest plan for a graph of the same structure, see `derived`; none that was made from a single sample."""
         with self._lock:
             return self._of_structure.get(key.structure)
 
@@ -224,7 +227,9 @@ class Plans:
         with self._lock:
             if self._plans.get(key) is plan:
                 return
-            self._plans[key] = self._of_structure[key.structure] = plan
+            self._plans[key] = plan
+            if not plan.alone:
+                self._of_structure[key.structure] = plan
             for kept in (self._plans, self._of_structure):
                 while len(kept) > PLANS_PER_MODEL:
                     kept.popitem(last=False)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from oracle import loop_grads, norms
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import persample
+from persample.graph import trace
+from persample.layout import proven
 from persample.plans import plans_of
 
 
@@ -159,3 +162,71 @@ def test_custom_functions_that_leave_out_zero_gradients() -> None:
     x, scale = torch.randn(3, 5).double(), torch.tensor([1.0, 0.0, 2.0]).double()
     found = persample.per_sample(Model(), lambda out, s: s * out.sum(1), x, scale).grads()["w"]
     torch.testing.assert_close(found, scale[:, None] * x)
+
+
+class Computed(nn.Module):
+    """An operation whose weight and bias are computed from parameters, with as many entries as there are samples."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first = kind, nn.Conv2d(4, 4, 1)
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight, bias = self.first(x), self.scale.exp(), self.shift.exp()
+        if self.kind == "convolution":
+            return F.conv2d(x, self.kernel * weight.view(4, 1, 1, 1), bias)
+        if self.kind == "layer norm":
+            return F.layer_norm(x, (4,), weight, bias)
+        if self.kind == "group norm":
+            return F.group_norm(x, 2, weight, bias)
+        return F.batch_norm(x, self.mean, self.var, weight, bias)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("kind", ["convolution", "layer norm", "group norm", "batch norm"])
+def test_computed_weights_are_not_taken_for_samples(kind: str, first: int) -> None:
+    """After a batch of one sample, which is apart even in operations on parameters alone: the last of an epoch."""
+    torch.manual_seed(0)
+    model = Computed(kind).double()
+    for batch in (first, first, 4, 4, 3):
+        x = torch.randn(batch, 4, 4, 4).double()
+        expected = loop_grads(model, squares, x, None)
+        for name, rows in persample.per_sample(model, squares, x).grads().items():
+            torch.testing.assert_close(rows, expected[name], msg=f"{name} of {batch}")
+
+
+def test_what_one_sample_has_taught_is_not_for_several() -> None:
+    """Samples that are mixed before a weight meets them cannot be told from one that is alone."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (self.weight * x.mean(0))
+
+    model = Centred().double()
+    persample.per_sample(model, squares, torch.randn(1, 4).double()).grads()
+    assert not plans_of(model)._of_structure
+    with pytest.raises(persample.CoupledSamplesError):
+        persample.per_sample(model, squares, torch.randn(3, 4).double())
+
+
+def test_places_of_samples_are_proven_for_data_alone() -> None:
+    """Axis 0 of a weight has as many entries as the batch, by chance."""
+    x, weight = torch.randn(4, 4, 5, 5, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+    scale = torch.randn(4, requires_grad=True)
+    for out in (
+        F.conv2d(x, weight.exp()),
+        F.group_norm(x, 2, scale.exp()),
+        F.layer_norm(x.mean((2, 3)), (4,), scale.exp()),
+        F.batch_norm(x, torch.zeros(4), torch.ones(4), scale.exp()),
+    ):
+        graph = trace(out.flatten(1).sum(1))
+        [cut] = [node for node in graph.order if node.name() == "ExpBackward0"]
+        assert proven(graph, [cut], 4) is None
