@@ -1,6 +1,6 @@
 """Optimisers under torch.compile, the model traced as users have it: the run is that of a plain loop.
 
-Run by `test_fngd_frameworks` in a process of its own: Dynamo cannot trace the shape checks of the other tests.
+Run by `test_fngd_compile` in a process of its own: Dynamo cannot trace the shape checks of the other tests.
 """
 
 from __future__ import annotations

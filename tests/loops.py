@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
 
 from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva, Shampoo
 
@@ -90,3 +92,24 @@ def reference(model: nn.Module, build: Callable[[nn.Module], Any], x: Tensor, y:
     F.cross_entropy(net(x), y).backward()
     opt.remove()
     return gradients(net)
+
+
+def loader(batches: int = 4) -> DataLoader:
+    return DataLoader(TensorDataset(*data(8 * batches)), batch_size=8)
+
+
+def plain_run(name: str, epochs: int, accumulate: int = 1, clip: float | None = None) -> nn.Module:
+    """A loop as everybody writes it, with a schedule: what loops of frameworks are compared with."""
+    model, batches = build_model(), loader()
+    opt = METHODS[name](model)
+    schedule = CosineAnnealingLR(opt, epochs * len(batches))
+    for _ in range(epochs):
+        for number, (x, y) in enumerate(batches):
+            (F.cross_entropy(model(x), y) / accumulate).backward()
+            if (number + 1) % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                opt.step()
+                schedule.step()
+                opt.zero_grad()
+    return model
