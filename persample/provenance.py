@@ -48,6 +48,9 @@ class Provenance(TorchDispatchMode):
         self._last = {self._thread: _next_number()}
         for state in () if model is None else chain(model.parameters(), model.buffers()):
             self._mark(state, 0)
+        self.wrote = False
+        """Whether an operation has written to a tensor that it had not made: a parameter, a buffer, an input."""
+        self._made: set[int] = set()
 
     def follow(self, tree: Any) -> None:
         """Declares every tensor of the tree an input; the tree may hold mappings, dataclasses and other objects."""
@@ -127,16 +130,25 @@ class Provenance(TorchDispatchMode):
                 self._module_of[number - 1] = self._modules[-1]
         result = func(*args, **kwargs)
         written = [args[place] for place in _written(func) if place < len(args)]
+        self.wrote = self.wrote or any(not self._was_made(leaf) for leaf in _tensors(written))
         for leaf in (*_tensors((result,)), *_tensors(written)):
-            self._mark(leaf, read)
+            self._mark(leaf, read, made=True)
         return result
 
-    def _mark(self, tensor: Tensor, marks: int) -> None:
+    def _mark(self, tensor: Tensor, marks: int, *, made: bool = False) -> None:
         storage = _storage(tensor)
         if storage is not None:
             known = self._storages.get(storage.cdata)
-            old = 0 if known is None or known[0].expired() else known[1]
+            new = known is None or known[0].expired()
+            old = 0 if known is None or new else known[1]
+            if new and made:
+                self._made.add(storage.cdata)
             self._storages[storage.cdata] = storage, marks | old
+
+    def _was_made(self, tensor: Tensor) -> bool:
+        """Whether an operation that was seen has made the tensor's memory."""
+        storage = _storage(tensor)
+        return storage is None or storage.cdata in self._made
 
     def _marks(self, tensor: Tensor) -> int:
         """What the tensor's storage derives from: one bit for each input, one for what nobody has seen before."""

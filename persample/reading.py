@@ -19,7 +19,7 @@ from persample.plans import Key, Plan, Plans, derived, make, signature
 from persample.provenance import Provenance
 from persample.separation import Separation
 from persample.uses import Use, find_uses
-from persample.watching import MISSES, losses_of, replayable, traces, watched_losses_of
+from persample.watching import MISSES, Before, losses_of, mode_of, replayable, watched_losses_of
 
 PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
@@ -117,16 +117,19 @@ def read(
 
 def run(problem: Problem, plans: Plans, *, keep: bool = True) -> Reading:
     """Runs the model and returns the reading of its losses; see `persample.watching`."""
-    trust = plans.trust
-    if trust.familiar:
-        random = torch.get_rng_state()
+    trust, mode = plans.trust, mode_of(problem)
+    if mode in trust.modes:
+        random, before = torch.get_rng_state(), Before(problem)
         followed = find(losses_of(problem), problem.parameters, plans, problem.coupled).followed()
         if followed is not None:
             return followed
         trust.missed()
+        before.restore()
         torch.set_rng_state(random)
-    with traces(problem) as changed:
-        losses, provenance = watched_losses_of(problem)
+    before = Before(problem, values=trust.misses < MISSES)
+    losses, provenance = watched_losses_of(problem)
+    changed = provenance.wrote or before.written()
     reading = read(losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled, keep=keep)
-    trust.familiar = reading.known is None and trust.misses < MISSES and not changed and replayable(problem)
+    if reading.known is None and trust.misses < MISSES and not changed and replayable(problem):
+        trust.modes.add(mode)
     return reading
