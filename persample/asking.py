@@ -11,7 +11,7 @@ from torch import Tensor
 
 from persample.besides import Telling
 from persample.layer_sum import Parameters
-from persample.layers import LayerGrads
+from persample.layers import LayerGrads, UnreadGrads
 from persample.taps import Pass, Uses
 from persample.weights import Layer
 
@@ -54,7 +54,13 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
-        found = layer.check(uses)
+        met, unread = uses.found, None
+        try:
+            found = layer.check(uses)
+        except ValueError as error:
+            unread = UnreadGrads(layer.module, met, needed, error.with_traceback(None))
+        if unread is not None:
+            return self._answered(layer, uses, unread, {})
         if self._known is not None:
             z, axis = found[0][1], layer.axis or 0
             factors = self._known(layer.path, z.shape[axis], z.device)
@@ -62,8 +68,10 @@ class Asker:
                 layer.check_factors(factors, z.shape[axis])
                 return layer.sum(found, needed, factors)
         part: Part = layer.module, found, needed, layer.axis or 0
-        grads = LayerGrads(*part)
-        self._asked = uses.forward, {layer.path: part}
+        return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
+
+    def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
+        self._asked = uses.forward, parts
         try:
             answer = (
                 self._policy({layer.path: grads}).get(layer.path) if self.joint else self._policy(layer.path, grads)
@@ -76,17 +84,23 @@ class Asker:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
         result: list[Tensor | None] = [None] * (2 * len(group))
         parts: dict[str, Part] = {}
+        grads: dict[str, LayerGrads] = {}
         met = []
         for number, uses in enumerate(group):
             layer, own = uses.layer, slice(2 * number, 2 * number + 2)
             if uses.found and layer.shared is not None:
                 result[own] = layer.plain(uses, needed[own])
             elif uses.found:
-                parts[layer.path] = layer.module, layer.check(uses), needed[own], layer.axis or 0
                 met.append((own, layer))
-        if not parts:
+                found = uses.found
+                try:
+                    part: Part = layer.module, layer.check(uses), needed[own], layer.axis or 0
+                except ValueError as error:
+                    grads[layer.path] = UnreadGrads(layer.module, found, needed[own], error.with_traceback(None))
+                else:
+                    parts[layer.path], grads[layer.path] = part, LayerGrads(*part)
+        if not met:
             return result
-        grads = {path: LayerGrads(*part) for path, part in parts.items()}
         self._asked = group[0].forward, parts
         try:
             answers = self._policy(grads)

@@ -185,7 +185,9 @@ class ForwardHooks:
         return self._tapped(layer, args[0] if args else kwargs["input"], output, weight, *rest)
 
     def _tapped(self, layer: Layer, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        layer.called = True
+        if not layer.called:
+            layer.selected |= self._met  # whence its input comes has not been seen
+            layer.called = True
         if layer.axis is None or self._tryout.new:
             self._tryout.look(layer, tuple(output.shape), self.forward.batch)
         uses = None if self.uses is None else self.uses.get(layer.path)

@@ -229,6 +229,41 @@ class LayerGrads:
                 self._formed = Dense(self._formed_rows(weight))
 
 
+class UnreadGrads(LayerGrads):
+    """Of a layer of which it is not certain whose its rows are: their sum is, all else raises what `check` has found.
+
+    So a policy that leaves the layer alone (returns None) is not told of it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None,
+        uses: Sequence[tuple[Tensor, Tensor]],
+        needed: Sequence[bool],
+        error: Exception,
+    ) -> None:
+        axes = 2 if module is None or isinstance(module, nn.Linear) else cast(Any, module).weight.dim()
+        # A layer may be called for one sample at a time, and then its output has no axis for rows.
+        each = [(x, z) if z.dim() >= axes else (x.unsqueeze(0), z.unsqueeze(0)) for x, z in uses]
+        super().__init__(module, each, needed, 0)
+        self._error = error
+
+    @property
+    def _calls(self) -> list[Outer | Conv]:
+        raise self._error
+
+    @property
+    def batch_size(self) -> int:
+        """Raises."""
+        raise self._error
+
+    def weighted_sum(self, c: Tensor | None = None) -> Parameters:
+        """Returns the plain gradient; raises where factors are given."""
+        if c is not None:
+            raise self._error
+        return super().weighted_sum()
+
+
 def _rows(factor: Tensor, axis: int) -> Float[Tensor, "batch time features"]:
     factor = factor.movedim(axis, 0) if axis else factor
     if factor.dim() == 3:

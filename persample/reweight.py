@@ -69,7 +69,8 @@ def reweight(
     Raises:
         ValueError: the model is reweighted already or a TorchScript program, `batch_axis` names no layer or an
             impossible axis, or `known` is given with joint=True.
-            In the backward pass: the batch axis is uncertain, or the policy returned neither None nor [B].
+            In the backward pass: the batch axis of a layer that the policy wants to know of is uncertain, or the policy
+            returned neither None nor [B].
 
     Where sizes leave more than one reading, as they always do where rows are folded, or where rows were selected, the
     model is tried out after its forward pass, with some samples replaced by others, without gradients and with the

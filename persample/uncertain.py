@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from persample.folded import Folded, Reading
 
+LEAVE_OUT = "a policy that returns None for it, in fngd a parameter group with precondition=False"
+
 
 def uncertain(
     path: str, shape: Sequence[int], batch: int | None, candidates: Sequence[Reading], *, linear: bool, note: str
@@ -24,7 +26,8 @@ def uncertain(
     if batch is None:
         return ValueError(
             f"the batch size is unknown at layer '{path}' (output of shape {list(shape)}): the model's own "
-            f"forward was not called with a tensor. Call the model itself, or {remedy}."
+            f"forward was not called with a tensor. Call the model itself, or {remedy}. Or leave the layer out: "
+            f"{LEAVE_OUT}."
         )
     ordinary = [each.axis for each in candidates if each.ordinary]
     folded = sorted({each.axis for each in candidates if not each.ordinary})
@@ -45,13 +48,14 @@ def uncertain(
         return ValueError(
             f"layer '{path}' has an output of shape {list(shape)}, but the model's input {batch} samples, and axis 0 "
             f"must count samples{f', or as many rows of each, but {note}' if found else ''}. If each of its "
-            f"{shape[0]} rows is to be a sample of its own, {remedy.replace('axis}', '0}')}.{rows if found else ''}"
+            f"{shape[0]} rows is to be a sample of its own, {remedy.replace('axis}', '0}')}.{rows if found else ''} "
+            f"Or leave the layer out: {LEAVE_OUT}."
         )
     what = f"{' and '.join(found)}, and {note}" if found else "no axis before the last has that size or a multiple"
     return ValueError(
         f"cannot tell which axis of layer '{path}' counts samples: its output has shape {list(shape)}, the model's "
         f"input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
-        f"layers.{rows if folded else ''}"
+        f"layers.{rows if folded else ''} Or leave the layer out: {LEAVE_OUT}."
     )
 
 

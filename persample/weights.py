@@ -13,7 +13,7 @@ from persample.folded import Folded, Reading, by_size, foldings, sized, unfolded
 from persample.layer_sum import Parameters, layer_sum
 from persample.layers import LayerGrads
 from persample.taps import Uses
-from persample.uncertain import disagreeing, uncertain
+from persample.uncertain import LEAVE_OUT, disagreeing, uncertain
 
 
 @dataclass(eq=False)
@@ -140,6 +140,19 @@ class Layer:
             return []
         return self.candidates(shape, batch)
 
+    def usual(self, candidates: Sequence[Reading]) -> Reading | None:
+        """The candidate that goes on as earlier batches were read: rows in sequence, or one after another, or the same.
+
+        None where they were read in several ways.
+        """
+        known = set(self.readings.values())
+        candidates = [each for each in candidates if {other.axis for other in known} == {each.axis}]
+        same = [each for each in candidates if known == {each}]
+        for kind in ("before", "after"):
+            if all(getattr(each, kind) == 1 for each in known):
+                same += [each for each in candidates if getattr(each, kind) == 1]
+        return same[0] if same else None
+
     def several_batches(self, shape: tuple[int, ...]) -> bool:
         """Whether an output of that shape has held several numbers of samples."""
         return sum(known == shape for _, known in self.readings) > 1
@@ -187,9 +200,8 @@ class Layer:
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
                 f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples, nor "
                 f"as many of each ({self.note}). They may be tokens that were selected, or the layer was called apart "
-                "from the model. Leave it out by reweighting "
-                f"the other parts of the model, or give reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each "
-                "row is a sample then."
+                f"from the model. Leave it out ({LEAVE_OUT}), or give "
+                f"reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each row is a sample then."
             )
         return found
 
