@@ -84,7 +84,7 @@ def readings(
     kwargs: dict,
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
-    confirmed: Iterable[Key] = (),
+    confirmed: Mapping[Key, Reading | None] | None = None,
     selected: Iterable[Key] = (),
 ) -> dict[Key, Reading | None]:
     """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
@@ -100,13 +100,14 @@ def readings(
             all of them together.
         candidates: by layer and shape.
         batch: number of samples B, 2 or more.
-        confirmed: outputs of which a folded reading need not be followed to the last bit.
+        confirmed: outputs of layers that have been read folded before, with the reading that goes on so, if there is
+            one. It need not be followed to the last bit, and is taken where nothing speaks against it.
         selected: outputs of rows that were selected from others: None, too, where they change and nothing is decided.
     """
     found: dict[Key, Reading | None] = {}
     touched: set[Key] = set()
     modes = [(module, module.training) for module in model.modules()]
-    sure = set(confirmed)
+    sure = dict(confirmed or {})
     try:
         for training in (True, False):
             left = {key: each for key, each in candidates.items() if key not in found}
@@ -125,8 +126,11 @@ def readings(
 class _Evidence:
     """What is known of the rows of the outputs of a layer that have one shape."""
 
-    def __init__(self, candidates: Sequence[Reading], shape: Shape, batch: int, thorough: bool) -> None:
-        self.left, self._batch, self._thorough = list(candidates), batch, thorough
+    def __init__(
+        self, candidates: Sequence[Reading], shape: Shape, batch: int, thorough: bool, usual: Reading | None
+    ) -> None:
+        self.left, self._batch, self._thorough, self._usual = list(candidates), batch, thorough, usual
+        self._before: list[Tensor] = []
         self._ordinary = by_size(candidates)
         self._lit = {each.axis: torch.zeros(shape[each.axis], dtype=torch.bool) for each in candidates}
         self.foreign = False
@@ -144,7 +148,7 @@ class _Evidence:
 
     def add(self, before: list[Tensor], after: Sequence[list[Tensor] | None], half: Tensor) -> None:
         """The outputs before, and after the samples of a half [batch] were replaced, and after the others were."""
-        shapes = [each.shape for each in before]
+        self._before, shapes = before, [each.shape for each in before]
         self.foreign |= None in after and self._ordinary is not None
         if any(each is None or [mark.shape for mark in each] != shapes for each in after):
             self.left = []
@@ -161,16 +165,31 @@ class _Evidence:
                         self.left.remove(reading)
                         self.foreign |= reading == self._ordinary and bool((with_others & ~with_own).any())
 
-    def decided(self, all_inputs: bool) -> Reading | None:
+    def decided(self, all_inputs: bool, last: bool) -> Reading | None:
         """The reading that is left, if rows of every place that a sample has were seen to follow it.
 
-        Where all inputs were replaced, of more than half of the places: a start token is the same in all samples.
+        Where all inputs were replaced, of more than half of the places, or of those that are not alike in all samples:
+        a start token is, and so is padding.
         """
+        if last and self._usual in self.left:
+            return self._usual
         if len(self.left) != 1:
             return None
         reading = self.left[0]
-        places = self._lit[reading.axis].view(reading.before, self._batch, reading.after).any(1).float().mean()
-        return reading if places == 1 or (all_inputs and places > 0.5) else None
+        lit = self._lit[reading.axis].view(reading.before, self._batch, reading.after).any(1)
+        if lit.all() or (all_inputs and lit.float().mean() > 0.5):
+            return reading
+        return reading if all_inputs and lit.any() and bool((lit | self._alike(reading)).all()) else None
+
+    def _alike(self, reading: Reading) -> Tensor:
+        """Whether the rows of a place are the same in all samples, [before, after]; others may be no sample's."""
+        alike = torch.ones(reading.before, reading.after, dtype=torch.bool)
+        for mark in self._before:
+            places = reading.before, reading.after
+            rows = reading.split(mark).reshape(self._batch, *mark.shape[: reading.axis], *places, -1)
+            same = (rows - rows[:1]).abs() <= 1e-4 * mark.abs().max()
+            alike &= same.movedim((-3, -2), (0, 1)).flatten(2).all(2).cpu()
+        return alike
 
 
 def _by_inputs(
@@ -180,7 +199,7 @@ def _by_inputs(
     kwargs: dict,
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
-    sure: set[Key],
+    sure: Mapping[Key, Reading | None],
 ) -> tuple[dict[Key, Reading | None], set[Key]]:
     """One input after the other is changed, then all together; returns what was found, and which outputs changed."""
     leaves, tree = tree_flatten((args, kwargs))
@@ -206,9 +225,10 @@ def _by_inputs(
         before = rehearse(leaves)
     except Exception:  # a model that cannot be run again
         return found, touched
-    for number, chosen in enumerate([*([each] for each in places), *([places] if len(places) > 1 else [])]):
+    choices = [*([each] for each in places), *([places] if len(places) > 1 else [])]
+    for number, chosen in enumerate(choices):
         evidence = {
-            key: _Evidence(each, key[1], batch, key not in sure)
+            key: _Evidence(each, key[1], batch, key not in sure, sure.get(key))
             for key, each in candidates.items()
             if key in before and key not in found and (len(chosen) > 1 or key not in touched)
         }
@@ -222,7 +242,8 @@ def _by_inputs(
         except Exception:  # lengths that must fall, say: what the model refuses tells nothing
             continue
         touched |= {key for key, each in evidence.items() if each.touched}
-        decided = {key: each.decided(known and len(chosen) == len(places)) for key, each in evidence.items()}
+        every = known and len(chosen) == len(places)
+        decided = {key: each.decided(every, len(chosen) == len(places)) for key, each in evidence.items()}
         found |= {key: reading for key, reading in decided.items() if reading is not None}
         if number == 0:  # the tensor that says how many samples there are
             found |= {key: None for key, each in evidence.items() if each.foreign and key not in found}

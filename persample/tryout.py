@@ -31,6 +31,7 @@ class Tryout:
         self._model, self._watching = model, watching
         self._unsure: dict[trial.Key, list[Reading]] = {}
         self._calls: Counter[trial.Key] = Counter()
+        self._signature: Any = None  # of the running pass
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
@@ -46,9 +47,7 @@ class Tryout:
             each.shape if isinstance(each, Tensor) else each if isinstance(each, (int, str)) else None for each in given
         )
         self.new = signature not in self._met
-        if len(self._met) == _REMEMBERED:  # a number that counts steps, say
-            self._met.clear()
-        self._met.add(signature)
+        self._signature = signature
 
     def forget(self) -> None:
         """Nothing is to be tried."""
@@ -72,6 +71,10 @@ class Tryout:
             batch: how many samples it was called with.
             first: whether it was the first pass.
         """
+        if self.new:  # a pass that raised will be new again
+            if len(self._met) == _REMEMBERED:  # a number that counts steps, say
+                self._met.clear()
+            self._met.add(self._signature)
         # As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
         # one sample at a time, with as many positions.
         unsure = {
@@ -90,7 +93,7 @@ class Tryout:
             unsure = tried
         self._unsure = unsure
         if unsure and batch is not None:
-            confirmed = {key for key in unsure if key[0].readings}
+            confirmed = {key: key[0].usual(each) for key, each in unsure.items() if key[0].readings}
             selected = {key for key in unsure if key[0].selected}
             found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed, selected)
             for layer, shape in unsure:
