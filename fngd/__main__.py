@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import rich  # noqa: F401
     except ImportError as error:
         parser.error(f"{error.name} is not installed; it comes with the demo extra: pip install 'persample[demo]'")
+    if options.get("data_dir") and options.get("data", Config().data) == "digits" and not options.get("resume"):
+        parser.error(
+            "--data-dir is given, but the digits come with scikit-learn; name the data set too: --data cifar10"
+        )
     try:
         if options.pop("command") == "inspect":
             _check_device(parsed.device)
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(comparison.config)
         config = comparison.config
         dataset = data.load(config.data, config.data_dir, train_size=config.train_size)
-        out.mkdir(parents=True, exist_ok=True)
+        report.writable(out)
         return _run(comparison, dataset, out, memory)
     except (ValueError, data.DataError) as error:
         parser.error(str(error))
@@ -135,12 +140,15 @@ def _check(config: Config) -> None:
             entry = entry if isinstance(entry, str) else entry[0]
             if entry not in known:
                 raise ValueError(f"--{name}: {entry!r} is unknown; choose from {', '.join(known)}")
-    if not config.alpha > 0:
+    for name, rate in config.lr:
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"--lr {name}={rate}: a learning rate must be finite and at least 0, as {name}=0.1")
+    if not 0 < config.alpha < math.inf:
         raise ValueError(
-            f"--alpha {config.alpha}: it must be > 0; small values (1e-3) are far from SGD, 1 is nearly SGD"
+            f"--alpha {config.alpha}: it must be > 0 and finite; small values (1e-3) are far from SGD, 1 is nearly SGD"
         )
-    if not config.weight_decay >= 0:
-        raise ValueError(f"--weight-decay {config.weight_decay}: it must be at least 0")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay {config.weight_decay}: it must be at least 0 and finite; 5e-4 is usual")
     _check_device(config.device)
 
 
@@ -199,9 +207,11 @@ def _stop_flag() -> Iterator[list[bool]]:
 
 @contextmanager
 def _bars(comparison: Comparison) -> Iterator[Any]:
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
 
     config = comparison.config
     total = len(config.seeds) * config.epochs
@@ -211,20 +221,22 @@ def _bars(comparison: Comparison) -> Iterator[Any]:
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
     ]
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        whole = bars.add_task("epochs of all seeds", total=total, completed=index * config.epochs + epoch, losses="")
-        inner = bars.add_task("batches", total=None, losses="")
+    console = Console(stderr=True)
+    # The losses have a line of their own: beside the bars they would leave these no room in 80 columns.
+    bars, losses = Bars(*columns, console=console), Text()
+    with Live(Group(bars, losses), console=console, refresh_per_second=10):
+        whole = bars.add_task("epochs of all seeds", total=total, completed=index * config.epochs + epoch)
+        inner = bars.add_task("batches", total=None)
 
         def show(progress: Progress) -> None:
-            losses = "  ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items() if loss == loss)
+            known = (f"{name} {loss:.3f}" for name, loss in progress.losses.items() if loss == loss)
+            losses.plain = "  ".join(["loss:", *known])
             bars.update(
                 inner,
                 description=f"seed {progress.seed}, epoch {progress.epoch + 1}/{config.epochs}",
                 completed=progress.batch + 1,
                 total=progress.steps_per_epoch,
-                losses=losses,
             )
             if progress.batch + 1 == progress.steps_per_epoch:
                 bars.advance(whole)

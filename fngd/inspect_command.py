@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fngd import data, inspection
+from fngd import data, inspection, report
 from fngd.models import MODELS, build_model
 from fngd.recipes import DEFAULTS, OPTIMIZERS, Config, build_optimizer
 from fngd.training import batches
@@ -54,9 +55,10 @@ def run(options: argparse.Namespace) -> int:
     for name in ("batch_size", "train_size"):
         if getattr(options, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} 0: it must be at least 1")
-    if not options.alpha > 0:
-        raise ValueError(f"--alpha {options.alpha}: it must be > 0; 1e-2 is usual")
+    if not 0 < options.alpha < math.inf:
+        raise ValueError(f"--alpha {options.alpha}: it must be > 0 and finite; 1e-2 is usual")
     dataset = data.load(options.data, options.data_dir, train_size=options.train_size)
+    report.writable(options.out)
     network = options.model or DEFAULTS[options.data].get("model", Config().model)
     sizes = {"size": dataset.size, "channels": dataset.channels, "classes": data.CLASSES}
     model = build_model(network, **sizes, seed=options.seed).to(options.device)
@@ -66,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
     images, labels = next(batches(dataset.train, config, options.seed, options.epochs))
     found = inspection.inspect(model, images, labels, alpha=options.alpha)
     layers = None if options.layers is None else [name.strip() for name in options.layers.split(",")]
-    options.out.mkdir(parents=True, exist_ok=True)
     title = f"{network} on {options.data} after {options.epochs} epochs with {options.optimizer}, {len(labels)} samples"
     inspection.draw(found, options.out / PICTURE, title=title, layers=layers)
     _write(found, options)

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from fngd.training import Comparison
 
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "ngd": "#2ca02c", "fngd": "#d62728"}
 SPARE_COLOURS = ("#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+
+
+def writable(folder: Path) -> None:
+    """Makes the folder; raises `ValueError` where nothing can be written in it, before a run instead of after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {folder}: no file can be written there ({error.strerror}); give another folder"
+        ) from error
 
 
 def reference(comparison: Comparison) -> str:

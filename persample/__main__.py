@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -31,29 +31,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _refuse_unwritable(out: Path, formats: Collection[str]) -> None:
+    """Raises `ValueError` where nothing could be written in the end: said before minutes are spent on measuring."""
+    if formats and out.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--out {out}: the name must end in one of {', '.join(f'.{name}' for name in formats)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = not out.exists()
+        with out.open("ab"):
+            pass
+        if new:
+            out.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); give a file in another folder") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        import matplotlib
-        import rich
-
-        del matplotlib, rich
+        import matplotlib.backend_bases
+        import rich  # noqa: F401
     except ImportError as error:
         print(f"this command needs {error.name}: pip install 'persample[demo]'", file=sys.stderr)
+        return 2
+    out = options.out
+    if options.command == "compare":
+        out = out or Path(f"results/compare_{options.model}.png")
+    try:
+        if out is not None:
+            pictures = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
+            _refuse_unwritable(out, sorted(pictures) if options.command == "compare" else ())
+    except ValueError as error:
+        print(f"python -m persample {options.command}: {error}", file=sys.stderr)
         return 2
     if options.command == "compare":
         from persample import compare
 
-        compare.run(
-            options.model, options.batch, options.out or Path(f"results/compare_{options.model}.png"), options.repeats
-        )
+        compare.run(options.model, options.batch, out, options.repeats)
         return 0
     from persample import conformance
 

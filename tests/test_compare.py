@@ -97,9 +97,40 @@ def test_compare_in_full(tmp_path: Path) -> None:
     assert all(row.memory is not None and row.memory["grads"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["compare", "--out", "chart.xyz"], "the name must end in one of"),
+        (["compare", "--out", "file/chart.png"], "cannot be written"),
+        (["conformance", "--out", "file/matrix.md"], "cannot be written"),
+        (["conformance", "--out", "."], "cannot be written (Is a directory)"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_measuring(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("it measured first"))
+    monkeypatch.setattr(conformance, "run", lambda **_: pytest.fail("it measured first"))
+    assert main(options) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_command_line() -> None:
     assert parser().parse_args(["compare"]).batch == 32
-    for wrong in (["compare", "--batch", "0"], ["compare", "--model", "gpt"], ["train"], []):
+    for wrong in (
+        ["compare", "--batch", "0"],
+        ["compare", "--batch", "x"],
+        ["compare", "--model", "gpt"],
+        ["train"],
+        [],
+    ):
         with pytest.raises(SystemExit):
             parser().parse_args(wrong)
 

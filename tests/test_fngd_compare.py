@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fngd import data
-from fngd.__main__ import main
+from fngd.__main__ import _bars, main
 from fngd.models import MODELS, ResNet, build_model
 from fngd.recipes import OPTIMIZERS, SCHEDULES, Config
-from fngd.training import Comparison, batches
+from fngd.training import Comparison, Progress, batches
 
 SMALL = [
     "--train-size",
@@ -137,7 +137,12 @@ def test_resuming_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         (["--lr", "0.1"], "give it as sgd=0.1"),
         (["--lr", "adam=0.1"], "--lr: 'adam' is unknown"),
         (["--alpha", "0"], "--alpha 0.0: it must be > 0"),
+        (["--alpha", "inf"], "--alpha inf: it must be > 0 and finite"),
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
+        (["--weight-decay", "inf"], "--weight-decay inf: it must be at least 0 and finite"),
+        (["--lr", "sgd=nan"], "--lr sgd=nan: a learning rate must be finite and at least 0"),
+        (["--lr", "sgd=0.1,fngd=-1"], "--lr fngd=-1.0: a learning rate must be finite and at least 0"),
+        (["--data-dir", "."], "the digits come with scikit-learn; name the data set too"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--data", "cifar10"], "cifar10 needs --data-dir"),
         (["--train-size", "99999"], "asked for 99999 training images"),
@@ -149,6 +154,33 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture, options: list[s
         main(["compare", "--out", str(tmp_path), "--no-memory", *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "inspect"])
+def test_a_folder_that_cannot_be_written_is_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "no file can be written there (File exists); give another folder" in " ".join(told.split())
+    assert "epoch" not in told.rpartition("usage")[0]
+
+
+def test_bars_and_losses_fit_80_columns(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    comparison = Comparison(Config(optimizers=("sgd", "adamw", "ngd", "fngd"), epochs=20))
+    losses = dict.fromkeys(comparison.config.optimizers, 0.1234)
+    with _bars(comparison) as show:
+        show(Progress(seed=2, epoch=19, batch=22, steps_per_epoch=23, losses=losses))
+    told = capsys.readouterr().err
+    assert "seed 2, epoch 20/20" in told
+    assert "━" * 30 in told
+    assert "23/23" in told
+    assert "loss:  sgd 0.123  adamw 0.123  ngd 0.123  fngd 0.123" in told
+    assert "…" not in told
 
 
 def test_help_names_everything(capsys: pytest.CaptureFixture) -> None:
