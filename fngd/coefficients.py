@@ -34,6 +34,7 @@ Where the paper can be read in several ways:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,6 +75,9 @@ def smw_coefficients(
     tensor([0.2000, 0.2000, 0.2000, 0.2000])
     """
     check_damping(alpha, damping, scale)
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        got = gram.dtype if isinstance(gram, Tensor) else type(gram).__name__
+        raise TypeError(f"gram must be a tensor of real floating-point numbers, [..., B, B]; got {got}")
     batch = gram.shape[-1] if gram.dim() >= 2 else 0
     if gram.dim() < 2 or gram.shape[-2] != batch or not batch:
         raise ValueError(f"gram has shape {list(gram.shape)}; it must be [..., B, B] with B ≥ 1")
@@ -103,15 +107,15 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
     """Raises ValueError unless one of alpha and damping is given and positive and the scale is known."""
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is unknown; choose one of {list(SCALES)}")
-    given = {name: value for name, value in (("alpha", alpha), ("damping", damping)) if value is not None}
+    given: dict[str, Any] = {name: x for name, x in (("alpha", alpha), ("damping", damping)) if x is not None}
     if len(given) != 1:
         raise ValueError(
             f"got alpha={alpha} and damping={damping}; give exactly one: alpha (relative, λ = α‖K‖_F) or "
-            "damping (λ itself)"
+            "damping (λ itself); with damping=, alpha=None"
         )
     for name, value in given.items():
-        if not value > 0:  # also catches NaN
-            raise ValueError(f"{name}={value}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)")
+        if isinstance(value, str) or not value > 0:  # also catches NaN
+            raise ValueError(f"{name}={value!r}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)")
         if math.isinf(value) and scale == "per_layer":
             raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fngd.first_order import ADAMW, RULES
 
@@ -47,6 +48,15 @@ def first_order_groups(
     return result
 
 
+def refuse_parameters(model: Any, method: str) -> None:
+    """Raises TypeError where something else than a model was given, as other optimisers want it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{method} looks at the layers of a model: give the model itself, {method}(model, lr=...), not its "
+            f"parameters; got {type(model).__name__}. To optimise some parameters alone name them by params="
+        )
+
+
 def sgd_options(
     lr: Any, momentum: float, nesterov: bool, weight_decay: float, decoupled_weight_decay: bool, **others: Any
 ) -> dict[str, Any]:
@@ -70,8 +80,8 @@ def completed_group(param_group: dict[str, Any]) -> dict[str, Any]:
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError for a parameter group with an option out of range."""
     for name in ("lr", "momentum", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}={group[name]}; it must be at least 0")
+        if not isinstance(group[name], Real | Tensor) or not group[name] >= 0:
+            raise ValueError(f"{name}={group[name]!r}; it must be at least 0")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0")
     if group["rule"] not in RULES:

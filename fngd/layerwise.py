@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import first_order_groups, positive, whole
+from fngd.groups import first_order_groups, positive, refuse_parameters, whole
 from fngd.guards import Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
@@ -77,6 +77,7 @@ class LayerPreconditioned(Preconditioned):
         batch_axis: BatchAxis | None,
         functions: bool,
     ) -> None:
+        refuse_parameters(model, type(self).__name__)
         whole("statistics_every", statistics_every)
         whole("inverse_every", inverse_every)
         if kl_clip is not None:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
 from fngd.first_order import first_order_step
-from fngd.groups import check_group, completed_group, first_order_groups, sgd_options
+from fngd.groups import check_group, completed_group, first_order_groups, refuse_parameters, sgd_options
 from fngd.guards import Unchanged
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
@@ -61,6 +61,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_parameters(model, type(self).__name__)
         method = Method(
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,

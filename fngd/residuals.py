@@ -101,6 +101,8 @@ def read_residuals(returned: Any, weights: Mapping[str, float] | None = None) ->
 
 def check_weights(weights: Mapping[str, float] | None) -> None:
     """Raises ValueError for a weight that is negative or not finite."""
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a dict, name of a residual group -> weight; got {weights!r}")
     for name, weight in (weights or {}).items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"weights[{name!r}]={weight}; a weight of a mean square must be ≥ 0 and finite")

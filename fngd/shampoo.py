@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fngd.distributed import sharded_like, whole_tensor
 from fngd.groups import positive, sgd_options, whole
@@ -141,6 +141,8 @@ class Shampoo(Preconditioned):
         graft: bool = True,
         preset: str | None = None,
     ) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(f"Shampoo needs no model: give model.parameters(); got {type(params).__name__}")
         for name, count in (("block", block), ("statistics_every", statistics_every), ("inverse_every", inverse_every)):
             whole(name, count)
         positive("epsilon", epsilon)

@@ -84,6 +84,11 @@ def per_sample(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "
             "For losses computed without a module use persample.grad(losses, params)"
         )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
+            "A criterion of torch will do, with reduction='none'"
+        )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
@@ -187,7 +192,10 @@ def grad(
     for position, parameter in enumerate(wanted):
         if not (isinstance(parameter, Tensor) and parameter.is_leaf and parameter.requires_grad):
             got = type(parameter).__name__ if not isinstance(parameter, Tensor) else "one that is not"
-            raise ValueError(f"params[{position}] must be a leaf tensor that requires a gradient; got {got}")
+            raise ValueError(
+                f"params[{position}] must be a leaf tensor that requires a gradient; got {got}: give "
+                "model.parameters(), or tensors with requires_grad=True that no operation has computed"
+            )
     names = {str(position): parameter for position, parameter in enumerate(wanted)}
     refuse_gradient_hooks(names)
     refuse_meta(names)

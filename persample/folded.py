@@ -57,7 +57,8 @@ class Folded:
                 "Folded(before=None, after=None) says nothing: give one of them, after=1 where the samples follow one "
                 "another, before=1 where each has its rows in sequence"
             )
-        if any(each is not None and each < 1 for each in (self.before, self.after)) or self.axis < 0:
+        counts = [each for each in (self.before, self.after) if each is not None]
+        if not all(isinstance(each, int) for each in (*counts, self.axis)) or min(counts) < 1 or self.axis < 0:
             raise ValueError(f"{self}: before and after are 1 or more, or None, and axes count from the front, 0, 1, …")
 
 

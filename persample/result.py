@@ -254,6 +254,8 @@ class PerSampleGrads:
         >>> psg.dot({"weight": torch.ones(1, 2)})
         tensor([7., 1.])
         """
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"vectors must be a dict, parameter name -> tensor; got {type(vectors).__name__}")
         unknown = set(vectors) - set(self._parameters)
         if unknown:
             raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
@@ -333,6 +335,8 @@ class PerSampleGrads:
     # --- all parameters -------------------------------------------------------------------------------------
 
     def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not isinstance(out, Mapping):
+            raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
         for name, buffer in out.items():
             if name not in self._parameters:
                 raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
@@ -433,9 +437,9 @@ def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
 def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
     try:
-        positive = float(max_norm) > 0
+        positive = bool(max_norm > 0)
     except (TypeError, ValueError):
         positive = False
     if not positive:
-        raise ValueError(f"max_norm must be positive; got {max_norm!r}")
+        raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
     return torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))

@@ -98,6 +98,12 @@ def reweight(
     >>> with reweight(model, clip):
     ...     model(torch.randn(5, 3)).sum().backward()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module; got {type(model).__name__}. Give the model itself, not its parameters"
+        )
+    if not callable(policy):
+        raise TypeError(f"policy must be a function (layer, grads) -> c, [B], or None; got {type(policy).__name__}")
     _refuse_scripts(model)
     if joint and known is not None:
         raise ValueError("known= is asked layer by layer, but joint=True asks for all layers at once; give one of them")
@@ -152,8 +158,11 @@ def _axes(
         return lambda path: None
     if not isinstance(batch_axis, Mapping):
         everywhere, front = batch_axis, batch_axis.axis if isinstance(batch_axis, Folded) else batch_axis
-        if front < 0:
-            raise ValueError(f"batch_axis={batch_axis}: count axes from the front, 0, 1, …")
+        if not isinstance(front, int) or front < 0:
+            raise ValueError(
+                f"batch_axis={batch_axis!r}: count axes from the front, 0, 1, …; or give a persample.Folded, or a dict "
+                "by layer"
+            )
         return lambda path: everywhere if isinstance(modules.get(path), nn.Linear | None) or not front else None
     unknown = sorted(path for path in batch_axis if path not in names and path.split("[")[0] not in names)
     if unknown:
