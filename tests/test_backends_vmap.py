@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from capturing import X, network, squares, state
-from torch import nn
+from oracle import loop_grads
+from torch import Tensor, nn
 
 import persample
 
@@ -62,3 +64,28 @@ def test_vmap_reports_unused_parameters() -> None:
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
     psg = persample.per_sample(model, squares, X, backend="vmap")
     assert psg.unused == ("idle.weight", "idle.bias")
+
+
+class Tied(nn.Module):
+    """A module with two names, and a parameter of two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again, self.other = self.first, nn.Linear(4, 4)
+        self.other.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.again(self.first(x).sin()).cos())
+
+
+def test_vmap_leaves_parameters_of_a_module_with_two_names() -> None:
+    model = Tied().double()
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    expected = loop_grads(model, squares, X, None)
+    for _ in range(2):
+        found = persample.per_sample(model, squares, X, backend="vmap").grads()
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+        assert found.keys() == expected.keys()
+        for name, rows in found.items():
+            torch.testing.assert_close(rows, expected[name])

@@ -95,7 +95,7 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
             f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
             f"though there are {batch} losses. {ADVICE}"
         )
-    one = _single(model, problem.loss_fn, leaves, structure, mapped)
+    one = _single(model, problem.loss_fn, leaves, structure, mapped, _registered(problem))
     run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in mapped)), randomness=problem.randomness)
     try:
         with warnings.catch_warnings():
@@ -116,8 +116,28 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
     return {name: values.detach() for name, values in gradients.items()}, losses.detach()
 
 
+def _registered(problem: Problem) -> dict[str, str]:
+    """Every place where the model registers a parameter, each module once: path there -> the parameter's name.
+
+    `functional_call` finds such places by itself, but of a module with two names twice, and then leaves what it has put
+    there behind (torch 2.13).
+    """
+    names = {id(parameter): name for name, parameter in problem.parameters.items()}
+    return {
+        f"{path}.{own}".lstrip("."): names[id(parameter)]
+        for path, module in problem.model.named_modules()
+        for own, parameter in module._parameters.items()
+        if id(parameter) in names
+    }
+
+
 def _single(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], leaves: list, structure: TreeSpec, mapped: list[int]
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    leaves: list,
+    structure: TreeSpec,
+    mapped: list[int],
+    registered: Mapping[str, str],
 ) -> Callable[..., Tensor]:
     """The loss of one sample as a function of parameters and the sample's tensors."""
 
@@ -128,7 +148,8 @@ def _single(
         inputs, targets = tree_unflatten(filled, structure)
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else {}
-        loss = loss_fn(functional_call(model, dict(parameters), args, kwargs), targets)
+        values = {place: parameters[name] for place, name in registered.items()}
+        loss = loss_fn(functional_call(model, values, args, kwargs, tie_weights=False), targets)
         if not isinstance(loss, Tensor) or tuple(loss.shape) != (1,):
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise UnsupportedError(
