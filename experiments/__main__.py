@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from experiments import record as records
 from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
 from fngd.data import DataError
+from fngd.report import writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser(known)
     options = parser.parse_args(arguments)
     try:
+        if options.command in ("verdicts", "draw") and not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is no folder; give the one that holds the results")
         if options.command == "verdicts":
             return verdicts.write(known, options.out, options.readme)
         if options.command == "draw":
@@ -79,7 +83,7 @@ def _add_common(command: argparse.ArgumentParser, scales: list[str]) -> None:
     add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
     add("--threads", type=_positive, default=None, metavar="N", help="threads of torch (default: torch's)")
     add("--data-dir", type=Path, default=None, metavar="DIR", help="the folder of the data sets")
-    add("--minutes", type=float, default=None, metavar="M", help="stop each experiment after about M minutes")
+    add("--minutes", type=_minutes, default=None, metavar="M", help="stop each experiment after about M minutes")
 
 
 def _run_all(known: dict[str, Experiment], options: argparse.Namespace) -> int:
@@ -120,6 +124,7 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
         print(json.dumps(record.settings, indent=1))
         print("\n".join(f"{'finished' if unit in record.units else 'to do':9}{unit}" for unit in every))
         return 0
+    writable(options.out)
     complete = _work(experiment, record, path, chosen, options)
     written = _present(experiment, record, path)
     print("wrote", ", ".join(map(str, (path, *written))))
@@ -206,6 +211,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes: at least 0, such as 30 or 0.5")
+    return minutes
 
 
 @contextmanager

@@ -98,6 +98,8 @@ def test_other_settings_are_refused(tmp_path, capsys):
         (["toy", "--set", "steps=four"], "is no JSON"),
         (["toy", "--only", "fish*"], "the units are seed=0, seed=1"),
         (["toy", "--device", "toaster"], "--device toaster cannot be used"),
+        (["toy", "--minutes", "nan"], "'nan' is no number of minutes"),
+        (["toy", "--minutes", "-1"], "'-1' is no number of minutes"),
         (["toy", "--threads", "0"], "no whole number of at least 1"),
         (["draw", "tou"], "the experiments are toy"),
     ],
@@ -107,6 +109,24 @@ def test_mistakes_are_told(tmp_path, capsys, arguments, words):
         _call(tmp_path, *arguments)
     assert stop.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_unit(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        _call(tmp_path / "file", "toy")
+    assert stop.value.code == 2
+    assert "no file can be written there (File exists); give another folder" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize("command", ["draw", "verdicts"])
+def test_results_that_are_not_there_empty_no_table(tmp_path, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        _call(tmp_path / "nowhere", command)
+    assert stop.value.code == 2
+    assert "nowhere is no folder; give the one that holds the results" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_unit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
