@@ -120,3 +120,14 @@ def anchors(text: str) -> set[str]:
     """Returns the anchors of a page's headings, as GitHub and GitLab make them."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("package", ["persample", "fngd"])
+def test_the_map_names_every_module(package: str) -> None:
+    section = (ROOT / "docs" / "map.md").read_text().partition(f"## `{package}/`")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.py)`", section))
+    there = {path.name for path in (ROOT / package).glob("**/*.py")} - {"__init__.py"}
+    assert not named - there, "files that are not there"
+    # one operation a file, one family of models a file: named by their folders
+    families = {path.name for folder in ("rules", "cases") for path in (ROOT / package / folder).glob("*.py")}
+    assert not there - named - families, "modules that docs/map.md leaves out"
