@@ -35,9 +35,11 @@ class FirstPass:
 
         autograd.grad leaves none, so passes of that kind count.
         """
-        if not self._accumulates or torch._C._current_graph_task_id() == self._task:
-            return False
-        return all(_without(each) for group in groups for each in group["params"]) and _accumulates(param)
+        return torch._C._current_graph_task_id() != self._task and self.gone(groups) and _accumulates(param)
+
+    def gone(self, groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether the first pass left gradients, and no parameter has one any more."""
+        return self._accumulates and all(_without(each) for group in groups for each in group["params"])
 
 
 def _without(param: Tensor) -> bool:

@@ -92,6 +92,21 @@ def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
     )
 
 
+def warn_of_skipped(groups: list[dict[str, Any]]) -> bool:
+    """Warns that a batch has ended without a step, unless its gradients say why; returns whether it has."""
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    if any(hasattr(grad, "to_local") for grad in grads) or not all(bool(grad.isfinite().all()) for grad in grads):
+        return False
+    warnings.warn(
+        "zero_grad() of the optimiser follows a backward pass without step(): it counts as a batch that was skipped, "
+        "and the next one has the next batch's coefficients. If the pass belongs to no batch (another model's loss "
+        "went through this one, as a GAN's generator's does), clear its gradients by the model's zero_grad() instead, "
+        "or freeze the model for it by requires_grad_(False)",
+        stacklevel=4,
+    )
+    return True
+
+
 def reduction_of(loss: Tensor) -> str | None:
     """Returns "mean" or "sum" where a loss's graph tells how it was reduced, else None.
 

@@ -208,9 +208,9 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here.
 
-        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear.
+        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear, first.
         """
-        if self._policy.met_batch:
+        if self._policy.met_batch and self._policy.end_unstepped():
             self._end_batch()
         super().zero_grad(set_to_none)
 

@@ -19,6 +19,7 @@ from fngd.directions import Pair, coefficient_factors, dot, relative_damping, sc
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange
 from fngd.drawn import Drawn
+from fngd.guards import warn_of_skipped
 from fngd.members import members
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
@@ -63,7 +64,7 @@ class Policy:
         self.models: dict[str, Model] = {}
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
-        self._first, self._groups = FirstPass(), groups
+        self._first, self._groups, self._warned = FirstPass(), groups, False
         if table is not None:
             table.restarts = self._restarts
         self._drawing = False
@@ -90,10 +91,22 @@ class Policy:
         """Whether a layer's pass is the first one after all: the gradients of those before it were thrown away."""
         if not self._first.discarded(self._weight(layer), self._groups()):
             return False
+        self._restart()
+        self._begin(layer)
+        return True
+
+    def _restart(self) -> None:
         self.clear()
         if self._table is not None:
             self._table.restart()
-        self._begin(layer)
+
+    def end_unstepped(self) -> bool:
+        """Forgets passes that no step follows; returns whether they were a batch's: their gradients are still there."""
+        if self._first.gone(self._groups()):
+            self._restart()
+            return False
+        if self._table is not None and not self._warned:
+            self._warned = warn_of_skipped(self._groups())
         return True
 
     def _weight(self, layer: str) -> Tensor | None:

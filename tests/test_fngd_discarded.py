@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -117,7 +118,8 @@ def test_the_optimisers_zero_grad_ends_a_batch_all_the_same():
     model = net()
     opt = FNGD(model, steps_per_epoch=3)
     loss_of(model, 0).backward()
-    opt.zero_grad()
+    with pytest.warns(UserWarning, match=r"counts as a batch that was skipped.* GAN.* the model's zero_grad\(\)"):
+        opt.zero_grad()
     assert (opt._table.epoch, opt._table.index) == (0, 1)
     loss_of(model, 1).backward()
     model.zero_grad()  # the model's says nothing
@@ -138,6 +140,39 @@ def test_sharpness_aware_steps_keep_their_places():
         opt.step()
     assert (opt._table.epoch, opt._table.index) == (3, 0)
     assert set(opt._table._rows) == {("0", 0), ("2", 0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_zero_grads_after_a_generators_step(kind: str):
+    """The model's has thrown the gradients away, so that the optimiser's says nothing of a batch."""
+    results = []
+    for disturbed in (False, True):
+        model = net()
+        opt = KINDS[kind](model)
+        for number in range(6):
+            opt.zero_grad()
+            loss_of(model, number).backward()
+            opt.step()
+            if disturbed:
+                (100 * loss_of(model, 50 + number)).backward()
+                model.zero_grad()
+        results.append(values(model))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+def test_a_skipped_batch_is_warned_of_once_and_not_where_gradients_are_infinite():
+    model = net()
+    opt = FNGD(model, steps_per_epoch=9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (loss_of(model, 0) * torch.inf).backward()
+        opt.zero_grad()
+        assert not caught
+        for number in range(3):
+            loss_of(model, number).backward()
+            opt.zero_grad()
+    assert len(caught) == 1
+    assert opt._table.index == 4
 
 
 @pytest.mark.parametrize("bad", [-1, 5])

@@ -49,6 +49,7 @@ def vectors(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scale", ["absorb", "graft"])
 @pytest.mark.parametrize("gram", ["layer", "network"])
+@pytest.mark.filterwarnings("ignore:zero_grad.. of the optimiser follows:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_directions_are_the_dense_ones(name: str, gram: str, scale: str) -> None:
     build, shapes, classes = MODELS[name]

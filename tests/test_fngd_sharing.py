@@ -104,6 +104,7 @@ def test_a_batch_with_nan_is_not_stored() -> None:
         assert_close(run(model, opt, good), directions(rows, explicit(rows, 1e-3)))
 
 
+@pytest.mark.filterwarnings("ignore:zero_grad.. of the optimiser follows:UserWarning")
 def test_a_skipped_step_does_not_shift_the_batches_after_it() -> None:
     model, batches = Net(), data(4, 3)
     opt = FNGD(model, lr=0.0, alpha=1e-3, steps_per_epoch=2)
