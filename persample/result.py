@@ -29,6 +29,14 @@ T = TypeVar("T")
 class Explanation:
     """How the gradient of one use of a parameter is held and formed.
 
+    Attributes:
+        parameter: its name.
+        operation: the kind of autograd node, or module, at which it meets the data; "× 7": that many in one block.
+        rule: what made the block of it; "generic" is exact and may be slow.
+        block: "Outer", "Conv", "Rows", "Dense" or "Pulled"; see `persample.blocks`.
+        algorithm: how rows, norms and Gram matrix are formed; "rows as they are" needs no forming.
+        nbytes: bytes held by this block.
+
     >>> psg = persample.per_sample(nn.Linear(3, 2), lambda y, _: y.sum(1), torch.randn(5, 3))
     >>> psg.explain()[1].parameter, psg.explain()[1].block
     ('bias', 'Dense')
