@@ -25,7 +25,7 @@ from torch._guards import TracingContext
 from torch.nn import functional as F
 
 from persample.convolution_blocks import each, padding
-from persample.taps import Pass, Uses, without_autocast
+from persample.taps import Pass, Uses, reaches, without_autocast
 from persample.weights import Layer
 
 _HERE = Path(__file__).parent
@@ -83,8 +83,12 @@ def _gradients(
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
     asker = target.hooks.asker
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
     with _recording():
-        grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
+        # autograd.grad(loss, inputs) runs the graph all the same, and wants nothing of the layer.
+        if reaches(layer.members()):
+            grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
     # A policy may give no gradient; an operation of a graph always has its outputs.
     grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
     if bias is None or not needs_bias:

@@ -26,6 +26,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 _SECOND = (
     b"gradients of a model that persample.reweight reweights cannot be differentiated again: they do not depend on the "
@@ -89,6 +90,11 @@ def without_autocast(gradients: Gradients, uses: Any, needed: Sequence[bool], z:
         return gradients(uses, needed)
     with torch.autocast(z.device.type, enabled=False):
         return gradients(uses, needed)
+
+
+def reaches(weights: Sequence[Tensor | None]) -> bool:
+    """Whether the backward pass that is under way gives one of these leaves a gradient."""
+    return any(_runs(get_gradient_edge(each).node) for each in weights if each is not None and each.requires_grad)
 
 
 def _runs(node: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from loops import METHODS, STEPS_PER_EPOCH, build_model, data, deviation, gradients
 from torch.nn import functional as F
 
-from fngd import FNGD
+from fngd import FNGD, KFAC, NGD
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile warns about things of its own
 IN_EVERY_RUN = ("fngd", "kfac")
@@ -74,3 +74,21 @@ def test_passes_whose_gradients_are_thrown_away(by: str) -> None:
         counted.append({number for _, number in opt._table._rows})
         assert all(param.isfinite().all() for param in model.parameters())
     assert counted[0] == counted[1] == ({0} if by == "backward" else {0, 1})
+
+
+@pytest.mark.parametrize("method", ["joint", "kfac"])
+def test_gradients_of_the_inputs_alone_are_no_pass(method: str) -> None:
+    """An adversarial example's: the compiled graph computes all gradients, of which none is for the weights."""
+    results = []
+    for compiled in (False, True):
+        model, (x, y) = build_model(), data()
+        opt = NGD(model, lr=0.05, accumulate="joint") if method == "joint" else KFAC(model, lr=0.05, inverse_every=1)
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(3):
+            own = x.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(F.cross_entropy(call(own), y), own)
+            F.cross_entropy(call(x + 0.1 * grad.sign()), y).backward()
+            opt.step()
+            opt.zero_grad()
+        results.append(dict(model.named_parameters()))
+    assert deviation(results[1], results[0]) < 1e-4
