@@ -88,8 +88,8 @@ def print_table(comparison: Comparison) -> None:
         title=f"{config.data}, {config.model}, batch {config.batch_size}, {config.epochs} epochs, "
         f"{seeds} seed{'s' if seeds != 1 else ''}",
         caption=("" if comparison.finished else f"UNFINISHED: the last seed has {last} epochs. ")
-        + f"± standard deviation over seeds. Time: training alone, interleaved with {base} batch by batch. "
-        "Memory: peak above the start, in a process of its own.",
+        + f"± standard deviation over seeds. Time: training alone, interleaved with {base} batch by batch."
+        + (" Memory: peak above the start, in a process of its own." if comparison.memory else ""),
         box=box.SIMPLE_HEAD,
     )
     table.add_column("\noptimizer", no_wrap=True)

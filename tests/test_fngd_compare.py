@@ -49,6 +49,7 @@ def test_it_writes_a_table_json_and_a_figure(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     for word in ("sgd", "adamw", "ngd", "fngd", "accuracy, %", "train", "loss", "time /", "memory", "MiB"):
         assert word in printed
+    assert "Memory: peak" not in printed  # it was not measured
     content = results(tmp_path)
     assert content["finished"]
     assert content["config"]["train_size"] == 100
