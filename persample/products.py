@@ -30,7 +30,7 @@ LARGE = 6 * 2**20
 PIECE, FEWEST = 2**19, 128
 """Bytes of z that are transposed at a time for the weight gradient, and rows at least: what is transposed lies in
 memory that is kept, and products of fewer rows write as much as they read. Twice as much of both takes 0.91 to 1.00 of
-the time, and 0.5 MiB that stay, where a Transformer's step with stored coefficients has 3 MiB more than the plain one."""
+the time, and 0.5 MiB that stay; a Transformer's step with stored coefficients has 3 MiB more than the plain one."""
 TOGETHER = 2**18
 """Bytes of the z of one sample up to which those of all samples are transposed at once."""
 NARROWEST = 64
