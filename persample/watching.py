@@ -91,7 +91,7 @@ class Before:
             if hasattr(each, "__dict__") and not isinstance(each, (nn.Module, type, FunctionType)):
                 self._note(vars(each), tensors)
         each_once = {id(each): each for each in tensors}.values()
-        self._versions = [(each, each._version) for each in each_once if not (each.is_inference() or is_lazy(each))]
+        self._versions = [(each, each._version) for each in each_once if not (is_lazy(each) or each.is_inference())]
         buffers = (each for module in modules for each in module._buffers.values()) if values else ()
         self._values = [(each, each.clone()) for each in buffers if each is not None and not is_lazy(each)]
 
