@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
-from persample.chunked import ChunkedPerSampleGrads, batch_of, losses_of_all
+from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
 from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
 from persample.result import GraphPerSampleGrads, PerSampleGrads
 
@@ -107,8 +107,8 @@ def per_sample(
     batch = batch_of(inputs)
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
-    whole = losses_of_all(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
-    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, whole, parameters.values())
+    together = whole(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, together)
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:

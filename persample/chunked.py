@@ -4,12 +4,15 @@ Exact, because the rows of a chunk do not depend on other chunks. Memory is that
 matrix) and of the result; time is one forward and backward pass over the batch for each reduction, and for a
 Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
 dropout masks. That the losses of a chunk are those of the whole batch is checked, by one forward pass without a graph:
-they are not where a tensor is cut that all samples share, or where samples are padded to the longest.
+they are not where a tensor is cut that all samples share, or where samples are padded to the longest. Where random
+numbers are drawn, it takes two more, without chance (`persample.still`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from persample.checks import check_losses
 from persample.errors import CheckError, PerSampleError
 from persample.precision import coarsest
 from persample.result import Explanation, Per, PerSampleGrads
+from persample.still import Still, random_state
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
@@ -39,17 +43,16 @@ class ChunkedPerSampleGrads:
         targets: Any,
         chunk_size: int,
         batch: int,
-        whole: Tensor | None = None,
-        parameters: Collection[Tensor] = (),
+        whole: Whole | None = None,
     ) -> None:
-        if whole is not None and len(whole) != batch:
+        if whole is not None and len(whole.losses) != batch:
             raise ValueError(
                 f"chunk_size cuts along dimension 0, which of the first tensor of the inputs has {batch} entries; but "
-                f"there are {len(whole)} samples, by the losses; the batch must lie there, or chunk_size be left out"
+                f"there are {len(whole.losses)} samples, by the losses; the batch must lie there, or chunk_size be "
+                "left out"
             )
         self.batch = batch
         self._whole = whole
-        self._precision = None if whole is None else computed_in(whole, parameters)
         self._capture = capture
         self._data = (inputs, targets)
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
@@ -151,7 +154,11 @@ class ChunkedPerSampleGrads:
                 f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
                 f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there"
             )
-        if self._whole is not None and not _agree(psg.losses, self._whole[part], self._whole, self._precision):
+        if (
+            self._whole is not None
+            and not (i in self._losses and self._whole.still)
+            and not self._whole.agrees(part, psg.losses, inputs, targets)
+        ):
             raise CheckError(
                 f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
                 f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
@@ -173,28 +180,51 @@ class ChunkedPerSampleGrads:
             ) from error
 
 
-def losses_of_all(problem: Problem) -> Float[Tensor, " batch"] | None:
-    """The losses of the whole batch, without a graph; None where those of chunks may differ or there are none.
+@dataclass(frozen=True)
+class Whole:
+    """The losses of the whole batch, to compare those of chunks with."""
 
-    That is where random numbers are drawn, and where the model differentiates or has not enough memory.
+    problem: Problem
+    losses: Float[Tensor, " batch"]
+    still: bool
+    """Whether they are without chance, because the model draws random numbers."""
+
+    def agrees(self, part: slice, losses: Tensor, inputs: Any, targets: Any) -> bool:
+        """Whether a part of the samples has the same losses alone."""
+        if self.still:
+            alone, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=True)
+            if alone is None:
+                return True
+            losses = alone
+        precision = computed_in(self.losses, self.problem.parameters.values())
+        return _agree(losses, self.losses[part], self.losses, precision)
+
+
+def whole(problem: Problem) -> Whole | None:
+    """The losses of the whole batch; None where there are none, for the model differentiates or lacks the memory."""
+    losses, drawn = losses_without_graph(problem, still=False)
+    if drawn:
+        losses, _ = losses_without_graph(problem, still=True)
+    return None if losses is None else Whole(problem, check_losses(losses), drawn)
+
+
+def losses_without_graph(problem: Problem, *, still: bool) -> tuple[Any, bool]:
+    """Runs the model, which is left as it was; returns the losses, None if there are none, and whether it has drawn.
+
+    With `still` it runs without chance.
     """
-
-    def random() -> list[Tensor]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *cuda]
-
-    before = random()
+    before = random_state()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it treats padding in another way
     try:
-        with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad():
+        with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad(), Still() if still else nullcontext():
             losses = problem.loss_fn(problem.outputs(), problem.targets)
-            drawn = any(not torch.equal(a, b) for a, b in zip(before, random(), strict=False))
+            drawn = any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=False))
     except RuntimeError:
-        return None
+        return None, False
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return None if drawn else check_losses(losses)
+    return losses, drawn
 
 
 def computed_in(losses: Tensor, parameters: Collection[Tensor]) -> torch.dtype:
