@@ -26,8 +26,10 @@ from persample.backends.shared import buffers_kept
 from persample.checks import check_losses
 from persample.errors import CheckError, PerSampleError
 from persample.precision import coarsest
+from persample.provenance import tensors_of
 from persample.result import Explanation, Per, PerSampleGrads
 from persample.still import Still, random_state
+from persample.unchanged import Unchanged
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
@@ -58,6 +60,7 @@ class ChunkedPerSampleGrads:
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
         self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._losses: dict[int, Tensor] = {}
+        self._unchanged: Unchanged | None = None
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
         self._explanation = first.explain()
@@ -135,6 +138,8 @@ class ChunkedPerSampleGrads:
 
     def _chunk(self, i: int) -> PerSampleGrads:
         """The capture of chunk i, with the random numbers of its first capture."""
+        if self._unchanged is not None:
+            self._unchanged.require("chunk_size")
         part = self._slices[i]
         inputs, targets = tree_map(
             lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf, self._data
@@ -166,6 +171,10 @@ class ChunkedPerSampleGrads:
                 "or padding depends on the whole batch (then leave chunk_size out). check=False turns this check off"
             )
         self._losses[i] = psg.losses
+        if self._unchanged is None:
+            self._unchanged = Unchanged(psg._parameters.values(), tensors_of(self._data))
+        else:
+            self._unchanged.remember()  # the model may change them itself: max_norm of an embedding
         return psg
 
     def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:

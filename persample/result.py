@@ -19,6 +19,7 @@ from persample.blocks import Block
 from persample.gradient import Gradient, add
 from persample.precision import full_precision
 from persample.reductions import overwrites
+from persample.unchanged import Unchanged
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -391,6 +392,7 @@ class GraphPerSampleGrads(PerSampleGrads):
         reading = graph.reading
         super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
         self._graph = graph
+        self._unchanged = Unchanged(parameters.values())
 
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, graph held)"
@@ -401,6 +403,7 @@ class GraphPerSampleGrads(PerSampleGrads):
         return tuple(name for name in self._parameters if not self._graph.reading.uses.get(name))
 
     def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
+        self._unchanged.require("hold='graph'")
         formed: dict[str, T] = {}
 
         def take(name: str, uses: tuple[Captured, ...]) -> None:
