@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ def readings(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     confirmed: Mapping[Key, Reading | None] | None = None,
-    selected: Iterable[Key] = (),
+    selected: Mapping[Key, float] | None = None,
 ) -> dict[Key, Reading | None]:
     """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
 
@@ -103,18 +103,20 @@ def readings(
         confirmed: outputs of layers that have been read folded before, with the reading that goes on so, if there is
             one. It need not be followed to the last bit, and is taken where nothing speaks against it.
         selected: outputs of rows that were selected from others: None, too, where they change and nothing is decided.
+            With the rounding of theirs: where samples are replaced, others are multiplied in other company, and of that
+            their rows change in their last digits.
     """
     found: dict[Key, Reading | None] = {}
     touched: set[Key] = set()
     modes = [(module, module.training) for module in model.modules()]
-    sure = dict(confirmed or {})
+    sure, selected = dict(confirmed or {}), selected or {}
     try:
         for training in (True, False):
             left = {key: each for key, each in candidates.items() if key not in found}
             if left and (training or any(was for _, was in modes)):
                 for module, was in modes:
                     module.training = was and training
-                new, touched = _by_inputs(model, run, args, kwargs, left, batch, sure)
+                new, touched = _by_inputs(model, run, args, kwargs, left, batch, sure, selected)
                 found |= new
     finally:
         for module, was in modes:
@@ -127,8 +129,15 @@ class _Evidence:
     """What is known of the rows of the outputs of a layer that have one shape."""
 
     def __init__(
-        self, candidates: Sequence[Reading], shape: Shape, batch: int, thorough: bool, usual: Reading | None
+        self,
+        candidates: Sequence[Reading],
+        shape: Shape,
+        batch: int,
+        thorough: bool,
+        usual: Reading | None,
+        rounding: float,
     ) -> None:
+        self._rounding = rounding
         self.left, self._batch, self._thorough, self._usual = list(candidates), batch, thorough, usual
         self._before: list[Tensor] = []
         self._ordinary = by_size(candidates)
@@ -154,7 +163,7 @@ class _Evidence:
             self.left = []
             return
         for one, *others in zip(before, *(each for each in after if each is not None), strict=True):
-            differences = [((one != other) & ~(one.isnan() & other.isnan())).cpu() for other in others]
+            differences = [self._differences(one, other).cpu() for other in others]
             for axis, lit in self._lit.items():
                 first, second = (each.movedim(axis, 0).reshape(len(lit), -1).any(1) for each in differences)
                 lit |= first | second
@@ -164,6 +173,10 @@ class _Evidence:
                     if bool(with_others.any()):
                         self.left.remove(reading)
                         self.foreign |= reading == self._ordinary and bool((with_others & ~with_own).any())
+
+    def _differences(self, one: Tensor, other: Tensor) -> Tensor:
+        different = (one != other) & ~(one.isnan() & other.isnan())
+        return different & ~((one - other).abs() <= self._rounding * one.abs().max()) if self._rounding else different
 
     def decided(self, all_inputs: bool, last: bool) -> Reading | None:
         """The reading that is left, if rows of every place that a sample has were seen to follow it.
@@ -200,6 +213,7 @@ def _by_inputs(
     candidates: Mapping[Key, Sequence[Reading]],
     batch: int,
     sure: Mapping[Key, Reading | None],
+    rounding: Mapping[Key, float],
 ) -> tuple[dict[Key, Reading | None], set[Key]]:
     """One input after the other is changed, then all together; returns what was found, and which outputs changed."""
     leaves, tree = tree_flatten((args, kwargs))
@@ -228,7 +242,7 @@ def _by_inputs(
     choices = [*([each] for each in places), *([places] if len(places) > 1 else [])]
     for number, chosen in enumerate(choices):
         evidence = {
-            key: _Evidence(each, key[1], batch, key not in sure, sure.get(key))
+            key: _Evidence(each, key[1], batch, key not in sure, sure.get(key), rounding.get(key, 0.0))
             for key, each in candidates.items()
             if key in before and key not in found and (len(chosen) > 1 or key not in touched)
         }

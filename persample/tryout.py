@@ -94,7 +94,7 @@ class Tryout:
         self._unsure = unsure
         if unsure and batch is not None:
             confirmed = {key: key[0].usual(each) for key, each in unsure.items() if key[0].readings}
-            selected = {key for key in unsure if key[0].selected}
+            selected = {key: _rounding(key[0]) for key in unsure if key[0].selected}
             found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed, selected)
             for layer, shape in unsure:
                 layer.note = "a trial with other samples did not tell how to read its rows"
@@ -140,6 +140,15 @@ class Watch(Provenance):
             for each in tree_leaves(result):
                 self._mark(each, self._SELECTED)
         return result
+
+
+def _rounding(layer: Layer) -> float:
+    """What relative differences of the layer's outputs rounding may explain."""
+    weight = layer.members()[0]
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return min(64 * torch.finfo(dtype).eps, 0.05)
 
 
 def _one_axis(candidates: list[Reading]) -> bool:

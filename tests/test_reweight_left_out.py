@@ -125,3 +125,30 @@ def test_an_expert_that_the_first_batch_does_not_reach() -> None:
         model(x, torch.tensor([], dtype=torch.long)).sum().backward()
         with pytest.raises(ValueError, match=r"'expert' counts samples.*rows that change with others than their own"):
             model(x, torch.tensor([0, 1, 2, 9])).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_follows_an_expert_is_read_whoever_is_in_its_company(dtype: torch.dtype) -> None:
+    """How many rows an expert has changes with other samples, and with it the last digits of every row."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.expert, self.last = nn.Linear(33, 47), nn.Linear(47, 47), nn.Linear(47, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.enter(x).tanh()
+            chosen = (h[:, 0] > 0).nonzero().flatten()
+            return self.last(torch.zeros_like(h).index_add(0, chosen, self.expert(h[chosen])) + h)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, sizes = Gated().to(dtype), []
+
+        def policy(layer: str, grads: LayerGrads, sizes: list[int] = sizes) -> None:
+            if layer == "last":
+                sizes.append(grads.batch_size)
+
+        with reweight(model, policy):
+            model(torch.randn(7, 33, dtype=dtype)).sum().backward()
+        assert sizes == [7]
