@@ -25,7 +25,9 @@ def signature(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: i
     own = x.shape, z.shape, x.dtype, z.dtype, x.device, needed, axis
     if module is None or isinstance(module, nn.Linear):
         return own
-    return own, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    weight = module._parameters.get("weight")  # with strides, kernels of several sizes lead to one shape of z
+    shape = None if weight is None else weight.shape
+    return own, shape, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
 
 
 def prepare(module: Any, x: Tensor, z: Tensor, needed: Sequence[bool], axis: int) -> Sum:
