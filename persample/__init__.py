@@ -2,10 +2,11 @@
 
 from persample.api import backends, grad, per_sample
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.explanation import Explanation
 from persample.folded import Folded
 from persample.kernels import force_kernel
 from persample.layers import LayerGrads
-from persample.result import Explanation, PerSampleGrads
+from persample.result import PerSampleGrads
 from persample.reweight import Reweighting, reweight
 
 __all__ = [

@@ -13,7 +13,8 @@ from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
 from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
 from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
-from persample.result import GraphPerSampleGrads, PerSampleGrads
+from persample.graph_result import GraphPerSampleGrads
+from persample.result import PerSampleGrads
 
 
 def per_sample(

@@ -25,9 +25,10 @@ from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.checks import check_losses
 from persample.errors import CheckError, PerSampleError
+from persample.explanation import Explanation
 from persample.precision import coarsest
 from persample.provenance import tensors_of
-from persample.result import Explanation, Per, PerSampleGrads
+from persample.result import Per, PerSampleGrads
 from persample.still import Still, random_state
 from persample.unchanged import Unchanged
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -12,43 +11,16 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from persample import memory
-from persample.algorithms import algorithm
-from persample.backends import Capture, Captured
-from persample.backends.outputs import HeldGraph
+from persample.backends import Capture
 from persample.blocks import Block
+from persample.explanation import Explanation, explained
 from persample.gradient import Gradient, add
 from persample.precision import full_precision
 from persample.reductions import overwrites
-from persample.unchanged import Unchanged
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How the gradient of one use of a parameter is held and formed.
-
-    Attributes:
-        parameter: its name.
-        operation: the kind of autograd node, or module, at which it meets the data; "× 7": that many in one block.
-        rule: what made the block of it; "generic" is exact and may be slow.
-        block: "Outer", "Conv", "Rows", "Dense" or "Pulled"; see `persample.blocks`.
-        algorithm: how rows, norms and Gram matrix are formed; "rows as they are" needs no forming.
-        nbytes: bytes held by this block.
-
-    >>> psg = persample.per_sample(nn.Linear(3, 2), lambda y, _: y.sum(1), torch.randn(5, 3))
-    >>> psg.explain()[1].parameter, psg.explain()[1].block
-    ('bias', 'Dense')
-    """
-
-    parameter: str
-    operation: str
-    rule: str
-    block: str
-    algorithm: str
-    nbytes: int
 
 
 def reduction(method: Method) -> Method:
@@ -311,7 +283,7 @@ class PerSampleGrads:
         ...     print(use.parameter, use.operation, use.block)
         weight Mm Outer
         """
-        return [row for rows in self._each(_explained).values() for row in rows]
+        return [row for rows in self._each(explained).values() for row in rows]
 
     @reduction
     def _rows(
@@ -381,41 +353,6 @@ class PerSampleGrads:
         raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
 
 
-class GraphPerSampleGrads(PerSampleGrads):
-    """Per-sample gradients of which nothing is held but the autograd graph: every reduction is a backward pass.
-
-    Each parameter's factors are consumed when the pass has formed them, so the peak is that of the plain backward
-    pass. `blocks`, and being the `other` of a Gram matrix, need all factors at once.
-    """
-
-    def __init__(self, graph: HeldGraph, parameters: Mapping[str, Tensor], backend: str) -> None:
-        reading = graph.reading
-        super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
-        self._graph = graph
-        self._unchanged = Unchanged(parameters.values())
-
-    def __repr__(self) -> str:
-        return f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, graph held)"
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Names of trainable parameters that no loss depends on; their gradients are zero."""
-        return tuple(name for name in self._parameters if not self._graph.reading.uses.get(name))
-
-    def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
-        self._unchanged.require("hold='graph'")
-        formed: dict[str, T] = {}
-
-        def take(name: str, uses: tuple[Captured, ...]) -> None:
-            formed[name] = form(name, Gradient(self._parameters[name], uses, self.losses))
-
-        self._graph.stream(take)
-        return {name: formed[name] for name in self._parameters}
-
-    def _held(self) -> Mapping[str, Gradient]:
-        return self._each(lambda _, gradient: gradient)
-
-
 def reused(gradient: Gradient) -> Tensor | None:
     """Memory of earlier rows of a parameter, where there is some and its rows are as cheaply written there."""
     batch, numel = gradient.losses.shape[0], gradient.parameter.numel()
@@ -430,15 +367,6 @@ def reused(gradient: Gradient) -> Tensor | None:
 def layer_of(name: str) -> str:
     """The path of the module that owns a parameter; "" is the model."""
     return name.rpartition(".")[0]
-
-
-def _explained(name: str, gradient: Gradient) -> list[Explanation]:
-    if not gradient.uses:
-        return [Explanation(name, "unused", "zero", "none", "none", 0)]
-    return [
-        Explanation(name, use.operation, use.rule, type(use.block).__name__, algorithm(use.block), use.block.nbytes)
-        for use in gradient.uses
-    ]
 
 
 def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
