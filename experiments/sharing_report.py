@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.record import Claim, Record, Verdict
 from experiments.statistics import mean, paired, spread, standard_error
@@ -115,56 +116,19 @@ def draw(record: Record, stem: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    s = record.settings
-    alphas, methods = s["alphas"], s["methods"]
+    alphas = record.settings["alphas"]
     middle = alphas[len(alphas) // 2 - (len(alphas) > 2)]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    for axis, name, words in (
-        (axes[0, 0], "train_loss", "training loss, last epoch"),
-        (axes[0, 1], "test_accuracy", "test accuracy, %, last epoch"),
-    ):
-        for shift, method in enumerate(methods):
-            points = [(a, [*final(record, method, a, name).values()]) for a in alphas]
-            points = [(a * 1.06 ** (shift - len(methods) / 2), values) for a, values in points if values]
-            if not points:
-                continue
-            x, centre = [a for a, _ in points], [mean(values) for _, values in points]
-            below = [c - min(v) for c, (_, v) in zip(centre, points, strict=True)]
-            above = [max(v) - c for c, (_, v) in zip(centre, points, strict=True)]
-            style = "--" if method == "constant" else "-"
-            axis.errorbar(x, centre, [below, above], color=COLOURS[method], fmt="o" + style, ms=4, lw=1.4, label=method)
-        axis.set(xscale="log", xlabel="α", ylabel=words)
+    _draw_final(axes[0, 0], record, "train_loss", "training loss, last epoch")
+    _draw_final(axes[0, 1], record, "test_accuracy", "test accuracy, %, last epoch")
     axes[0, 0].set(yscale="log")
     axes[0, 0].legend(frameon=False, ncols=2)
-    for method in ("fngd", "permuted", "sample", "refreshed"):
-        epochs = range(1, s["epochs"])
-        values = [correlations(record, method, middle, epoch) for epoch in epochs]
-        points = [(epoch + 1, mean(v), min(v), max(v)) for epoch, v in zip(epochs, values, strict=True) if v]
-        if points:
-            x, centre, low, high = zip(*points, strict=True)
-            axes[1, 0].plot(x, centre, "o-", color=COLOURS[method], ms=4, lw=1.4, label=method)
-            axes[1, 0].fill_between(x, low, high, color=COLOURS[method], alpha=0.10, lw=0)
-    axes[1, 0].set(xlabel="epoch", ylabel=f"correlation of stored and fresh factors\nα = {middle:g}", ylim=(-1, 1))
-    axes[1, 0].axhline(0, color="black", lw=0.6)
+    _draw_likeness(axes[1, 0], record, middle)
+    _draw_losses(axes[1, 1], record, middle)
     for axis in axes[1]:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for method in methods:
-        runs = [
-            result["epochs"]
-            for unit, result in record.results.items()
-            if parsed(unit)[0] == method and parsed(unit)[1] in (middle, None) and result["finite"]
-        ]
-        if runs:
-            losses = [[epochs[number]["train_loss"] for epochs in runs] for number in range(s["epochs"])]
-            x = range(1, s["epochs"] + 1)
-            style = "--" if method == "constant" else "-"
-            axes[1, 1].plot(x, [mean(v) for v in losses], style, color=COLOURS[method], lw=1.4, label=method)
-            axes[1, 1].fill_between(
-                x, [*map(min, losses)], [*map(max, losses)], color=COLOURS[method], alpha=0.12, lw=0
-            )
-    axes[1, 1].set(xlabel="epoch", ylabel=f"training loss\nα = {middle:g}", yscale="log")
     for axis in axes.flat:
         axis.grid(alpha=0.3, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -172,6 +136,55 @@ def draw(record: Record, stem: Path) -> list[Path]:
     path = stem.with_suffix(".png")
     figure.savefig(path, dpi=150)
     return [path]
+
+
+def _draw_final(axis: Any, record: Record, name: str, words: str) -> None:
+    """A figure of the last epoch against α."""
+    methods = record.settings["methods"]
+    for shift, method in enumerate(methods):
+        points = [(a, [*final(record, method, a, name).values()]) for a in record.settings["alphas"]]
+        points = [(a * 1.06 ** (shift - len(methods) / 2), values) for a, values in points if values]
+        if not points:
+            continue
+        x, centre = [a for a, _ in points], [mean(values) for _, values in points]
+        below = [c - min(v) for c, (_, v) in zip(centre, points, strict=True)]
+        above = [max(v) - c for c, (_, v) in zip(centre, points, strict=True)]
+        style = "o" + _style(method)
+        axis.errorbar(x, centre, [below, above], color=COLOURS[method], fmt=style, ms=4, lw=1.4, label=method)
+    axis.set(xscale="log", xlabel="α", ylabel=words)
+
+
+def _draw_likeness(axis: Any, record: Record, alpha: float) -> None:
+    """How much stored factors resemble fresh ones, by epoch."""
+    for method in ("fngd", "permuted", "sample", "refreshed"):
+        by_epoch = {e + 1: correlations(record, method, alpha, e) for e in range(1, record.settings["epochs"])}
+        by_epoch = {epoch: values for epoch, values in by_epoch.items() if values}
+        if by_epoch:
+            x, values = [*by_epoch], [*by_epoch.values()]
+            axis.plot(x, [*map(mean, values)], "o-", color=COLOURS[method], ms=4, lw=1.4, label=method)
+            axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=COLOURS[method], alpha=0.10, lw=0)
+    axis.set(xlabel="epoch", ylabel=f"correlation of stored and fresh factors\nα = {alpha:g}", ylim=(-1, 1))
+    axis.axhline(0, color="black", lw=0.6)
+
+
+def _draw_losses(axis: Any, record: Record, alpha: float) -> None:
+    """Training loss by epoch, where no seed diverged."""
+    x = range(1, record.settings["epochs"] + 1)
+    for method in record.settings["methods"]:
+        runs = [
+            result["epochs"]
+            for unit, result in record.results.items()
+            if parsed(unit)[0] == method and parsed(unit)[1] in (alpha, None) and result["finite"]
+        ]
+        if runs:
+            losses = [[epochs[number - 1]["train_loss"] for epochs in runs] for number in x]
+            axis.plot(x, [*map(mean, losses)], _style(method), color=COLOURS[method], lw=1.4, label=method)
+            axis.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=COLOURS[method], alpha=0.12, lw=0)
+    axis.set(xlabel="epoch", ylabel=f"training loss\nα = {alpha:g}", yscale="log")
+
+
+def _style(method: str) -> str:
+    return "--" if method == "constant" else "-"
 
 
 def _compare(record: Record, own: str, other: str) -> list[tuple[float, list[float]]]:

@@ -10,7 +10,8 @@ the others      all steps alike
 
 All methods of a model run in turns: each round makes one step of each kind, in an order drawn anew, and ratios are
 taken within the round. Steps with decompositions that take minutes are timed `rare` times, or only when they are met
-first (rare = 0); their median then enters every round. Data are random: they make no difference to time.
+first (rare = 0); their median then enters every round. Data are random: they make no difference to time. A unit is a
+model in one fresh process; medians are taken over the rounds of several (why: `experiments.fresh`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.timing import quiet
+from experiments.fresh import Show, in_fresh_process
 from experiments.models import Transformer
 from experiments.record import Context, Experiment, Result, Settings
 from experiments.regions import breakdown
-from experiments.step_time_report import CLAIMS, draw, report
+from experiments.step_time_claims import CLAIMS
+from experiments.step_time_ratios import shares
+from experiments.step_time_report import draw, report
 from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
 from fngd.models import build_model
 
@@ -43,9 +47,10 @@ FULL: Settings = {
     "models": MODELS,
     "methods": METHODS,
     "batch": {name: 64 if name == "transformer" else 128 for name in MODELS},
-    "rounds": dict.fromkeys(MODELS, 15),
-    "rare": {"resnet32": 3, "resnet110": 2, "resnet18": 1, "resnet34": 1, "transformer": 1},
-    "breakdowns": 5,
+    "processes": dict.fromkeys(MODELS, 3),
+    "rounds": dict.fromkeys(MODELS, 5),
+    "rare": dict.fromkeys(MODELS, 1),
+    "breakdowns": 2,
     "epochs": 100,
     "transformer": {**_TEXT, "layers": 6},
     "image": 32,
@@ -53,14 +58,16 @@ FULL: Settings = {
 SMALL: Settings = {
     **FULL,
     "batch": {"resnet32": 128, "resnet110": 64, "resnet18": 32, "resnet34": 32, "transformer": 64},
-    "rounds": dict.fromkeys(MODELS, 5),
-    "rare": {"resnet32": 2, "resnet110": 1, "resnet18": 0, "resnet34": 0, "transformer": 0},
-    "breakdowns": 2,
+    "processes": {"resnet32": 5, "resnet110": 3, "resnet18": 2, "resnet34": 2, "transformer": 3},
+    "rounds": {"resnet32": 6, "resnet110": 4, "resnet18": 4, "resnet34": 4, "transformer": 5},
+    "rare": {"resnet32": 1, "resnet110": 1, "resnet18": 0, "resnet34": 0, "transformer": 0},
+    "breakdowns": 1,
     "transformer": {**_TEXT, "layers": 2},
 }
 SMOKE: Settings = {
     **FULL,
     "models": ["resnet32", "transformer"],
+    "processes": {"resnet32": 1, "transformer": 1},
     "batch": {"resnet32": 4, "transformer": 4},
     "rounds": {"resnet32": 2, "transformer": 2},
     "rare": {"resnet32": 0, "transformer": 0},
@@ -70,23 +77,6 @@ SMOKE: Settings = {
 }
 LR = 1e-4
 """Small, so that nothing diverges on random data and meets NaN or denormals, which take other times."""
-
-SHARES: dict[str, dict[str, float]] = {
-    "kfac": {"plain": 0.90, "statistics": 0.09, "inverse": 0.01},
-    "shampoo": {"plain": 0.90, "statistics": 0.09, "inverse": 0.01},
-    "skfac": {"plain": 7 / 8, "inverse": 1 / 8},
-}
-
-
-def shares(method: str, epochs: int) -> dict[str, float]:
-    """Returns how often each kind of step occurs; they add up to 1.
-
-    >>> shares("fngd", 100)
-    {'stored': 0.99, 'compute': 0.01}
-    """
-    if method == "fngd":
-        return {"stored": 1 - 1 / epochs, "compute": 1 / epochs}
-    return SHARES.get(method, {"step": 1.0})
 
 
 def optimizer(method: str, model: nn.Module) -> Optimizer:
@@ -142,24 +132,36 @@ def task(name: str, settings: Settings, device: str) -> tuple[nn.Module, Callabl
     return model, lambda net: F.cross_entropy(net(images), numbers)
 
 
+def units(settings: Settings) -> list[str]:
+    """Every model in each of the processes."""
+    return [
+        f"{model}/process={number}" for model in settings["models"] for number in range(settings["processes"][model])
+    ]
+
+
 def run(unit: str, settings: Settings, context: Context) -> Result:
-    """Times all methods on one model."""
-    device = context.device
+    """Times all methods on one model, in a fresh process."""
+    name, _, number = unit.partition("/process=")
+    return in_fresh_process(measure, name, int(number), settings, context.device, show=context.progress)
+
+
+def measure(name: str, place: int, settings: Settings, device: str, show: Show) -> Result:
+    """Times all methods on one model, in this process, which is that many'th."""
     steps = [(m, kind) for m in settings["methods"] for kind in shares(m, settings["epochs"])]
-    rounds, rare, extra = settings["rounds"][unit], settings["rare"][unit], settings["breakdowns"]
+    rounds, rare, extra = settings["rounds"][name], settings["rare"][name], settings["breakdowns"]
     total, done = len(steps) * (1 + rounds + extra), 0
     trained: dict[str, tuple[nn.Module, Optimizer, Callable[[nn.Module], Tensor]]] = {}
     first: dict[str, list[float]] = {}
     times: dict[str, dict[str, list[float]]] = {}
     parts: dict[str, list[dict[str, float]]] = {}
     for method in settings["methods"]:
-        model, loss = task(unit, settings, device)
+        model, loss = task(name, settings, device)
         trained[method] = model, optimizer(method, model), loss
 
     def tick(text: str) -> None:
         nonlocal done
         done += 1
-        context.progress(done, total, text)
+        show(done, total, text)
 
     with quiet():
         for method, kind in sorted(steps, key=lambda step: _order(step[1])):  # decompositions before what uses them
@@ -167,7 +169,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
             tick(f"first {method}, {kind}")
         for number in range(rounds):
             order = list(steps)
-            random.Random(number).shuffle(order)
+            random.Random(place * rounds + number).shuffle(order)
             gc.collect()
             for method, kind in order:
                 tick(f"round {number + 1}, {method}")
@@ -195,7 +197,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
             key, {"round": [], "wall": [wall], "process": [process]}
         )  # rare = 0: the first is all there is
     parameters = sum(parameter.numel() for parameter in trained["sgd"][0].parameters())
-    return {"parameters": parameters, "batch": settings["batch"][unit], "times": times, "parts": parts}
+    return {"parameters": parameters, "batch": settings["batch"][name], "times": times, "parts": parts}
 
 
 def _order(kind: str) -> int:
@@ -228,10 +230,10 @@ EXPERIMENT = Experiment(
     help="time of a step over SGD's, in parts; eight methods, five models",
     source="FNGD paper, Table III and Fig. 8",
     scales={"small": SMALL, "full": FULL, "smoke": SMOKE},
-    units=lambda settings: list(settings["models"]),
+    units=units,
     run=run,
     report=report,
     draw=draw,
     claims=CLAIMS,
-    growing=("models",),
+    growing=("models", "processes"),
 )
