@@ -71,14 +71,16 @@ class Asker:
         return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
 
     def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
-        self._asked = uses.forward, parts
+        self._asked, layer.left_out = (uses.forward, parts), False
         try:
             answer = (
                 self._policy({layer.path: grads}).get(layer.path) if self.joint else self._policy(layer.path, grads)
             )
         finally:
             self._asked = None
-        return layer.combine(grads, answer)
+        combined = layer.combine(grads, answer)
+        layer.left_out = isinstance(grads, UnreadGrads)
+        return combined
 
     def of_all(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
@@ -107,7 +109,9 @@ class Asker:
         finally:
             self._asked = None
         for own, layer in met:
+            layer.left_out = False
             result[own] = layer.combine(grads[layer.path], answers.get(layer.path))
+            layer.left_out = isinstance(grads[layer.path], UnreadGrads)
         return result
 
     @property

@@ -108,6 +108,7 @@ class ForwardHooks:
         if self._seen is None or not isinstance(x, Tensor):
             return layer.shared is None
         layer.selected |= self._seen.selected(x)
+        layer.placed |= self._seen.placed(x)
         if not self._seen.may_be_data(x):
             layer.shared = "it works on what all samples share (its input does not come from the model's)"
         return layer.shared is None

@@ -145,6 +145,11 @@ class Provenance(TorchDispatchMode):
                 self._made.add(storage.cdata)
             self._storages[storage.cdata] = storage, marks | old
 
+    def _clear(self, tensor: Tensor, marks: int) -> None:
+        storage = _storage(tensor)
+        if storage is not None:
+            self._storages[storage.cdata] = storage, self._marks(tensor) & ~marks
+
     def _was_made(self, tensor: Tensor) -> bool:
         """Whether an operation that was seen has made the tensor's memory."""
         storage = _storage(tensor)

@@ -76,8 +76,9 @@ def reweight(
     model is tried out after its forward pass, with some samples replaced by others, without gradients and with the
     same random numbers: 1 + 2 log₂ B runs, as many again in evaluation mode where that does not tell, and three as a
     rule for each new shape. Only a reading that every row agrees with is taken. `explain()` says which; giving it
-    spares the trials. They cannot see rows that belong to samples by chance alone: as many tokens selected of each
-    sample in this batch, and not in the next.
+    spares the trials. Rows that a mask or a packed sequence places may lie otherwise in the next batch of the same
+    shape: where there are several of each sample they are refused unless you say how they lie in every batch. Lengths
+    by which Python cuts and joins rows cannot be noticed.
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
     and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not

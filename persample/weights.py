@@ -43,6 +43,10 @@ class Layer:
     """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
     selected: bool = False
     """Whether its input was selected from other rows, in the first forward pass."""
+    placed: bool = False
+    """Whether data say where its rows lie, as far as the first forward pass has shown: masks, packed sequences."""
+    left_out: bool = False
+    """Whether it could not be read in the last batch, and the policy did not ask for it: it is tried out no more."""
     foreign: bool = False
     """Whether a trial has shown rows, as many as samples, that belong to others."""
     note: str = "no trial with other samples was made of it"
@@ -136,6 +140,8 @@ class Layer:
         """The candidates among which a trial may have to choose; empty where it is known how to read the output."""
         if isinstance(self.where, Folded) or batch is None or batch < 2 or (batch, shape) in self.readings:
             return []
+        if self.left_out:
+            return []
         if self.axis is not None and (not self._found or shape[self.axis : self.axis + 1] == (batch,)):
             return []
         return self.candidates(shape, batch)
@@ -164,7 +170,13 @@ class Layer:
 
     def settle(self, shape: tuple[int, ...], batch: int, reading: Reading | None) -> None:
         """A trial has told how to read an output; None: that it is not to be read by its size."""
-        if reading is None:
+        if reading is not None and self.placed and not reading.ordinary:
+            self.axis, self.foreign = None, True
+            self.note = (
+                f"in this batch they are {reading.explain()}, but a mask or a packed sequence places them, so that the "
+                "next one may be laid out otherwise, in the same shape"
+            )
+        elif reading is None:
             self.axis, self.foreign = None, True
             self.note = "a trial with other samples showed rows that change with others than their own"
         elif reading.ordinary and not self.readings:
