@@ -25,6 +25,7 @@ from benchmarks import check, growth, memory, processes, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
 from benchmarks.variants import WHATS, Variant
+from persample.command_line import whole
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -67,12 +68,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--what", type=_some(WHATS), default=everything, metavar="A,B,…", help="default all but compiled")
         add("--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries, where installed")
         add("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, in fresh processes")
-        add("--processes", type=_positive, default=3, metavar="N", help="fresh processes that time (default 3)")
-        add("--memory-repeats", type=_positive, default=3, metavar="N", help="processes a variant (default 3)")
+        add("--processes", type=whole(), default=3, metavar="N", help="fresh processes that time (default 3)")
+        add("--memory-repeats", type=whole(), default=3, metavar="N", help="processes a variant (default 3)")
     add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
-    add("--threads", type=_positive, default=2, metavar="N", help="threads of torch (default 2)")
+    add("--threads", type=whole(), default=2, metavar="N", help="threads of torch (default 2)")
     rounds, where = (15, "") if command == "growth" else (5, " in each process")
-    add("--repeats", type=_positive, default=rounds, metavar="N", help=f"interleaved rounds{where} (default {rounds})")
+    add("--repeats", type=whole(), default=rounds, metavar="N", help=f"interleaved rounds{where} (default {rounds})")
     add("--size", choices=("full", "tiny"), default="full", help="tiny models, to try the command out")
     name = "growth" if command == "growth" else "speed"
     add("--out", type=Path, default=None, metavar="FILE.json", help=f"default benchmarks/results/{name}-DEVICE.json")
@@ -88,12 +89,6 @@ def _some(known: dict[str, Any]) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _opened(options: argparse.Namespace, kind: str) -> tuple[Path, Results]:

@@ -13,12 +13,13 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from persample.measure import Ratio
 
 FORMAT = 1
 PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "numpy")
@@ -27,33 +28,25 @@ CLOCKS = ("wall", "process")
 Results = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Median and quartiles of paired ratios."""
-
-    median: float
-    low: float
-    high: float
-    repetitions: int
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Which of the packages are installed, None for those that are not."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code; names no machine and no user."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     found = {
         "python": platform.python_version(),
         "system": platform.system(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "versions": versions,
+        "versions": versions(PACKAGES),
     }
     if device.startswith("cuda"):
         found["gpu"], found["cuda"] = torch.cuda.get_device_name(device), torch.version.cuda
@@ -118,8 +111,7 @@ def ratio(
         return None
     own, *others = series
     values = [own[number] / sum(one[number] for one in others) for number in shared]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Ratio(statistics.median(values), low, high, len(values))
+    return Ratio.of(values)
 
 
 def seconds(model: Mapping[str, Any], key: str, clock: str = "wall") -> float | None:

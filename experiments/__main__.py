@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
 from fngd.data import DataError
 from fngd.report import writable
+from persample.command_line import check_device, stop_flag, whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +80,7 @@ def _add_common(command: argparse.ArgumentParser, scales: list[str]) -> None:
     add = command.add_argument
     add("--scale", choices=scales, default="small", help="small fits 2 CPU cores, full is the paper's (for a GPU)")
     add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
-    add("--threads", type=_positive, default=None, metavar="N", help="threads of torch (default: torch's)")
+    add("--threads", type=whole(), default=None, metavar="N", help="threads of torch (default: torch's)")
     add("--data-dir", type=Path, default=None, metavar="DIR", help="the folder of the data sets")
     add("--minutes", type=_minutes, default=None, metavar="M", help="stop each experiment after about M minutes")
 
@@ -111,7 +110,7 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(absent)}: not installed; pip install -e '.[experiments]' brings what is needed")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    _check_device(options.device)
+    check_device(options.device)
     settings = {**experiment.scales[options.scale], **_changes(options.set, experiment.scales[options.scale])}
     path = records.file_of(options.out, experiment.name, options.scale, options.device)
     record = records.open_record(experiment, options.scale, options.device, settings, path)
@@ -138,7 +137,8 @@ def _work(experiment: Experiment, record: Record, path: Path, chosen: list[str],
     """Runs what is missing; returns whether nothing of `chosen` is."""
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     todo = [unit for unit in chosen if unit not in record.units]
-    with _stop_flag() as flag, _bars(experiment.name, len(chosen), len(chosen) - len(todo)) as (show, advance):
+    bars = _bars(experiment.name, len(chosen), len(chosen) - len(todo))
+    with stop_flag("as soon as the unit allows") as flag, bars as (show, advance):
         for unit in todo:
             if path.is_file() and unit in records.load_record(path).units:  # another process was faster
                 advance(unit)
@@ -200,19 +200,6 @@ def _changes(given: list[str], known: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
 def _minutes(text: str) -> float:
     try:
         minutes = float(text)
@@ -221,25 +208,6 @@ def _minutes(text: str) -> float:
     if not 0 <= minutes < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes: at least 0, such as 30 or 0.5")
     return minutes
-
-
-@contextmanager
-def _stop_flag() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at the first Ctrl-C or SIGTERM; the second one interrupts as usual."""
-    flag: list[bool] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if flag:
-            raise KeyboardInterrupt
-        flag.append(True)
-        print("\nstopping as soon as the unit allows (again: at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

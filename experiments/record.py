@@ -40,7 +40,6 @@ that scale; None where the units it needs are missing. Nothing else may write a 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -59,6 +58,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import environment as machine
+from benchmarks.results import versions
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
@@ -255,13 +255,7 @@ def open_record(experiment: Experiment, scale: str, device: str, settings: Setti
 
 def surroundings(device: str) -> dict[str, Any]:
     """What figures depend on besides the code and the settings; names no machine and no user."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {**machine(device), "threads": torch.get_num_threads(), "versions": versions}
+    return {**machine(device), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
 
 
 def revision() -> str | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from experiments.record import Record, Result
 from experiments.regions import REGIONS
-from experiments.statistics import quartiles
+from persample.measure import Ratio
 
 SHARES: dict[str, dict[str, float]] = {
     "kfac": {"plain": 0.90, "statistics": 0.09, "inverse": 0.01},
@@ -27,19 +26,6 @@ def shares(method: str, epochs: int) -> dict[str, float]:
     if method == "fngd":
         return {"stored": 1 - 1 / epochs, "compute": 1 / epochs}
     return SHARES.get(method, {"step": 1.0})
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median and quartiles over rounds of a time over SGD's in the same round."""
-
-    low: float
-    median: float
-    high: float
-    rounds: int
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
 def results(record: Record) -> dict[str, Result]:
@@ -104,8 +90,7 @@ def ratio(result: Result, method: str, epochs: int, *, kind: str | None = None, 
     found = by_round(result, method, epochs, kind=kind, clock=clock)
     if not found:
         return None
-    low, median, high = quartiles(list(found.values()))
-    return Ratio(low, median, high, len(found))
+    return Ratio.of(list(found.values()))
 
 
 def _times(result: Result, key: str, clock: str) -> dict[int, float]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import torch
 
 from fngd import data, inspect_command, report
 from fngd.memory import measure
 from fngd.models import MODELS
 from fngd.recipes import DEFAULTS, OPTIMIZERS, SCHEDULES, Config
 from fngd.training import Comparison, Progress
+from persample.command_line import check_device, stop_flag, whole
 
 CHECKPOINT, RESULTS, FIGURE = "checkpoint.pt", "results.json", "figure.png"
 
@@ -39,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         if options.pop("command") == "inspect":
-            _check_device(parsed.device)
+            check_device(parsed.device)
             return inspect_command.run(parsed)
         out, resume, memory = (options.pop(name) for name in ("out", "resume", "memory"))
         comparison = _resumed(out, options) if resume else Comparison(_config(options))
@@ -53,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(comparison: Comparison, dataset: data.Dataset, out: Path, memory: bool) -> int:
-    with _stop_flag() as stop, _bars(comparison) as show:
+    with stop_flag("after this batch") as stop, _bars(comparison) as show:
         done = comparison.train(
             dataset, stop=lambda: bool(stop), report=show, save=lambda state: state.save(out / CHECKPOINT)
         )
@@ -93,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
     add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
     add("--optimizers", type=_names, metavar="A,B,…", help=f"default {','.join(default.optimizers)}")
-    add("--epochs", type=_positive, metavar="N", help=f"default {default.epochs}; 10 for the larger data sets")
-    add("--batch-size", type=_positive, metavar="N", help=f"default {default.batch_size}; 128 for the larger data sets")
-    add("--train-size", type=_positive, metavar="N", help="train on the first N images (default all)")
+    add("--epochs", type=whole(), metavar="N", help=f"default {default.epochs}; 10 for the larger data sets")
+    add("--batch-size", type=whole(), metavar="N", help=f"default {default.batch_size}; 128 for the larger data sets")
+    add("--train-size", type=whole(), metavar="N", help="train on the first N images (default all)")
     add("--seeds", type=_seeds, metavar="0,1,…", help=f"default {','.join(map(str, default.seeds))}")
     add("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
     add("--lr", type=_rates, metavar="A=X,…", help="learning rates, as sgd=0.1,fngd=0.05 (default: see recipes.py)")
@@ -149,20 +146,7 @@ def _check(config: Config) -> None:
         )
     if not 0 <= config.weight_decay < math.inf:
         raise ValueError(f"--weight-decay {config.weight_decay}: it must be at least 0 and finite; 5e-4 is usual")
-    _check_device(config.device)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
+    check_device(config.device)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -185,24 +169,6 @@ def _rates(text: str) -> tuple[tuple[str, float], ...]:
         return tuple((name.strip(), float(rate)) for name, rate in pairs)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give it as sgd=0.1,fngd=0.05") from None
-
-
-@contextmanager
-def _stop_flag() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts as usual."""
-    flag: list[bool] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if flag:
-            raise KeyboardInterrupt
-        flag.append(True)
-        print("\nstopping after this batch (Ctrl-C again: at once)", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from fngd import data, inspection, report
 from fngd.models import MODELS, build_model
 from fngd.recipes import DEFAULTS, OPTIMIZERS, Config, build_optimizer
 from fngd.training import batches
+from persample.command_line import whole
 
 PICTURE, FIGURES = "inspect.png", "inspect.json"
 COLUMNS = {
@@ -38,11 +39,11 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--data", choices=list(data.DATASETS), default="digits", help="data set (default %(default)s)")
     add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
-    add("--train-size", type=_count, metavar="N", help="train on the first N images (default all)")
+    add("--train-size", type=whole(0), metavar="N", help="train on the first N images (default all)")
     add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
     add("--optimizer", choices=list(OPTIMIZERS), default="fngd", help="to train with (default %(default)s)")
-    add("--epochs", type=_count, default=3, metavar="N", help="to train before looking; 0: untrained (default 3)")
-    add("--batch-size", type=_count, default=128, metavar="N", help="also of the batch that is shown (default 128)")
+    add("--epochs", type=whole(0), default=3, metavar="N", help="to train before looking; 0: untrained (default 3)")
+    add("--batch-size", type=whole(0), default=128, metavar="N", help="also of the batch that is shown (default 128)")
     add("--alpha", type=float, default=1e-2, metavar="X", help="damping relative to ‖K‖_F (default %(default)s)")
     add("--layers", metavar="A,B,…", help="whose matrices to draw (default: the first two and the last two)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and batches (default 0)")
@@ -121,9 +122,3 @@ def _print(found: inspection.Inspection, title: str) -> None:
     for layer, figures in found.diagnostics.items():
         table.add_row(layer or "(the model)", *(f"{figures[name]:.3g}" for name in COLUMNS))
     Console().print(table)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
-    return int(text)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from persample.command_line import whole
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -18,9 +20,9 @@ def parser() -> argparse.ArgumentParser:
         "compare", help="every backend on one batch: exactness, time and memory as ratios to plain training"
     )
     compare.add_argument("--model", choices=list(MODELS), default="mlp")
-    compare.add_argument("--batch", type=_positive, default=32, metavar="N", help="samples in the batch (32)")
+    compare.add_argument("--batch", type=whole(), default=32, metavar="N", help="samples in the batch (32)")
     compare.add_argument("--out", type=Path, metavar="FILE.png", help="the chart (results/compare_MODEL.png)")
-    compare.add_argument("--repeats", type=_positive, default=7, metavar="N", help="rounds of timing (7)")
+    compare.add_argument("--repeats", type=whole(), default=7, metavar="N", help="rounds of timing (7)")
     conformance = commands.add_parser(
         "conformance", help="every backend on every case of the table: exact, refused or wrong"
     )
@@ -28,12 +30,6 @@ def parser() -> argparse.ArgumentParser:
     conformance.add_argument("--out", type=Path, metavar="FILE.md", help="write the matrix as Markdown")
     conformance.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     return top
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _refuse_unwritable(out: Path, formats: Collection[str]) -> None:

@@ -184,7 +184,7 @@ def table(rows: list[Row], title: str) -> Any:
         if row.times is None or row.memory is None:
             result.add_row(row.backend, "refused", *[""] * 4)
             continue
-        times = [f"{r.median:.2f} ({r.low:.1f}–{r.high:.1f})" for r in (row.times[q] for q in QUANTITIES)]
+        times = [f"{row.times[quantity]}" for quantity in QUANTITIES]
         result.add_row(row.backend, f"{row.deviation:.1e}", *times, *(f"{row.memory[q]:.2f}" for q in QUANTITIES))
     return result
 

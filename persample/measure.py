@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -30,8 +30,14 @@ class Ratio:
     high: float
     rounds: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Ratio:
+        """The ratios of the rounds, one or more."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else [values[0]] * 3
+        return cls(median, low, high, len(values))
+
     def __str__(self) -> str:
-        return f"{self.median:.2f}"
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
 def paired_ratios(
@@ -57,7 +63,7 @@ def paired_ratios(
         for name in names[turn:] + names[:turn]:
             base = _seconds(baseline)
             ratios[name].append(_seconds(candidates[name]) / base)
-    return {name: _summary(values) for name, values in ratios.items()}
+    return {name: Ratio.of(values) for name, values in ratios.items()}
 
 
 def _seconds(run: Run) -> float:
@@ -66,11 +72,6 @@ def _seconds(run: Run) -> float:
     elapsed = time.perf_counter() - start
     del result  # freed outside of the timed span, for candidates and baseline alike
     return elapsed
-
-
-def _summary(values: list[float]) -> Ratio:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Ratio(statistics.median(values), quartiles[0], quartiles[2], len(values))
 
 
 def peak_memory(target: str, timeout: float = 600.0, **arguments: Any) -> int:

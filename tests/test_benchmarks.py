@@ -15,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.models import MODELS, Problem
 from benchmarks.timing import Times
 from benchmarks.variants import OURS, VARIANTS, WHATS, Step, Variant
+from persample.measure import Ratio
 
 assert peers  # its import registers variants
 EAGER = [what for what in WHATS if what != "compiled"]
@@ -149,7 +150,7 @@ def test_results_of_other_settings_are_not_mixed(measured: Path, capsys: pytest.
     [
         (["--models", "mlp,vgg"], "vgg: choose from mlp, resnet20"),
         (["--what", "speed"], "speed: choose from plain, stored"),
-        (["--repeats", "0"], "'0' must be a whole number of at least 1"),
+        (["--repeats", "0"], "'0' is no whole number of at least 1"),
         (["check", "nothing.json"], "there is no file nothing.json; `python -m benchmarks --out"),
     ],
 )
@@ -186,8 +187,8 @@ def _model(**walls: list[float]) -> dict:
 
 def test_ratios_are_taken_round_by_round() -> None:
     model = _model(plain=[1.0, 10.0, 100.0], norms=[2.0, 20.0], write=[1.0, 10.0, 100.0])
-    assert results.ratio(model, "norms") == results.Ratio(2.0, 2.0, 2.0, 2)
-    assert results.ratio(model, "norms", plus="write") == results.Ratio(1.0, 1.0, 1.0, 2)
+    assert results.ratio(model, "norms") == Ratio(2.0, 2.0, 2.0, 2)
+    assert results.ratio(model, "norms", plus="write") == Ratio(1.0, 1.0, 1.0, 2)
     assert results.ratio(model, "gram") is None
 
 
