@@ -123,9 +123,10 @@ class Policy:
             self._drawing = False
 
     def loss_scale(self) -> Tensor | None:
-        """Returns the GradScaler's scale."""
-        # The public get_scale() waits for the device.
-        return None if self._scaler is None else self._scaler._get_scale_async()
+        """Returns the GradScaler's scale; None where there is none, or it is switched off (enabled=False)."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        return self._scaler._get_scale_async()  # the public get_scale() waits for the device
 
     def known(self, layer: str, batch: int, device: torch.device) -> Tensor | None:
         """Returns stored factors, where they are all that the step needs."""
