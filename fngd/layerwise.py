@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import first_order_groups, positive, refuse_parameters, whole
+from fngd.groups import check_scaler, first_order_groups, positive, refuse_parameters, whole
 from fngd.guards import Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
@@ -84,8 +84,7 @@ class LayerPreconditioned(Preconditioned):
             positive("kl_clip", kl_clip)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
-        if scaler is not None and not callable(getattr(scaler, "scale", None)):
-            raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
+        check_scaler(scaler)
         self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
         self._running: dict[str, State] = {}

@@ -17,6 +17,7 @@ from fngd.kfac import KFAC
     [
         ({"damping": 0.0}, "damping=0.0; it must be a number > 0"),
         ({"damping": math.nan}, "damping=nan"),
+        ({"damping": math.inf}, "damping=inf makes every step 0"),
         ({"average": 1.0}, "average=1.0; it must be at least 0 and less than 1"),
         ({"statistics_every": 0}, "statistics_every=0; it must be a whole number"),
         ({"inverse_every": -1}, "inverse_every=-1"),
