@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,20 +46,32 @@ class CheckedLoss:
             self.check_loss(loss)
 
 
-CHECK_EVERY = 100
-"""Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
-
-
 class Unchanged:
     """Remembers which parameters a model has, and tells when that is no longer so."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._known = model, _parameters(model)
+        self._remember()
 
-    def look(self, step: int, groups: list[dict[str, Any]]) -> None:
-        """Calls `check` in some steps; not where FSDP swaps parameters."""
-        if step % CHECK_EVERY == 0 and not any(hasattr(param, "to_local") for param in groups[0]["params"]):
-            self.check()
+    def _remember(self) -> None:
+        """Notes what each module holds: to look whether that is still so takes microseconds, to name all does not."""
+        modules = list(self._model.modules())
+        dicts: list[Any] = [each for module in modules for each in (module._modules, module._parameters)]
+        self._held = [(each, list(each.values())) for each in dicts if each]
+        self._empty = [each for each in dicts if not each]
+
+    def _as_remembered(self) -> bool:
+        for now, before in self._held:
+            if len(now) != len(before) or not all(map(is_, now.values(), before)):
+                return False
+        return not any(map(len, self._empty))
+
+    def look(self, groups: list[dict[str, Any]]) -> None:
+        """Calls `check` where a module holds something else than before; not where FSDP swaps parameters."""
+        if self._as_remembered() or any(hasattr(param, "to_local") for param in groups[0]["params"]):
+            return
+        self.check()
+        self._remember()
 
     def check(self) -> None:
         """Raises ValueError if parameters were added to, removed from or replaced in the model since."""

@@ -128,7 +128,7 @@ class LayerPreconditioned(Preconditioned):
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        self._unchanged.look(self._completed, self.param_groups)
+        self._unchanged.look(self.param_groups)
         self._chosen.look()
         if world_size(self._process_group) > 1:
             layers = self._chosen.agree(self._exchange)

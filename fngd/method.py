@@ -63,8 +63,8 @@ class Method:
         """Raises ValueError where coefficients of an earlier epoch cannot serve, or would never be probed."""
         if self.gram == "network" and probe_layer is not None:
             raise ValueError(
-                f"probe_layer={probe_layer!r} names one layer, but with gram='network' coefficients are those of all layers "
-                "together: leave it out"
+                f"probe_layer={probe_layer!r} names one layer, but with gram='network' coefficients are those of all "
+                "layers together: leave it out"
             )
         if self.fisher == "true":
             raise ValueError(

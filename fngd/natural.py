@@ -216,7 +216,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
                 loss = closure()
             self._check_where_it_matters(loss)
         self._check_adapted()
-        self._unchanged.look(self._completed, self.param_groups)
+        self._unchanged.look(self.param_groups)
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:
