@@ -8,22 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fngd.method import Method
-
 _REDUCTIONS = {1: "mean", 2: "sum"}
 """What torch's loss functions keep as `reduction` in their node of the graph."""
 
 
 class CheckedLoss:
-    """Part of `NGD` and `FNGD`: `check_loss`."""
+    """Part of the optimisers that are told how the loss is reduced: `check_loss`."""
 
-    _method: Method
-    _adaptive: object
+    _reduction: str
 
     def check_loss(self, loss: Tensor) -> None:
         """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
 
-        `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
+        `step(closure)` does so by itself where it matters, and `adapt`. See `fngd.guards.reduction_of`.
 
         >>> model = nn.Linear(3, 1)
         >>> opt = fngd.NGD(model, lr=0.1, reduction="sum")
@@ -33,17 +30,11 @@ class CheckedLoss:
         ValueError: the training loss is a mean over the batch...
         """
         found = reduction_of(loss)
-        if found is not None and found != self._method.reduction:
+        if found is not None and found != self._reduction:
             raise ValueError(
                 f"the training loss is a {found} over the batch, but the optimiser was constructed with "
-                f"reduction={self._method.reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
+                f"reduction={self._reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
             )
-
-    def _check_where_it_matters(self, loss: Any) -> None:
-        method = self._method
-        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
-        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
-            self.check_loss(loss)
 
 
 class Unchanged:

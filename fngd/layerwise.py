@@ -17,7 +17,7 @@ from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.groups import check_scaler, first_order_groups, positive, refuse_parameters, whole
-from fngd.guards import Unchanged
+from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
@@ -55,7 +55,7 @@ class Method(Protocol):
         """Returns the preconditioned gradient, of the same shape."""
 
 
-class LayerPreconditioned(Preconditioned):
+class LayerPreconditioned(CheckedLoss, Preconditioned):
     """Base of KFAC, SKFAC and Eva: statistics of linear and convolution layers, gathered as they are met."""
 
     def __init__(
@@ -101,6 +101,10 @@ class LayerPreconditioned(Preconditioned):
         super().__init__(groups, defaults)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
+
+    def _look_at(self, loss: Any) -> None:
+        if isinstance(loss, Tensor):
+            self.check_loss(loss)
 
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""

@@ -74,6 +74,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         if adapt_damping is not None and gram == "global":
             raise ValueError("adapt_damping does not go with gram='global'; use gram='layer' or 'network'")
         self._model, self._method, self._group, self._seed = model, method, process_group, seed
+        self._reduction = reduction
         self._scaler, self._functions = scaler, functions
         self._adaptive, self._completed = adapt_damping, 0
         self._policy = Policy(
