@@ -96,6 +96,16 @@ def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
     )
 
 
+def warn_of_same_samples(layer: str, passes: int) -> None:
+    """Warns that a backward pass has no sample ids of its own; `passes`: those of the step that went before."""
+    warnings.warn(
+        f"backward pass {passes + 1} of a step has no sample ids of its own at layer '{layer}': it is taken for one of "
+        "the samples that next_batch announced last. With several backward passes a step call opt.next_batch(sample_ids) "
+        "before each of them",
+        stacklevel=2,
+    )
+
+
 def warn_of_skipped(groups: list[dict[str, Any]]) -> bool:
     """Warns that a batch has ended without a step, unless its gradients say why; returns whether it has."""
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
