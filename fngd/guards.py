@@ -100,8 +100,8 @@ def warn_of_same_samples(layer: str, passes: int) -> None:
     """Warns that a backward pass has no sample ids of its own; `passes`: those of the step that went before."""
     warnings.warn(
         f"backward pass {passes + 1} of a step has no sample ids of its own at layer '{layer}': it is taken for one of "
-        "the samples that next_batch announced last. With several backward passes a step call opt.next_batch(sample_ids) "
-        "before each of them",
+        "the samples that next_batch announced last. With several backward passes a step call "
+        "opt.next_batch(sample_ids) before each of them",
         stacklevel=2,
     )
 

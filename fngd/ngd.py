@@ -11,8 +11,9 @@ class NGD(NaturalSGD):
         d_l = (λI + UUᵀ/B)⁻¹ g_l = U c,    c = (K + λB·I)⁻¹ 1,    λ = α‖K‖_F    (FNGD paper, eqs. 5, 9, 14)
 
     for every linear and convolution layer l, weight and bias together; the other parameters get the plain
-    gradient. Both then go through SGD with momentum and weight decay. A weight that a module and a function use
-    has a block for each use. See `fngd.coefficients` for the symbols.
+    gradient. Both then go through SGD with momentum and weight decay. A weight that a module and a function use, or
+    two modules with biases of their own, has a block for each of them; with the same bias, or none, they are one layer.
+    See `fngd.coefficients` for the symbols.
 
     Arguments:
         model: the model; its `loss.backward()` accumulates d instead of g until `remove()`.
