@@ -33,8 +33,9 @@ class NGD(NaturalSGD):
             d = (1/λ)(g − V(VᵀV + λB·I)⁻¹Vᵀg) with λ = α‖VᵀV‖_F. It keeps x and z of every layer until
             `loss.backward()`, and is not for sharded weights (FSDP).
         gram: "layer"; "network", one K and one c for all layers, for which x and z of every layer are kept until
-            the backward pass has met the last one (about the memory of all activations and their gradients); or
-            "global", K by layer over the samples of all processes, see `fngd.distributed`.
+            the backward pass has met the last one (about the memory of all activations and their gradients); a function
+            that is called for the first time after the first step has a K of its own in that step; or "global", K by
+            layer over the samples of all processes, see `fngd.distributed`.
         accumulate: with several backward passes a step: "separate" (each has coefficients of its own), or "joint"
             (one Gram matrix over the samples of all passes: the direction of the joined batch, if the losses add up to
             the joined batch's: divide means by the number of passes). "joint" keeps x and z of every layer and

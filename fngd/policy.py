@@ -161,7 +161,8 @@ class Policy:
         grads = {path: each for path, each in grads.items() if self._chosen(path)}
         if not grads or (method.gram != "global" and not any(each.batch_size for each in grads.values())):
             return {}  # nothing to do, or no samples
-        key = NETWORK if method.gram == "network" else next(iter(grads))
+        # One layer alone: a function, too, that was not known when the forward pass began. The others come without it.
+        key = NETWORK if method.gram == "network" and len(grads) > 1 else next(iter(grads))
         sizes = {path: each.batch_size for path, each in grads.items()}
         batch = next(iter(sizes.values()))
         if len(set(sizes.values())) > 1:
