@@ -36,8 +36,10 @@ class Epochs:
         refresh_cosine: float | None = None,
         probe_layer: str | None = None,
     ) -> None:
-        if refresh_cosine is not None and not 0 < refresh_cosine <= 1:
-            raise ValueError(f"refresh_cosine={refresh_cosine}; it is the cosine of two vectors and must be in (0, 1]")
+        if refresh_cosine is not None and not (isinstance(refresh_cosine, int | float) and 0 < refresh_cosine <= 1):
+            raise ValueError(
+                f"refresh_cosine={refresh_cosine!r}; it is the cosine of two vectors and must be in (0, 1]"
+            )
         if probe_layer is not None and refresh_cosine is None:
             raise ValueError(f"probe_layer={probe_layer!r} needs refresh_cosine=, the threshold")
         self.steps_per_epoch, self.refresh_epochs = steps_per_epoch, refresh_epochs

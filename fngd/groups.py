@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -18,7 +19,7 @@ def first_order_groups(
 
     So a scheduler sees both learning rates, and each group is stepped by one rule.
 
-    Raises ValueError for an unknown rule or option.
+    Raises ValueError for an unknown rule or option, or where there are no parameters.
     """
     if other not in RULES:
         raise ValueError(f"other={other!r} is unknown; choose one of {list(RULES)}")
@@ -29,6 +30,8 @@ def first_order_groups(
     if unknown:
         raise ValueError(f"other_options has {unknown}; AdamW takes {list(ADAMW)}")
     listed = list(params)
+    if not listed:
+        raise ValueError("there are no parameters to optimise: the model has none, or params= is empty")
     groups = [dict(group) for group in listed] if listed and isinstance(listed[0], dict) else [{"params": listed}]
     if other == "sgd":
         return groups
@@ -84,10 +87,20 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r}; it must be at least 0")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0")
+    if not isinstance(group["precondition"], bool):
+        raise ValueError(f"precondition={group['precondition']!r}; it must be True or False")
     if group["rule"] not in RULES:
         raise ValueError(f"rule={group['rule']!r} is unknown; choose one of {list(RULES)}")
     if "damping" in group:
         positive("damping", group["damping"])
+        if group["damping"] == math.inf:
+            raise ValueError("damping=inf makes every step 0; for the plain gradient give precondition=False")
+
+
+def check_scaler(scaler: Any) -> None:
+    """Raises ValueError unless it is a GradScaler, or None."""
+    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("scale", "is_enabled")):
+        raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
 
 
 def positive(name: str, value: Any) -> None:

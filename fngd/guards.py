@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
-
-from fngd.method import Method
 
 _REDUCTIONS = {1: "mean", 2: "sum"}
 """What torch's loss functions keep as `reduction` in their node of the graph."""
 
 
 class CheckedLoss:
-    """Part of `NGD` and `FNGD`: `check_loss`."""
+    """Part of the optimisers that are told how the loss is reduced: `check_loss`."""
 
-    _method: Method
-    _adaptive: object
+    _reduction: str
 
     def check_loss(self, loss: Tensor) -> None:
         """Raises ValueError if the loss was reduced in another way than `reduction` says, where its graph tells.
 
-        `step(closure)` and `adapt` do so by themselves where it matters. See `fngd.guards.reduction_of`.
+        `step(closure)` does so by itself where it matters, and `adapt`. See `fngd.guards.reduction_of`.
 
         >>> model = nn.Linear(3, 1)
         >>> opt = fngd.NGD(model, lr=0.1, reduction="sum")
@@ -32,21 +30,11 @@ class CheckedLoss:
         ValueError: the training loss is a mean over the batch...
         """
         found = reduction_of(loss)
-        if found is not None and found != self._method.reduction:
+        if found is not None and found != self._reduction:
             raise ValueError(
                 f"the training loss is a {found} over the batch, but the optimiser was constructed with "
-                f"reduction={self._method.reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
+                f"reduction={self._reduction!r}. Give it reduction={found!r}, or reduce the loss that way"
             )
-
-    def _check_where_it_matters(self, loss: Any) -> None:
-        method = self._method
-        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
-        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
-            self.check_loss(loss)
-
-
-CHECK_EVERY = 100
-"""Steps between two looks at whether the model is still the one that the optimiser was constructed with."""
 
 
 class Unchanged:
@@ -54,11 +42,27 @@ class Unchanged:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._known = model, _parameters(model)
+        self._remember()
 
-    def look(self, step: int, groups: list[dict[str, Any]]) -> None:
-        """Calls `check` in some steps; not where FSDP swaps parameters."""
-        if step % CHECK_EVERY == 0 and not any(hasattr(param, "to_local") for param in groups[0]["params"]):
-            self.check()
+    def _remember(self) -> None:
+        """Notes what each module holds: to look whether that is still so takes microseconds, to name all does not."""
+        modules = list(self._model.modules())
+        dicts: list[Any] = [each for module in modules for each in (module._modules, module._parameters)]
+        self._held = [(each, list(each.values())) for each in dicts if each]
+        self._empty = [each for each in dicts if not each]
+
+    def _as_remembered(self) -> bool:
+        for now, before in self._held:
+            if len(now) != len(before) or not all(map(is_, now.values(), before)):
+                return False
+        return not any(map(len, self._empty))
+
+    def look(self, groups: list[dict[str, Any]]) -> None:
+        """Calls `check` where a module holds something else than before; not where FSDP swaps parameters."""
+        if self._as_remembered() or any(hasattr(param, "to_local") for param in groups[0]["params"]):
+            return
+        self.check()
+        self._remember()
 
     def check(self) -> None:
         """Raises ValueError if parameters were added to, removed from or replaced in the model since."""
@@ -88,6 +92,16 @@ def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
         "model's loss (a GAN's generator step), clear its gradients by the model's zero_grad(), or "
         "freeze the model for it by requires_grad_(False): else coefficients meet other passes. After a step that was "
         "skipped, call the optimiser's zero_grad()",
+        stacklevel=2,
+    )
+
+
+def warn_of_same_samples(layer: str, passes: int) -> None:
+    """Warns that a backward pass has no sample ids of its own; `passes`: those of the step that went before."""
+    warnings.warn(
+        f"backward pass {passes + 1} of a step has no sample ids of its own at layer '{layer}': it is taken for one of "
+        "the samples that next_batch announced last. With several backward passes a step call "
+        "opt.next_batch(sample_ids) before each of them",
         stacklevel=2,
     )
 

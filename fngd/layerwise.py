@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import first_order_groups, positive, refuse_parameters, whole
-from fngd.guards import Unchanged
+from fngd.groups import check_scaler, first_order_groups, positive, refuse_parameters, whole
+from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
@@ -55,7 +55,7 @@ class Method(Protocol):
         """Returns the preconditioned gradient, of the same shape."""
 
 
-class LayerPreconditioned(Preconditioned):
+class LayerPreconditioned(CheckedLoss, Preconditioned):
     """Base of KFAC, SKFAC and Eva: statistics of linear and convolution layers, gathered as they are met."""
 
     def __init__(
@@ -84,8 +84,7 @@ class LayerPreconditioned(Preconditioned):
             positive("kl_clip", kl_clip)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
-        if scaler is not None and not callable(getattr(scaler, "scale", None)):
-            raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
+        check_scaler(scaler)
         self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
         self._running: dict[str, State] = {}
@@ -102,6 +101,10 @@ class LayerPreconditioned(Preconditioned):
         super().__init__(groups, defaults)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
+
+    def _look_at(self, loss: Any) -> None:
+        if isinstance(loss, Tensor):
+            self.check_loss(loss)
 
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
@@ -129,7 +132,7 @@ class LayerPreconditioned(Preconditioned):
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        self._unchanged.look(self._completed, self.param_groups)
+        self._unchanged.look(self.param_groups)
         self._chosen.look()
         if world_size(self._process_group) > 1:
             layers = self._chosen.agree(self._exchange)

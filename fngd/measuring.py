@@ -15,6 +15,7 @@ from fngd.directions import Pair
 from fngd.distributed import mean_over_processes
 from fngd.guards import CheckedLoss
 from fngd.members import Part, by_parameter, covered, members
+from fngd.method import Method
 from fngd.policy import Policy
 from persample.reweight import Reweighting
 
@@ -26,6 +27,7 @@ class Measuring(CheckedLoss):
     _policy: Policy
     _handle: Reweighting
     _group: Any
+    _method: Method
     _adaptive: AdaptiveDamping | None
     _predicted: Tensor | None = None  # M(δ) − M(0) of the last step, until adapt()
     param_groups: list[dict[str, Any]]
@@ -88,6 +90,12 @@ class Measuring(CheckedLoss):
         if not predicted >= 0:  # NaN counts as a bad prediction
             self._policy.damping_factor = self._adaptive.updated(self._policy.damping_factor, ratio)
         return ratio
+
+    def _check_where_it_matters(self, loss: Any) -> None:
+        method = self._method
+        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
+        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
+            self.check_loss(loss)
 
     def _check_adapted(self) -> None:
         if self._predicted is not None:

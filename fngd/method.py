@@ -39,8 +39,10 @@ class Method:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(allowed)}")
         check_damping(self.alpha, self.damping, self.solved_scale)
-        if self.kl_clip is not None and not self.kl_clip > 0:
-            raise ValueError(f"kl_clip={self.kl_clip}; it must be > 0 (1e-3 is usual), or None for no clipping")
+        if self.kl_clip is not None and not (isinstance(self.kl_clip, int | float) and self.kl_clip > 0):
+            raise ValueError(f"kl_clip={self.kl_clip!r}; it must be > 0 (1e-3 is usual), or None for no clipping")
+        if isinstance(self.output_axis, bool) or not isinstance(self.output_axis, int) or self.output_axis < 0:
+            raise ValueError(f"output_axis={self.output_axis!r}; axes count from the front, 0, 1, …")
         if self.gram == "global" and (self.kl_clip is not None or self.scale == "graft"):
             raise ValueError(
                 "gram='global' has neither kl_clip nor scale='graft': a process sees its own part of the direction "
@@ -57,8 +59,13 @@ class Method:
         """The scale of the coefficients; grafting takes any and rescales the direction."""
         return "absorb" if self.scale == "graft" else self.scale
 
-    def check_sharing(self, refresh_cosine: Any) -> None:
-        """Raises ValueError where coefficients of an earlier epoch cannot serve."""
+    def check_sharing(self, refresh_cosine: Any, probe_layer: str | None) -> None:
+        """Raises ValueError where coefficients of an earlier epoch cannot serve, or would never be probed."""
+        if self.gram == "network" and probe_layer is not None:
+            raise ValueError(
+                f"probe_layer={probe_layer!r} names one layer, but with gram='network' coefficients are those of all "
+                "layers together: leave it out"
+            )
         if self.fisher == "true":
             raise ValueError(
                 "fisher='true' weights gradients of labels that are drawn anew in every step: there are no "

@@ -12,11 +12,11 @@ from torch.optim.optimizer import Optimizer
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
 from fngd.first_order import first_order_step
-from fngd.groups import check_group, completed_group, first_order_groups, refuse_parameters, sgd_options
+from fngd.groups import check_group, check_scaler, completed_group, first_order_groups, refuse_parameters, sgd_options
 from fngd.guards import Unchanged
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
-from fngd.members import attention_parameters, by_parameter, members, parameters, scaled_rows, unseen
+from fngd.members import attention_parameters, by_parameter, members, parameter_of, parameters, scaled_rows, unseen
 from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
@@ -66,11 +66,15 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,
         )  # fmt: skip
+        check_scaler(scaler)
         if self._table is not None:
-            method.check_sharing(self._table.refresh_cosine)
+            method.check_sharing(self._table.refresh_cosine, self._table.probe_layer)
+        if adapt_damping is not None and not isinstance(adapt_damping, AdaptiveDamping):
+            raise ValueError(f"adapt_damping={adapt_damping!r}; it must be an fngd.AdaptiveDamping(...), or None")
         if adapt_damping is not None and gram == "global":
             raise ValueError("adapt_damping does not go with gram='global'; use gram='layer' or 'network'")
         self._model, self._method, self._group, self._seed = model, method, process_group, seed
+        self._reduction = reduction
         self._scaler, self._functions = scaler, functions
         self._adaptive, self._completed = adapt_damping, 0
         self._policy = Policy(
@@ -100,10 +104,31 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
                 chosen.update(attention_parameters(model))
             groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
             super().__init__(groups, defaults)
+            self._find_groups()
+            self._check_probe()
         except BaseException:
             handle.remove()  # a constructor that fails leaves the model alone
             raise
-        self._find_groups()
+
+    def _check_probe(self) -> None:
+        """Raises ValueError where the layer that is to be probed never will be."""
+        path = None if self._table is None else self._table.probe_layer
+        if path is None:
+            return
+        known = self._handle.layers
+        if path in known and self._chosen(path):
+            return
+        if path in self._handle.explain():
+            raise ValueError(
+                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
+                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
+            )
+        weight = parameter_of(self._model, path) if self._functions else None
+        if weight is None or weight.dim() != 2:
+            raise ValueError(
+                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
+                "function uses goes by its name"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
@@ -192,7 +217,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
                 loss = closure()
             self._check_where_it_matters(loss)
         self._check_adapted()
-        self._unchanged.look(self._completed, self.param_groups)
+        self._unchanged.look(self.param_groups)
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:

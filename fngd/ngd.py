@@ -11,8 +11,9 @@ class NGD(NaturalSGD):
         d_l = (λI + UUᵀ/B)⁻¹ g_l = U c,    c = (K + λB·I)⁻¹ 1,    λ = α‖K‖_F    (FNGD paper, eqs. 5, 9, 14)
 
     for every linear and convolution layer l, weight and bias together; the other parameters get the plain
-    gradient. Both then go through SGD with momentum and weight decay. A weight that a module and a function use
-    has a block for each use. See `fngd.coefficients` for the symbols.
+    gradient. Both then go through SGD with momentum and weight decay. A weight that a module and a function use, or
+    two modules with biases of their own, has a block for each of them; with the same bias, or none, they are one layer.
+    See `fngd.coefficients` for the symbols.
 
     Arguments:
         model: the model; its `loss.backward()` accumulates d instead of g until `remove()`.
@@ -32,8 +33,9 @@ class NGD(NaturalSGD):
             d = (1/λ)(g − V(VᵀV + λB·I)⁻¹Vᵀg) with λ = α‖VᵀV‖_F. It keeps x and z of every layer until
             `loss.backward()`, and is not for sharded weights (FSDP).
         gram: "layer"; "network", one K and one c for all layers, for which x and z of every layer are kept until
-            the backward pass has met the last one (about the memory of all activations and their gradients); or
-            "global", K by layer over the samples of all processes, see `fngd.distributed`.
+            the backward pass has met the last one (about the memory of all activations and their gradients); a function
+            that is called for the first time after the first step has a K of its own in that step; or "global", K by
+            layer over the samples of all processes, see `fngd.distributed`.
         accumulate: with several backward passes a step: "separate" (each has coefficients of its own), or "joint"
             (one Gram matrix over the samples of all passes: the direction of the joined batch, if the losses add up to
             the joined batch's: divide means by the number of passes). "joint" keeps x and z of every layer and

@@ -123,9 +123,10 @@ class Policy:
             self._drawing = False
 
     def loss_scale(self) -> Tensor | None:
-        """Returns the GradScaler's scale."""
-        # The public get_scale() waits for the device.
-        return None if self._scaler is None else self._scaler._get_scale_async()
+        """Returns the GradScaler's scale; None where there is none, or it is switched off (enabled=False)."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        return self._scaler._get_scale_async()  # the public get_scale() waits for the device
 
     def known(self, layer: str, batch: int, device: torch.device) -> Tensor | None:
         """Returns stored factors, where they are all that the step needs."""
@@ -160,7 +161,8 @@ class Policy:
         grads = {path: each for path, each in grads.items() if self._chosen(path)}
         if not grads or (method.gram != "global" and not any(each.batch_size for each in grads.values())):
             return {}  # nothing to do, or no samples
-        key = NETWORK if method.gram == "network" else next(iter(grads))
+        # One layer alone: a function, too, that was not known when the forward pass began. The others come without it.
+        key = NETWORK if method.gram == "network" and len(grads) > 1 else next(iter(grads))
         sizes = {path: each.batch_size for path, each in grads.items()}
         batch = next(iter(sizes.values()))
         if len(set(sizes.values())) > 1:

@@ -37,6 +37,7 @@ class Preconditioned(Copied, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._look_at(loss)
         directions = self._directions()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
@@ -44,6 +45,9 @@ class Preconditioned(Copied, Optimizer):
                 first_order_step(group, params, [directions.get(param, param.grad) for param in params], self.state)
         self._completed += 1
         return loss
+
+    def _look_at(self, loss: Any) -> None:
+        """Raises ValueError where a closure's loss is none that the directions are right for."""
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """Preconditioned gradients by parameter."""

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.epochs import Epochs
-from fngd.guards import warn_of_more_passes
+from fngd.guards import warn_of_more_passes, warn_of_same_samples
 
 SHARES = ("position", "sample", None)
 CONTROLS = (None, "constant", "permuted")
@@ -66,6 +66,7 @@ class CoefficientTable(Epochs):
         """Asked in a layer's later backward passes since the last step: whether earlier ones do not count."""
         self._asked = False  # whether a layer has used the latest ids
         self._announced: list[Tensor] = []  # ids of each backward pass since the last step
+        self._asks: dict[str, tuple[int, int]] = {}  # of each layer since then: how many, the latest one's pass
         # by (layer, backward pass within the step): rows [steps, longest batch], their lengths, which to redo
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._lengths: dict[tuple[str, int], list[int]] = {}
@@ -175,7 +176,7 @@ class CoefficientTable(Epochs):
         if self.share != "sample":
             raise ValueError(f"next_batch(sample_ids) is for share='sample', but share is {self.share!r}")
         ids = torch.as_tensor(sample_ids)
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"sample_ids must be integers [B], not {ids.dtype} of shape {list(ids.shape)}")
         assert self.samples is not None, "the constructor has checked"
         if ids.device.type == "cpu" and len(ids) and not (ids.min() >= 0 and ids.max() < self.samples):
@@ -197,6 +198,7 @@ class CoefficientTable(Epochs):
     def restart(self) -> None:
         """The next backward pass is the first one of the step: earlier ones do not count."""
         self._calls.clear()
+        self._asks.clear()
         self._written.clear()
         self._ready = None
 
@@ -252,6 +254,7 @@ class CoefficientTable(Epochs):
     def _by_sample(self, layer: str, batch: int) -> Tensor | None:
         if not self._announced:
             raise ValueError("share='sample' needs opt.next_batch(sample_ids) before loss.backward()")
+        self._ask(layer)
         ids = self._announced[-1]
         if len(ids) != batch:
             raise ValueError(f"next_batch got {len(ids)} sample ids, but layer '{layer}' has a batch of {batch}")
@@ -262,6 +265,20 @@ class CoefficientTable(Epochs):
         factors = rows[ids.to(rows.device)]
         # Samples that were never met take the plain gradient.
         return torch.where(factors.isnan(), 1.0, factors)
+
+    def _ask(self, layer: str) -> None:
+        """A layer asks for its factors: where its pass has no ids of its own, they are taken to be the latest ones."""
+        number, latest = self._asks.get(layer, (0, 0))
+        if number and self.restarts(layer):
+            number = 0
+        running = torch._C._current_graph_task_id()
+        self._asks[layer] = number + 1, running
+        if number < len(self._announced):
+            return
+        if running != latest and not self._warned:  # in one pass they are several forward passes
+            warn_of_same_samples(layer, number)
+            self._warned = True
+        self._announced.append(self._announced[-1])
 
     def close_epoch(self) -> None:
         """Ends the epoch; looks at what was probed, and at which batches had values that were not finite."""

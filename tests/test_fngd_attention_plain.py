@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from attending import PLAIN, gradients, losses_of, moved, plain_gradient, problem, step
+from attending import PLAIN, gradients, losses_of, moved, natural, plain_gradient, problem, step
 from preconditioned import close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fngd import KFAC, NGD, SKFAC, AdaptiveDamping, Eva
+from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva
 from fngd.members import members
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -138,6 +138,38 @@ def test_a_layer_that_is_called_only_later(build: Any) -> None:
     close(change["layer.weight"], model.layer.weight.grad, 1e-12)
     close(change["layer.bias"], model.layer.bias.grad, 1e-12)
     assert "several layers: 'layer', 'layer.weight'" in opt.explain()["layer"]
+
+
+def test_a_function_that_comes_late_leaves_the_network_its_coefficients() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.weight, self.late = nn.Parameter(torch.randn(4, 4)), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inp(x).tanh()
+            return self.head(F.linear(y, self.weight).tanh() if self.late else y)
+
+    torch.manual_seed(0)
+    model, x = Late(), torch.randn(5, 3)
+    opt = FNGD(model, lr=0.0, alpha=1e-2, steps_per_epoch=2, gram="network", **PLAIN)
+    seen = []
+    for number in range(4):
+        model.late = number % 2 == 1  # the second batch of each epoch: once as a function that is new, once stored
+        step(model, opt, x)
+        seen.append(gradients(model))
+    for name in ("inp.weight", "head.weight", "head.bias"):
+        close(seen[3][name], seen[1][name], 1e-12)
+        close(seen[2][name], seen[0][name], 1e-12)
+    model.zero_grad()
+    opt.remove()
+    losses = losses_of(model(x))
+    own = [p for name, p in model.named_parameters() if name != "weight"]
+    rows = [torch.autograd.grad(loss, own, retain_graph=True) for loss in losses]
+    u = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows], 1)
+    got = torch.cat([seen[1][name].flatten() for name, _ in model.named_parameters() if name != "weight"])
+    close(got, natural(u, u.mean(1), 1e-2, "absorb"))
 
 
 def test_shared_weights_have_a_block_for_each_use() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fngd.kfac import KFAC
+from fngd import KFAC, SKFAC, Eva
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from fngd.kfac import KFAC
     [
         ({"damping": 0.0}, "damping=0.0; it must be a number > 0"),
         ({"damping": math.nan}, "damping=nan"),
+        ({"damping": math.inf}, "damping=inf makes every step 0"),
         ({"average": 1.0}, "average=1.0; it must be at least 0 and less than 1"),
         ({"statistics_every": 0}, "statistics_every=0; it must be a whole number"),
         ({"inverse_every": -1}, "inverse_every=-1"),
@@ -50,3 +51,23 @@ def test_foreign_states_are_refused() -> None:
     trained.step()
     with pytest.raises(ValueError, match="this model's layers are"):
         opt.load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+def test_a_loss_that_is_reduced_in_another_way(build: Any) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    opt = build(model)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"the training loss is a sum .* reduction='mean'\. Give it reduction='sum'"):
+        opt.step(closure)
+    with pytest.raises(ValueError, match="the training loss is a sum"):
+        opt.check_loss(model(x).square().sum())
+    opt.check_loss(model(x).square().mean())
+    assert torch.equal(model.weight, before)

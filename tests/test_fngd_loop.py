@@ -127,6 +127,10 @@ def added(model: Small) -> None:
     model.extra = nn.Linear(2, 2)
 
 
+def added_in_a_layer(model: Small) -> None:
+    model.inner.extra = nn.Linear(2, 2, bias=False)
+
+
 def removed(model: Small) -> None:
     model.inner.bias = None
 
@@ -137,12 +141,16 @@ def removed(model: Small) -> None:
         (changed_head, r"parameters \['head.weight'\] replaced"),
         (changed_weight, r"parameters \['head.weight'\] replaced"),
         (added, r"parameters \['extra.bias', 'extra.weight'\] added"),
+        (added_in_a_layer, r"parameters \['inner.extra.weight'\] added"),
         (removed, r"parameters \['inner.bias'\] removed.*construct a new one"),
     ],
 )
 def test_a_model_that_was_changed(change: Any, message: str) -> None:
     model, (x, y) = Small(), data(4)
     opt = NGD(model, lr=0.1)
+    opt.step()  # looked at in every step, not in the first alone
+    model.inner.note = nn.Identity()  # no parameter
+    opt.step()
     change(model)
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=message):

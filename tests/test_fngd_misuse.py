@@ -8,9 +8,12 @@ import pytest
 import torch
 from coefficients import data, run
 from preconditioned import Net
+from torch import nn
 from torch.nn import functional as F
 
 from fngd import FNGD, NGD
+
+PROBED = {"steps_per_epoch": 1, "refresh_cosine": 0.9}
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -33,10 +36,21 @@ pytestmark = pytest.mark.usefixtures("double")
         ({"steps_per_epoch": 1, "share": "sample"}, r"needs samples=len\(dataset\)"),
         ({"steps_per_epoch": 1, "samples": 3}, "nothing else does"),
         ({"share": None, "control": "constant"}, "need share="),
+        ({"steps_per_epoch": 1, "output_axis": -1}, "output_axis=-1; axes count from the front"),
+        ({"steps_per_epoch": 1, "scaler": 3}, "scaler=int; it must be the GradScaler"),
+        (PROBED | {"probe_layer": "hed"}, r"'hed' is no layer of the model. Its layers are \[.*'head'"),
+        (PROBED | {"probe_layer": "frozen"}, "'frozen' takes the plain gradient"),
+        (PROBED | {"probe_layer": "head", "gram": "network"}, "those of all layers together: leave it out"),
+        ({"steps_per_epoch": 1, "params": []}, "no parameters to optimise"),
+        (
+            {"steps_per_epoch": 1, "params": [{"params": [torch.zeros(3, requires_grad=True)], "precondition": "no"}]},
+            "precondition='no'; it must be True or False",
+        ),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     model = Net()
+    model.frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match=message):
         FNGD(model, **options)
     assert not model.conv._forward_hooks, "a constructor that fails leaves the model alone"

@@ -59,6 +59,20 @@ def test_float16_with_a_gradient_scaler(options: dict[str, Any]) -> None:
     assert scaler.get_scale() == 2.0**10
 
 
+@pytest.mark.parametrize("build", [NGD, KFAC])
+def test_a_scaler_that_is_switched_off_scales_nothing(build: Any) -> None:
+    (x, y), scaler = data(), torch.amp.GradScaler("cpu", enabled=False)
+    found = []
+    for options in ({}, {"scaler": scaler}):
+        model = build_model()
+        opt = build(model, lr=0.05, kl_clip=1e-2, **options)
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        scaler.step(opt)
+        scaler.update()
+        found.append([each.detach() for each in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_an_inf_skips_the_step_and_poisons_nothing() -> None:
     model, batches = build_model(), [data(16, 1), data(12, 2)]
     model[1].eval()  # no running statistics: the same gradients again

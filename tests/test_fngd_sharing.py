@@ -90,6 +90,44 @@ def test_sharing_by_sample() -> None:
     assert_close(run(model, opt, part), directions(rows, expected))
 
 
+@pytest.mark.parametrize("accumulate", ["separate", "joint"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_pass_without_ids_of_its_own_is_named(accumulate: str, stored: bool) -> None:
+    model, (batch,) = Net(), data(4)
+    opt = FNGD(model, lr=0.0, steps_per_epoch=1, share="sample", samples=4, accumulate=accumulate)
+
+    def step(announced: list[bool]) -> dict[str, Tensor]:
+        opt.zero_grad()
+        for each in announced:
+            if each:
+                opt.next_batch(torch.arange(4))
+            (F.cross_entropy(model(batch[0]), batch[1]) / 2).backward()
+        opt.step()
+        return {name: each.grad.clone() for name, each in model.named_parameters()}
+
+    expected = step([True, True])
+    if not stored:
+        opt._table.epoch = 0  # computes again
+    with pytest.warns(UserWarning, match=r"backward pass 2 of a step has no sample ids .* call opt.next_batch"):
+        assert_close(step([True, False]), expected)
+    assert_close(step([True, False]), expected)  # said once
+
+
+def test_several_forward_passes_of_one_loss_are_of_the_same_samples() -> None:
+    model, ((x, y),) = Net(), data(4)
+    opt = FNGD(model, lr=0.0, steps_per_epoch=1, share="sample", samples=4)
+    for _ in range(2):
+        opt.next_batch(torch.arange(4))
+        F.cross_entropy(model(x) + model(x.flip(-1)), y).backward()
+        opt.step()
+        opt.zero_grad()
+    opt.next_batch(torch.arange(4))  # a pass whose gradients are thrown away, as SAM's first is
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+    opt.step()
+
+
 def test_a_batch_with_nan_is_not_stored() -> None:
     model, (good,) = Net(), data(4)
     bad = good[0].clone(), good[1]

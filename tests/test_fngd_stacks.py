@@ -253,9 +253,10 @@ def test_an_empty_batch_is_a_zero_gradient(name: str):
 def test_a_weight_that_is_replaced(name: str):
     model = net()
     opt = MAKERS[name](model)
+    step(model, opt, 0)
     model[0].weight = nn.Parameter(torch.zeros(4, 3))
     with pytest.raises(ValueError, match=r"parameters \['0.weight'\] replaced"):
-        step(model, opt, 0)
+        step(model, opt, 1)
 
 
 @pytest.mark.parametrize("name", SEEING)
