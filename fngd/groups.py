@@ -77,6 +77,11 @@ def completed_group(param_group: dict[str, Any]) -> dict[str, Any]:
     return {"betas": ADAMW["betas"], "eps": ADAMW["eps"], **param_group}
 
 
+def first_parameter(groups: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Returns the first parameter that there is: a group may be empty, but not all of them are."""
+    return next(param for group in groups for param in group["params"])
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError for a parameter group with an option out of range."""
     for name in ("lr", "momentum", "weight_decay"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fngd.groups import first_parameter
 from fngd.method import Method
 
 _REDUCTIONS = {1: "mean", 2: "sum"}
@@ -57,7 +58,7 @@ class Unchanged:
 
     def look(self, step: int, groups: list[dict[str, Any]]) -> None:
         """Calls `check` in some steps; not where FSDP swaps parameters."""
-        if step % CHECK_EVERY == 0 and not any(hasattr(param, "to_local") for param in groups[0]["params"]):
+        if step % CHECK_EVERY == 0 and not hasattr(first_parameter(groups), "to_local"):
             self.check()
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import first_order_groups, positive, refuse_parameters, whole
+from fngd.groups import first_order_groups, first_parameter, positive, refuse_parameters, whole
 from fngd.guards import Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
@@ -135,7 +135,7 @@ class LayerPreconditioned(Preconditioned):
             layers = self._chosen.agree(self._exchange)
             if self._completed % self._statistics_every == 0:
                 # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
-                device = self.param_groups[0]["params"][0].device
+                device = first_parameter(self.param_groups).device
                 ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
@@ -195,6 +195,16 @@ class LayerPreconditioned(Preconditioned):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors go to the device of their layer.
+
+        Raises ValueError if the state was saved by another method or names layers that the model has not.
+        """
+        super().load_state_dict(state_dict)
+
+    def _own_state(self) -> dict[str, Any]:
         own = {
             "method": type(self).__name__,
             "completed": self._completed,
@@ -202,19 +212,17 @@ class LayerPreconditioned(Preconditioned):
             "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
             "random": self._random.get_state(),
         }
-        return {**super().state_dict(), "preconditioner": own}
+        return {"preconditioner": own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; tensors go to the device of their layer.
-
-        Raises ValueError if the state was saved by another method or names layers that the model has not.
-        """
-        own = checked_state(state_dict, type(self).__name__)
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        own = checked_state(state, type(self).__name__)
         check_layers(self._model, own["running"], "factors")
-        check_state(state_dict, self.param_groups)
-        for layer, state in own["running"].items():
-            check_sizes(self._model, layer, state, rows=layer not in self._chosen.modules)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        check_state(state, self.param_groups)
+        for layer, factors in own["running"].items():
+            check_sizes(self._model, layer, factors, rows=layer not in self._chosen.modules)
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        own = state["preconditioner"]
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
         self._chosen.forget_agreement()

@@ -14,7 +14,7 @@ most `block` entries along each dimension. The blocks of one parameter are graft
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -204,18 +204,24 @@ class Shampoo(Preconditioned):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", moments and roots by number of the parameter."""
-        numbers = {param: number for number, param in enumerate(self._parameters())}
-        own: dict[str, Any] = {"method": type(self).__name__, "completed": self._completed}
-        for name, table in (("moments", self._moments), ("roots", self._roots)):
-            own[name] = {numbers[param]: [list(block) for block in blocks] for param, blocks in table.items()}
-        return {**super().state_dict(), "preconditioner": own}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; tensors go to the device of their parameter.
 
         Raises ValueError if the state was saved by another method, or for parameters of other shapes or blocks.
         """
-        own, params = checked_state(state_dict, type(self).__name__), self._parameters()
+        super().load_state_dict(state_dict)
+
+    def _own_state(self) -> dict[str, Any]:
+        numbers = {param: number for number, param in enumerate(self._parameters())}
+        own: dict[str, Any] = {"method": type(self).__name__, "completed": self._completed}
+        for name, table in (("moments", self._moments), ("roots", self._roots)):
+            own[name] = {numbers[param]: [list(block) for block in blocks] for param, blocks in table.items()}
+        return {"preconditioner": own}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        own, params = checked_state(state, type(self).__name__), self._parameters()
         for number, blocks in own["moments"].items():
             shape = self._shape(params[number]) if number < len(params) else ()
             sizes = [[moment.shape[0] for moment in block] for block in blocks]
@@ -225,8 +231,10 @@ class Shampoo(Preconditioned):
                     f"the state's moments of parameter {number} do not fit its shape {list(shape)} and "
                     f"block={self._block}. Construct the optimiser as the saved one was."
                 )
-        check_state(state_dict, self.param_groups)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        check_state(state, self.param_groups)
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        own, params = state["preconditioner"], self._parameters()
         self._completed = own["completed"]
         self._moments, self._roots = (
             {
