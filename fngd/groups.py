@@ -16,7 +16,7 @@ def first_order_groups(
 ) -> list[dict[str, Any]]:
     """Returns the parameter groups; with other="adamw" what is not `chosen` moves to groups of its own.
 
-    So a scheduler sees both learning rates, and each group is stepped by one rule.
+    So a scheduler sees both learning rates, and each group is stepped by one rule. Groups that name a rule keep it.
 
     Raises ValueError for an unknown rule or option.
     """
@@ -34,6 +34,9 @@ def first_order_groups(
         return groups
     result = []
     for group in groups:
+        if "rule" in group:
+            result.append(group)
+            continue
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         # (name, parameter) where model.named_parameters() was given
         there = [(param[1] if isinstance(param, tuple) else param) in chosen for param in members]

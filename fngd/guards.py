@@ -81,6 +81,10 @@ def _parameters(model: nn.Module) -> dict[str, int]:
     return {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
 
 
+def _entries(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
 def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
     """Warns that a step makes more backward passes than when its coefficients were computed, which were `passes`."""
     warnings.warn(
@@ -96,7 +100,7 @@ def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
 def warn_of_skipped(groups: list[dict[str, Any]]) -> bool:
     """Warns that a batch has ended without a step, unless its gradients say why; returns whether it has."""
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    if any(hasattr(grad, "to_local") for grad in grads) or not all(bool(grad.isfinite().all()) for grad in grads):
+    if any(hasattr(grad, "to_local") or not bool(_entries(grad).isfinite().all()) for grad in grads):
         return False
     warnings.warn(
         "zero_grad() of the optimiser follows a backward pass without step(): it counts as a batch that was skipped, "

@@ -43,7 +43,7 @@ class OwnState(Optimizer):
         if self.state or any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
             return False
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        return bool(grads) and not any(bool(whole_tensor(grad).any()) for grad in grads)
+        return bool(grads) and not any(grad.is_sparse or bool(whole_tensor(grad).any()) for grad in grads)
 
     def _as_new(self) -> None:
         """Undoes what that step has put into moments: weight decay, and a step that was counted."""

@@ -94,3 +94,33 @@ def test_a_state_from_before_the_first_labels_were_drawn() -> None:
         opt.load_state_dict(state)
         assert "sampling" not in opt.state_dict()
     assert torch.equal(*drawn)
+
+
+def words(model: nn.Module) -> torch.Tensor:
+    return model(torch.arange(12).view(4, 3) % 5).mean(1).square().mean()
+
+
+def test_sparse_gradients_of_a_batch_that_is_skipped() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    opt = FNGD(model, lr=0.1, momentum=0.0, steps_per_epoch=2)
+    words(model).backward()
+    with pytest.warns(UserWarning, match="counts as a batch that was skipped"):
+        opt.zero_grad()
+
+
+def test_sparse_gradients_want_a_group_with_the_rule_of_sgd() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.LayerNorm(4), nn.Linear(4, 2))
+    rest = [param for layer in model[1:] for param in layer.parameters()]
+    opt = NGD(model, lr=0.1, momentum=0.0, other="adamw")
+    words(model).backward()
+    with pytest.raises(ValueError, match=r"shape \[\(5, 4\)\] have sparse gradients.*rule='sgd'"):
+        opt.step()
+    opt.remove()
+    groups = [{"params": model[0].parameters(), "rule": "sgd"}, {"params": rest}]
+    opt = NGD(model, groups, lr=0.1, momentum=0.0, other="adamw")
+    kept = [(group["rule"], len(group["params"])) for group in opt.param_groups]
+    assert kept == [("sgd", 1), ("sgd", 2), ("adamw", 2)]
+    before, table = model[0].weight.detach().clone(), model[0].weight
+    opt.step()
+    assert table.grad is not None
+    torch.testing.assert_close(table, before - 0.1 * table.grad.to_dense())
