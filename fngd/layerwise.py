@@ -22,7 +22,7 @@ from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
-from fngd.states import check_layers, check_sizes, check_state
+from fngd.states import check_layers, check_sizes, check_state, not_compiled
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, Reweighting, reweight
 from persample.reweight import BatchAxis
@@ -177,6 +177,7 @@ class LayerPreconditioned(Preconditioned):
             _put(result, weight, direction)
         return result
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the statistics of a step that a GradScaler has skipped, as if it had not been."""
         self._forget()

@@ -27,7 +27,7 @@ from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
-from fngd.states import OwnState, check_layers, check_state
+from fngd.states import OwnState, check_layers, check_state, not_compiled
 from persample import Reweighting, reweight
 from persample.reweight import BatchAxis
 
@@ -189,6 +189,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         parts = by_parameter(members(self._handle, layer) for layer in inner)
         return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step with the gradients in `.grad`; returns the closure's loss, if one is given."""
@@ -215,6 +216,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             self._as_new()
         return loss
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here.
 

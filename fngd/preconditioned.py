@@ -15,7 +15,7 @@ from torch import Tensor
 from fngd.copies import Copied
 from fngd.first_order import first_order_step
 from fngd.groups import check_group, completed_group
-from fngd.states import OwnState
+from fngd.states import OwnState, not_compiled
 
 
 class Preconditioned(Copied, OwnState):
@@ -30,6 +30,7 @@ class Preconditioned(Copied, OwnState):
         super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step with the gradients in `.grad`; returns the closure's loss, if one is given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -13,6 +14,9 @@ from fngd.members import parameter_of
 
 OPTIONS = ("decoupled_weight_decay", "lr", "momentum", "nesterov", "weight_decay")
 """What every parameter group of these optimisers has."""
+
+# Of an optimiser Dynamo traces reads of attributes, and drops what is assigned to them: a step would not count.
+not_compiled = torch.compiler.disable(reason="fngd counts its steps, which torch.compile of an optimiser does not")
 
 
 class OwnState(Optimizer):
