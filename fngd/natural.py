@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -279,7 +280,13 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         if self._table is not None:
             self._table.load_state_dict(state["coefficients"], device)
         if self._adaptive is not None:
-            saved = state.get("adaptive", {"factor": 1.0, "completed": 0})  # or it was not adaptive
+            if "adaptive" not in state:
+                warnings.warn(
+                    "the state has no 'adaptive': it was saved by an optimiser without adapt_damping, or by way of "
+                    "torch.distributed.checkpoint, which loses it. The damping starts anew from alpha or damping",
+                    stacklevel=2,
+                )
+            saved = state.get("adaptive", {"factor": 1.0, "completed": 0})
             self._policy.damping_factor, self._completed = saved["factor"], saved["completed"]
         self._random = None  # labels were not drawn yet, or
         if "sampling" in state:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import functional as F
 
-from fngd import FNGD, KFAC, NGD
+from fngd import FNGD, KFAC, NGD, AdaptiveDamping
 
 OWN = {"fngd": "coefficients", "ngd adaptive": "adaptive", "kfac": "preconditioner", "shampoo": "preconditioner"}
 
@@ -124,3 +124,12 @@ def test_sparse_gradients_want_a_group_with_the_rule_of_sgd() -> None:
     opt.step()
     assert table.grad is not None
     torch.testing.assert_close(table, before - 0.1 * table.grad.to_dense())
+
+
+def test_a_damping_that_starts_anew_is_told() -> None:
+    model = nn.Linear(3, 2)
+    opt = NGD(model, lr=0.1, adapt_damping=AdaptiveDamping())
+    state = opt.state_dict()
+    opt.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"no 'adaptive'.*starts anew"):
+        opt.load_state_dict({key: state[key] for key in ("state", "param_groups")})
