@@ -94,16 +94,19 @@ def test_gradients_of_the_inputs_alone_are_no_pass(method: str) -> None:
     assert deviation(results[1], results[0]) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["kfac", "shampoo"])
+@pytest.mark.parametrize("method", ["kfac", "shampoo", "ngd true"])
 def test_a_compiled_step_counts(method: str) -> None:
-    """Dynamo drops what a traced step assigns to the optimiser: statistics would be due in all steps or in none."""
+    """Dynamo drops what a traced step assigns to the optimiser: when statistics are due, where random labels are."""
     models = []
     for compiled in (False, True):
         model, (x, y) = build_model(), data()
         opt = METHODS[method](model)
 
         def train(model=model, opt=opt, x=x, y=y) -> None:
-            F.cross_entropy(model(x), y).backward()
+            outputs = model(x)
+            if method == "ngd true":
+                opt.sample(outputs)
+            F.cross_entropy(outputs, y).backward()
             opt.step()
             opt.zero_grad()
 
