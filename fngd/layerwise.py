@@ -139,6 +139,9 @@ class LayerPreconditioned(Preconditioned):
                 ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
+            if layer in self._running and self._running[layer]["inputs"].shape[-1] != found.inputs.shape[-1]:
+                for states in (self._running, self._inverses):  # its bias was frozen, or thawed: of another size
+                    states.pop(layer, None)
             for states in (self._running, self._inverses):
                 if layer in states:
                     states[layer] = _moved(states[layer], found.inputs)
@@ -159,6 +162,8 @@ class LayerPreconditioned(Preconditioned):
             inverse, groups = self._inverses[layer], running["inputs"].shape[0]
             weight_grad, bias_grad = _gradient(weight), None if bias is None else _gradient(bias)
             grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
+            if grad.shape[-1] != running["inputs"].shape[-1]:  # likewise, and no statistics since
+                continue
             direction = self._method.direction(inverse, grad, damping)
             # Before the first finite statistics there is nothing to precondition with.
             direction = torch.where(inverse["count"] > 0, direction, grad)

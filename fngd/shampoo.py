@@ -177,6 +177,9 @@ class Shampoo(Preconditioned):
         precision = torch.float32 if param.grad.element_size() < 4 else param.grad.dtype
         grad = whole_tensor(param.grad).reshape(shape).to(precision)
         blocks = block_slices(shape, self._block)
+        for states in (self._moments, self._roots):
+            if param in states:
+                states[param] = _moved(states[param], grad)
         if self._completed % self._statistics_every == 0 or param not in self._moments:
             self._moments[param] = self._updated(self._moments.get(param), [grad[where] for where in blocks])
         if self._completed % self._inverse_every == 0 or param not in self._roots:
@@ -246,3 +249,10 @@ class Shampoo(Preconditioned):
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _moved(states: list[list[Tensor]], like: Tensor) -> list[list[Tensor]]:
+    """The states where the gradient is now, and in its precision: parameters are moved and cast."""
+    if states[0][0].dtype == like.dtype and states[0][0].device == like.device:
+        return states
+    return [[state.to(like) for state in block] for block in states]
