@@ -41,21 +41,21 @@ class Exchange:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+        self.group = group
         self._sizes: list[int] = []
         self.bytes_sent = 0
 
     def sizes(self, batch: int, device: torch.device) -> tuple[list[int], slice]:
         """Returns the batch sizes of all processes and where this one's samples are among all."""
-        if world_size(self._group) == 1:
+        if world_size(self.group) == 1:
             self._sizes = [batch]
             return [batch], slice(0, batch)
         own = torch.tensor([batch], device=device)
-        others = [torch.empty_like(own) for _ in range(world_size(self._group))]
-        dist.all_gather(others, own, group=self._group)
+        others = [torch.empty_like(own) for _ in range(world_size(self.group))]
+        dist.all_gather(others, own, group=self.group)
         self.bytes_sent += own.nbytes
         self._sizes = torch.cat(others).tolist()
-        start = sum(self._sizes[: dist.get_rank(self._group)])
+        start = sum(self._sizes[: dist.get_rank(self.group)])
         return self._sizes, slice(start, start + batch)
 
     def gather(self, tensor: Tensor, axis: int = 0) -> Tensor:
@@ -66,24 +66,24 @@ class Exchange:
         padded = rows.new_zeros(max(self._sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         received = [torch.empty_like(padded) for _ in self._sizes]
-        dist.all_gather(received, padded, group=self._group)
+        dist.all_gather(received, padded, group=self.group)
         self.bytes_sent += padded.nbytes
         kept = [rows[:size] for rows, size in zip(received, self._sizes, strict=True)]
         return torch.cat(kept).movedim(0, axis)
 
     def common(self, own: Iterable[str]) -> set[str]:
         """Returns the names that all processes have. The host waits for them; their few bytes are not counted."""
-        everyone: list[Any] = [None] * world_size(self._group)
-        dist.all_gather_object(everyone, sorted(own), group=self._group)
+        everyone: list[Any] = [None] * world_size(self.group)
+        dist.all_gather_object(everyone, sorted(own), group=self.group)
         return set.intersection(*map(set, everyone))
 
     def table(self, rows: list[list[int]], device: torch.device) -> list[list[list[int]]]:
         """Returns a table of integers of every process; all have the same shape. The host waits for it."""
         if not rows:
-            return [[] for _ in range(world_size(self._group))]
+            return [[] for _ in range(world_size(self.group))]
         own = torch.tensor(rows, device=device)
-        others = [torch.empty_like(own) for _ in range(world_size(self._group))]
-        dist.all_gather(others, own, group=self._group)
+        others = [torch.empty_like(own) for _ in range(world_size(self.group))]
+        dist.all_gather(others, own, group=self.group)
         self.bytes_sent += own.nbytes
         return torch.stack(others).tolist()
 
@@ -93,7 +93,7 @@ class Exchange:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
             flat = torch.cat([tensors[place].flatten() for place in places])
-            dist.all_reduce(flat, group=self._group)
+            dist.all_reduce(flat, group=self.group)
             self.bytes_sent += flat.nbytes
             parts = flat.split([tensors[place].numel() for place in places])
             for place, part in zip(places, parts, strict=True):
@@ -114,7 +114,7 @@ class Exchange:
             padded = flat.new_zeros(max(messages))
             padded[: len(flat)] = flat
             received = [torch.empty_like(padded) for _ in messages]
-            dist.all_gather(received, padded, group=self._group)
+            dist.all_gather(received, padded, group=self.group)
             self.bytes_sent += padded.nbytes
             for process, message in enumerate(received):
                 parts = message[: messages[process]].split([column[process] for column in sizes])

@@ -67,7 +67,17 @@ def first_order_step(group: Mapping[str, Any], params: list[Tensor], grads: list
 
 
 def adamw_step(group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], state: Any) -> None:
-    """Makes a step of torch's AdamW with a group's options; its moments are kept in state[param]."""
+    """Makes a step of torch's AdamW with a group's options; its moments are kept in state[param].
+
+    Raises ValueError for sparse gradients, of which AdamW keeps no moments.
+    """
+    sparse = [tuple(param.shape) for param, grad in zip(params, grads, strict=True) if grad.is_sparse]
+    if sparse:
+        raise ValueError(
+            f"parameters of shape {sparse} have sparse gradients, as nn.Embedding(sparse=True) makes them, and AdamW "
+            "takes dense ones alone. Construct the embedding with sparse=False, or give it a parameter group with "
+            "rule='sgd'"
+        )
     for param in params:
         if "step" not in state[param]:
             state[param]["step"] = torch.zeros(())  # on the CPU, where torch's own function wants it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fngd.distributed import world_size
+from fngd.met import Met
 from fngd.natural import NaturalSGD
 from fngd.ngd import NGD
 from fngd.options import Options, showing
@@ -28,8 +31,8 @@ class FNGD(NaturalSGD):
         model: the model; its `loss.backward()` accumulates d instead of g until `remove()`.
         params: parameters or parameter groups, as for any optimiser; default: all of the model's.
         steps_per_epoch: optimiser steps in an epoch, len(loader); needed unless share is None.
-        share: "position" (the paper's), "sample" (then announce ids by `next_batch`), None
-            (nothing: as `NGD`).
+        share: "position" (the paper's), "sample" (then announce ids by `next_batch`; processes tell each other at the
+            end of an epoch what they have computed), None (nothing: as `NGD`).
         samples: the number of samples in the data set, ids being below it; only with share="sample".
         refresh_epochs: compute c anew in every R-th epoch, R ≥ 1; None: only in the first.
         refresh_cosine: in (0, 1]; compute anew in the epoch after one whose first batch has fresh factors with a
@@ -92,6 +95,7 @@ class FNGD(NaturalSGD):
                 "share='sample'"
             )
         super().__init__(model, params, seed=seed, **options)
+        self._met = Met(self._policy.exchange)
 
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only.
@@ -103,7 +107,10 @@ class FNGD(NaturalSGD):
         >>> model(torch.randn(8, 3)[ids]).square().mean().backward()
         >>> opt.step()
         """
-        self._sharing().next_batch(sample_ids)
+        table = self._sharing()
+        table.next_batch(sample_ids)
+        if table.computing:
+            self._met.add(torch.as_tensor(sample_ids))
 
     def start_epoch(self) -> None:
         """Announces that an epoch begins; optional. From then on a loader that is too long is an error.
@@ -116,7 +123,10 @@ class FNGD(NaturalSGD):
         ...     opt.step()
         ...     opt.zero_grad()
         """
-        self._sharing().start_epoch()
+        table = self._sharing()
+        place = table.epoch, table.computing
+        table.start_epoch()
+        self._merge(table, *place)
 
     @property
     def computing(self) -> bool:
@@ -132,6 +142,30 @@ class FNGD(NaturalSGD):
         [True, False]
         """
         return self._table is None or self._table.computing
+
+    def _end_batch(self) -> None:
+        table = self._table
+        if table is None:
+            super()._end_batch()
+            return
+        place = table.epoch, table.computing
+        super()._end_batch()
+        self._merge(table, *place)
+
+    def _merge(self, table: CoefficientTable, epoch: int, computing: bool) -> None:
+        """Where an epoch has ended: coefficients by sample go to all processes."""
+        # Where probes decide, one process may compute while another does not.
+        due = table.epoch != epoch and (computing or table.refresh_cosine is not None)
+        if due and table.share == "sample" and world_size(self._group) > 1:
+            self._met.merge(table.state_dict()["rows"])
+
+    def _own_state(self) -> dict[str, Any]:
+        met = self._met.ids()
+        return super()._own_state() | ({"met": met} if len(met) else {})
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        super()._load_own_state(state)
+        self._met.load(state.get("met"))
 
     def _sharing(self) -> CoefficientTable:
         if self._table is None:

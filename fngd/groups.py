@@ -17,7 +17,7 @@ def first_order_groups(
 ) -> list[dict[str, Any]]:
     """Returns the parameter groups; with other="adamw" what is not `chosen` moves to groups of its own.
 
-    So a scheduler sees both learning rates, and each group is stepped by one rule.
+    So a scheduler sees both learning rates, and each group is stepped by one rule. Groups that name a rule keep it.
 
     Raises ValueError for an unknown rule or option, or where there are no parameters.
     """
@@ -37,6 +37,9 @@ def first_order_groups(
         return groups
     result = []
     for group in groups:
+        if "rule" in group:
+            result.append(group)
+            continue
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         # (name, parameter) where model.named_parameters() was given
         there = [(param[1] if isinstance(param, tuple) else param) in chosen for param in members]
@@ -78,6 +81,11 @@ def completed_group(param_group: dict[str, Any]) -> dict[str, Any]:
     if param_group.get("rule") != "adamw":
         return param_group
     return {"betas": ADAMW["betas"], "eps": ADAMW["eps"], **param_group}
+
+
+def first_parameter(groups: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Returns the first parameter that there is: a group may be empty, but not all of them are."""
+    return next(param for group in groups for param in group["params"])
 
 
 def check_group(group: Mapping[str, Any]) -> None:

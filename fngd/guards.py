@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fngd.groups import first_parameter
+
 _REDUCTIONS = {1: "mean", 2: "sum"}
 """What torch's loss functions keep as `reduction` in their node of the graph."""
 
@@ -59,7 +61,7 @@ class Unchanged:
 
     def look(self, groups: list[dict[str, Any]]) -> None:
         """Calls `check` where a module holds something else than before; not where FSDP swaps parameters."""
-        if self._as_remembered() or any(hasattr(param, "to_local") for param in groups[0]["params"]):
+        if self._as_remembered() or hasattr(first_parameter(groups), "to_local"):
             return
         self.check()
         self._remember()
@@ -82,6 +84,10 @@ class Unchanged:
 def _parameters(model: nn.Module) -> dict[str, int]:
     # Tensors themselves would be compared by value; the optimiser keeps them alive, so their ids stay theirs.
     return {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def _entries(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
@@ -109,7 +115,7 @@ def warn_of_same_samples(layer: str, passes: int) -> None:
 def warn_of_skipped(groups: list[dict[str, Any]]) -> bool:
     """Warns that a batch has ended without a step, unless its gradients say why; returns whether it has."""
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    if any(hasattr(grad, "to_local") for grad in grads) or not all(bool(grad.isfinite().all()) for grad in grads):
+    if any(hasattr(grad, "to_local") or not bool(_entries(grad).isfinite().all()) for grad in grads):
         return False
     warnings.warn(
         "zero_grad() of the optimiser follows a backward pass without step(): it counts as a batch that was skipped, "

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import check_scaler, first_order_groups, positive, refuse_parameters, whole
+from fngd.groups import check_scaler, first_order_groups, first_parameter, positive, refuse_parameters, whole
 from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
-from fngd.states import check_layers, check_sizes, check_state
+from fngd.states import check_layers, check_sizes, check_state, not_compiled
 from fngd.statistics import Factors, Statistics
 from persample import LayerGrads, Reweighting, reweight
 from persample.reweight import BatchAxis
@@ -138,10 +138,13 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             layers = self._chosen.agree(self._exchange)
             if self._completed % self._statistics_every == 0:
                 # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
-                device = self.param_groups[0]["params"][0].device
+                device = first_parameter(self.param_groups).device
                 ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
+            if layer in self._running and self._running[layer]["inputs"].shape[-1] != found.inputs.shape[-1]:
+                for states in (self._running, self._inverses):  # its bias was frozen, or thawed: of another size
+                    states.pop(layer, None)
             for states in (self._running, self._inverses):
                 if layer in states:
                     states[layer] = _moved(states[layer], found.inputs)
@@ -162,6 +165,8 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             inverse, groups = self._inverses[layer], running["inputs"].shape[0]
             weight_grad, bias_grad = _gradient(weight), None if bias is None else _gradient(bias)
             grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
+            if grad.shape[-1] != running["inputs"].shape[-1]:  # likewise, and no statistics since
+                continue
             direction = self._method.direction(inverse, grad, damping)
             # Before the first finite statistics there is nothing to precondition with.
             direction = torch.where(inverse["count"] > 0, direction, grad)
@@ -180,6 +185,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             _put(result, weight, direction)
         return result
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the statistics of a step that a GradScaler has skipped, as if it had not been."""
         self._forget()
@@ -198,6 +204,16 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", the running factors and inverses."""
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors go to the device of their layer.
+
+        Raises ValueError if the state was saved by another method or names layers that the model has not.
+        """
+        super().load_state_dict(state_dict)
+
+    def _own_state(self) -> dict[str, Any]:
         own = {
             "method": type(self).__name__,
             "completed": self._completed,
@@ -205,19 +221,17 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             "inverses": {layer: dict(state) for layer, state in self._inverses.items()},
             "random": self._random.get_state(),
         }
-        return {**super().state_dict(), "preconditioner": own}
+        return {"preconditioner": own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; tensors go to the device of their layer.
-
-        Raises ValueError if the state was saved by another method or names layers that the model has not.
-        """
-        own = checked_state(state_dict, type(self).__name__)
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        own = checked_state(state, type(self).__name__)
         check_layers(self._model, own["running"], "factors")
-        check_state(state_dict, self.param_groups)
-        for layer, state in own["running"].items():
-            check_sizes(self._model, layer, state, rows=layer not in self._chosen.modules)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        check_state(state, self.param_groups)
+        for layer, factors in own["running"].items():
+            check_sizes(self._model, layer, factors, rows=layer not in self._chosen.modules)
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        own = state["preconditioner"]
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
         self._chosen.forget_agreement()

@@ -17,6 +17,7 @@ from fngd.guards import CheckedLoss
 from fngd.members import Part, by_parameter, covered, members
 from fngd.method import Method
 from fngd.policy import Policy
+from fngd.states import not_compiled
 from persample.reweight import Reweighting
 
 
@@ -55,6 +56,7 @@ class Measuring(CheckedLoss):
         """
         return self._predicted is not None
 
+    @not_compiled
     def adapt(self, before: float | Tensor, after: float | Tensor) -> float:
         """Changes the damping by how well the last step was predicted; returns the ratio ρ, see `fngd.adaptive`.
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
 from fngd.first_order import first_order_step
-from fngd.groups import check_group, check_scaler, completed_group, first_order_groups, refuse_parameters, sgd_options
+from fngd.groups import (
+    check_group,
+    check_scaler,
+    completed_group,
+    first_order_groups,
+    first_parameter,
+    refuse_parameters,
+    sgd_options,
+)
 from fngd.guards import Unchanged
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
@@ -21,12 +29,12 @@ from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
 from fngd.sharing import CoefficientTable
-from fngd.states import check_layers, check_state
+from fngd.states import OwnState, check_layers, check_state, not_compiled
 from persample import Reweighting, reweight
 from persample.reweight import BatchAxis
 
 
-class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
+class NaturalSGD(Sampling, Measuring, Copied, OwnState):
     """Base of `NGD` and `FNGD`; `_table` holds shared coefficients, None computes them in every step."""
 
     _table: CoefficientTable | None = None
@@ -208,6 +216,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         parts = by_parameter(members(self._handle, layer) for layer in inner)
         return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step with the gradients in `.grad`; returns the closure's loss, if one is given."""
@@ -218,6 +227,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
             self._check_where_it_matters(loss)
         self._check_adapted()
         self._unchanged.look(self.param_groups)
+        counts = self._policy.met_batch or not self._only_makes_state()
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:
@@ -226,10 +236,14 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
                 first_order_step(group, params, [clipped.get(param, param.grad) for param in params], self.state)
         if before:
             self._predicted = self._predict(before)
-        self._completed += 1
-        self._end_batch()
+        if counts:
+            self._completed += 1
+            self._end_batch()
+        else:
+            self._as_new()
         return loss
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here.
 
@@ -249,14 +263,7 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         "coefficients": the table and the place in the epoch; "adaptive": the factor on the damping and the steps
         made; "sampling": the state of the random numbers.
         """
-        state = super().state_dict()
-        if self._table is not None:
-            state["coefficients"] = self._table.state_dict()
-        if self._adaptive is not None:
-            state["adaptive"] = {"factor": self.damping_factor, "completed": self._completed}
-        if self._random is not None:
-            state["sampling"] = self._random.get_state()
-        return state
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; tensors go to the device of the parameters.
@@ -264,32 +271,53 @@ class NaturalSGD(Sampling, Measuring, Copied, Optimizer):
         Raises ValueError if the state was saved by another kind of optimiser or for another model, holds no
         coefficients, or those of a loader of another length. Then nothing has been loaded.
         """
-        device = self.param_groups[0]["params"][0].device
-        if "preconditioner" in state_dict:
+        super().load_state_dict(state_dict)
+
+    def _own_state(self) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        if self._table is not None:
+            own["coefficients"] = self._table.state_dict()
+        if self._adaptive is not None:
+            own["adaptive"] = {"factor": self.damping_factor, "completed": self._completed}
+        if self._random is not None:
+            own["sampling"] = self._random.get_state()
+        return own
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if "preconditioner" in state:
             raise ValueError(
-                f"the state was saved by {state_dict['preconditioner']['method']}, and this optimiser is "
+                f"the state was saved by {state['preconditioner']['method']}, and this optimiser is "
                 f"{type(self).__name__}. Load what its own state_dict() returned"
             )
-        if self._table is not None and "coefficients" not in state_dict:
+        if self._table is not None and "coefficients" not in state:
             raise ValueError(
                 "the state has no 'coefficients': it was not saved by an optimiser that shares them, or by way of "
                 "torch.distributed.checkpoint, which keeps nothing but 'state' and 'param_groups'. Save what "
                 "state_dict() returns as it is"
             )
-        check_state(state_dict, self.param_groups)
+        check_state(state, self.param_groups)
         if self._table is not None:
-            layers = {layer for layer, _ in state_dict["coefficients"]["rows"]} - {NETWORK}
+            layers = {layer for layer, _ in state["coefficients"]["rows"]} - {NETWORK}
             check_layers(self._model, layers, "coefficients")
-            self._table.check_state(state_dict["coefficients"])
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            self._table.check_state(state["coefficients"])
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        device = first_parameter(self.param_groups).device
         if self._table is not None:
-            self._table.load_state_dict(state_dict["coefficients"], device)
+            self._table.load_state_dict(state["coefficients"], device)
         if self._adaptive is not None:
-            saved = state_dict.get("adaptive", {"factor": 1.0, "completed": 0})  # or it was not adaptive
+            if "adaptive" not in state:
+                warnings.warn(
+                    "the state has no 'adaptive': it was saved by an optimiser without adapt_damping, or by way of "
+                    "torch.distributed.checkpoint, which loses it. The damping starts anew from alpha or damping",
+                    stacklevel=2,
+                )
+            saved = state.get("adaptive", {"factor": 1.0, "completed": 0})
             self._policy.damping_factor, self._completed = saved["factor"], saved["completed"]
-        if "sampling" in state_dict:
+        self._random = None  # labels were not drawn yet, or
+        if "sampling" in state:
             self._random = torch.Generator(device)
-            self._random.set_state(state_dict["sampling"].cpu())
+            self._random.set_state(state["sampling"].cpu())
         self._predicted = None
         self._policy.clear()
         self._policy.measuring = self._adaptive is not None and self._completed % self._adaptive.every == 0

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from fngd.copies import Copied
 from fngd.first_order import first_order_step
 from fngd.groups import check_group, completed_group
+from fngd.states import OwnState, not_compiled
 
 
-class Preconditioned(Copied, Optimizer):
+class Preconditioned(Copied, OwnState):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -30,6 +30,7 @@ class Preconditioned(Copied, Optimizer):
         super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step with the gradients in `.grad`; returns the closure's loss, if one is given."""
@@ -38,12 +39,16 @@ class Preconditioned(Copied, Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._look_at(loss)
-        directions = self._directions()
+        counts = not self._only_makes_state()
+        directions = self._directions() if counts else {}
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
                 first_order_step(group, params, [directions.get(param, param.grad) for param in params], self.state)
-        self._completed += 1
+        if counts:
+            self._completed += 1
+        else:
+            self._as_new()
         return loss
 
     def _look_at(self, loss: Any) -> None:

@@ -14,6 +14,7 @@ from fngd.likelihoods import sampled_losses
 from fngd.members import parameters
 from fngd.method import Method
 from fngd.policy import Policy
+from fngd.states import not_compiled
 from persample.reweight import Reweighting
 
 
@@ -28,6 +29,7 @@ class Sampling:
     _seed: int
     _random: torch.Generator | None = None
 
+    @not_compiled
     def sample(
         self, outputs: Tensor, likelihood: str | Callable[[Tensor], Tensor] = "categorical", *,
         class_axis: int | None = None,

@@ -14,7 +14,7 @@ most `block` entries along each dimension. The blocks of one parameter are graft
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -177,6 +177,9 @@ class Shampoo(Preconditioned):
         precision = torch.float32 if param.grad.element_size() < 4 else param.grad.dtype
         grad = whole_tensor(param.grad).reshape(shape).to(precision)
         blocks = block_slices(shape, self._block)
+        for states in (self._moments, self._roots):
+            if param in states:
+                states[param] = _moved(states[param], grad)
         if self._completed % self._statistics_every == 0 or param not in self._moments:
             self._moments[param] = self._updated(self._moments.get(param), [grad[where] for where in blocks])
         if self._completed % self._inverse_every == 0 or param not in self._roots:
@@ -204,18 +207,24 @@ class Shampoo(Preconditioned):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state and, under "preconditioner", moments and roots by number of the parameter."""
-        numbers = {param: number for number, param in enumerate(self._parameters())}
-        own: dict[str, Any] = {"method": type(self).__name__, "completed": self._completed}
-        for name, table in (("moments", self._moments), ("roots", self._roots)):
-            own[name] = {numbers[param]: [list(block) for block in blocks] for param, blocks in table.items()}
-        return {**super().state_dict(), "preconditioner": own}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; tensors go to the device of their parameter.
 
         Raises ValueError if the state was saved by another method, or for parameters of other shapes or blocks.
         """
-        own, params = checked_state(state_dict, type(self).__name__), self._parameters()
+        super().load_state_dict(state_dict)
+
+    def _own_state(self) -> dict[str, Any]:
+        numbers = {param: number for number, param in enumerate(self._parameters())}
+        own: dict[str, Any] = {"method": type(self).__name__, "completed": self._completed}
+        for name, table in (("moments", self._moments), ("roots", self._roots)):
+            own[name] = {numbers[param]: [list(block) for block in blocks] for param, blocks in table.items()}
+        return {"preconditioner": own}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        own, params = checked_state(state, type(self).__name__), self._parameters()
         for number, blocks in own["moments"].items():
             shape = self._shape(params[number]) if number < len(params) else ()
             sizes = [[moment.shape[0] for moment in block] for block in blocks]
@@ -225,8 +234,10 @@ class Shampoo(Preconditioned):
                     f"the state's moments of parameter {number} do not fit its shape {list(shape)} and "
                     f"block={self._block}. Construct the optimiser as the saved one was."
                 )
-        check_state(state_dict, self.param_groups)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        check_state(state, self.param_groups)
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        own, params = state["preconditioner"], self._parameters()
         self._completed = own["completed"]
         self._moments, self._roots = (
             {
@@ -238,3 +249,10 @@ class Shampoo(Preconditioned):
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _moved(states: list[list[Tensor]], like: Tensor) -> list[list[Tensor]]:
+    """The states where the gradient is now, and in its precision: parameters are moved and cast."""
+    if states[0][0].dtype == like.dtype and states[0][0].device == like.device:
+        return states
+    return [[state.to(like) for state in block] for block in states]

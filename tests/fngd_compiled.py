@@ -92,3 +92,26 @@ def test_gradients_of_the_inputs_alone_are_no_pass(method: str) -> None:
             opt.zero_grad()
         results.append(dict(model.named_parameters()))
     assert deviation(results[1], results[0]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["kfac", "shampoo", "ngd true"])
+def test_a_compiled_step_counts(method: str) -> None:
+    """Dynamo drops what a traced step assigns to the optimiser: when statistics are due, where random labels are."""
+    models = []
+    for compiled in (False, True):
+        model, (x, y) = build_model(), data()
+        opt = METHODS[method](model)
+
+        def train(model=model, opt=opt, x=x, y=y) -> None:
+            outputs = model(x)
+            if method == "ngd true":
+                opt.sample(outputs)
+            F.cross_entropy(outputs, y).backward()
+            opt.step()
+            opt.zero_grad()
+
+        step = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(6):
+            step()
+        models.append(dict(model.named_parameters()))
+    assert deviation(models[1], models[0]) < 1e-5

@@ -50,6 +50,31 @@ def directions_are_averaged(rank: int, world: int) -> None:
     opt.remove()
 
 
+def coefficients_by_sample_reach_every_process(rank: int, world: int) -> None:
+    """In the second epoch each process has the samples of its neighbour; it resumes in the middle of the first."""
+    options = {"lr": 0.0, "steps_per_epoch": 2, "alpha": 1e-2, "share": "sample", "samples": 8 * world}
+    model = build()
+    opt = FNGD(model, **options)
+    wrapped = ddp(model)
+    directions: list[Any] = []
+    for step in range(4):
+        whose = rank if step < 2 else (rank + 1) % world
+        opt.zero_grad()
+        opt.next_batch(torch.arange(4) + 4 * (2 * whose + step % 2))
+        loss_of(wrapped, batch_of(step % 2, whose, 4)).backward()
+        directions.append(grads(model))
+        opt.step()
+        if step == 0:
+            state = opt.state_dict()
+            opt.remove()
+            opt = FNGD(model, **options)
+            opt.load_state_dict(state)
+    for computed, shared in zip(directions[:2], directions[2:], strict=True):
+        check(shared, computed)
+    assert "met" not in opt.state_dict()
+    opt.remove()
+
+
 def sharded_equals_replicated(rank: int, world: int) -> None:
     """FSDP2 = DDP, step for step, with momentum, decay and KL clip."""
     for options in ({"weight_decay": 1e-2}, {"kl_clip": 1e-4}, {"scale": "graft", "fisher": "improved"}):
@@ -189,6 +214,7 @@ def clipping_agrees_between_ranks(rank: int, world: int) -> None:
 
 SCENARIOS = (
     directions_are_averaged,
+    coefficients_by_sample_reach_every_process,
     sharded_equals_replicated,
     accumulation_without_synchronising,
     global_gram_is_one_process,

@@ -300,6 +300,40 @@ def test_a_layer_that_is_thawed_later_is_no_surprise():
         opt.zero_grad()
 
 
+def test_a_state_of_shampoo_in_another_precision():
+    model, single = net(), net().float()
+    opt, other = (Shampoo(each.parameters(), lr=0.1, epsilon=1e-2) for each in (model, single))
+    step(model, opt, 0)
+    single.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for number in (1, 2):  # by roots of the first step
+        step(model, opt, number)
+        step(single, other, number, dtype=torch.float32)
+    torch.testing.assert_close(values(single), values(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", ["kfac", "skfac", "eva"])
+def test_a_bias_that_is_frozen_and_thawed_later(name: str, every: int):
+    """Factors are of another size then: they start anew, and until there are some the gradient is the plain one."""
+    model = net()
+    often = {"every": every} if name == "skfac" else {"statistics_every": every}
+    opt = MAKERS[name](model, lr=0.1, momentum=0.0, kl_clip=None, **often)
+    for number in range(8):
+        model[0].bias.requires_grad_(not 2 <= number < 5)
+        before = model[0].weight.detach().clone()
+        loss_of(model, number).backward()
+        gradient = model[0].weight.grad.clone()
+        opt.step()
+        opt.zero_grad()
+        plain = torch.allclose(model[0].weight, before - 0.1 * gradient)
+        assert plain == (every == 3 and number in (2, 5))
+    fresh = net()
+    fresh.load_state_dict(model.state_dict())
+    other = MAKERS[name](fresh, lr=0.1, momentum=0.0, kl_clip=None)
+    other.load_state_dict(opt.state_dict())
+
+
 def test_copies_of_data_parallel_are_refused():
     model = net()
     NGD(model)
