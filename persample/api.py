@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,8 @@ def per_sample(
     Args:
         model: any eager PyTorch module. Parameters that do not require a gradient are left out.
         loss_fn: `loss_fn(outputs, targets)`, one loss for each sample, [B].
-        inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model; the batches of tokenizers
+            (`collections.UserDict`) are such dicts.
         targets: whatever the loss function takes.
         backend: one of `backends()`; or "auto", the first of them that covers the model, `notes` of the result
             saying why others did not.
@@ -44,7 +46,8 @@ def per_sample(
             normalisation in training mode.
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
-            targets that has B entries there, and captured anew for each reduction (`persample.chunked`).
+            targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
+            (`persample.chunked`).
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
             parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and
@@ -90,6 +93,8 @@ def per_sample(
             f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
             "A criterion of torch will do, with reduction='none'"
         )
+    if isinstance(inputs, (dict, UserDict)):
+        inputs = dict(inputs)  # torch's trees do not look into subclasses
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)

@@ -31,7 +31,8 @@ def check_losses(losses: object) -> Tensor:
     if losses.ndim != 1:
         remedy = (
             "it is already reduced over the batch: pass reduction='none' to the criterion and reduce every "
-            "dimension but the first"
+            "dimension but the first; a model that computes its loss from labels among its inputs returns the mean: "
+            "leave the labels out, and compute the losses from its outputs"
             if losses.ndim == 0
             else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1)"
         )

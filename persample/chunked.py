@@ -143,7 +143,9 @@ class ChunkedPerSampleGrads:
             self._unchanged.require("chunk_size")
         part = self._slices[i]
         inputs, targets = tree_map(
-            lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf, self._data
+            lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf,
+            self._data,
+            is_leaf=lambda node: _lists_samples(node, self.batch),
         )
         if i not in self._random:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -259,12 +261,17 @@ def batch_of(inputs: Any) -> int | None:
 
 
 def _holds_samples(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+    return _lists_samples(leaf, batch) or (isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch)
 
 
-def _cut(leaf: Tensor, part: slice) -> Tensor:
-    """Samples of a tensor; a sparse one cannot be sliced."""
-    if leaf.layout is torch.strided:
+def _lists_samples(node: Any, batch: int) -> bool:
+    """Whether it is a list of something for each sample: its boxes and labels, its text."""
+    return type(node) is list and len(node) == batch and all(isinstance(each, (Mapping, str)) for each in node)
+
+
+def _cut(leaf: Any, part: slice) -> Any:
+    """Samples of a tensor or a list; a sparse tensor cannot be sliced."""
+    if isinstance(leaf, list) or leaf.layout is torch.strided:
         return leaf[part]
     return leaf.index_select(0, torch.arange(part.start, part.stop, device=leaf.device))
 

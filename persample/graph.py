@@ -93,6 +93,17 @@ def edge_dtype(edge: Edge) -> torch.dtype:
     return found
 
 
+def precision_within(losses: Tensor) -> torch.dtype:
+    """The dtype with the largest rounding error on the way to the losses: a layer may compute in one of its own."""
+    if losses.grad_fn is None:
+        return losses.dtype
+    dtypes = {losses.dtype}
+    for node in trace(losses).order:
+        dtypes |= {edge_dtype((node, k)) for k in range(1 if hasattr(node, "variable") else len(node._input_metadata))}
+    real = [dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+    return max(real, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def shape_of(meta: Any) -> tuple[int, ...]:
     """Shape of a tensor by its autograd metadata.
 

@@ -84,12 +84,13 @@ def mixes_inside(
     return mixed
 
 
-def normalises_over_samples(node: Node, known: Separation) -> bool:
+def normalises_over_samples(node: Node, known: Separation, provenance: Provenance) -> bool:
     """Whether the node is batch normalisation in training mode, over more than one sample.
 
     Its own weight and bias have rows that add up, but each of them depends on the other samples. Instance
-    normalisation is the same operation with samples among the channels, which are apart.
+    normalisation is the same operation with samples among the channels, which are apart; and so is the standardisation
+    of a weight, which reads no data.
     """
     owner = known.owners[node][0]
     training = "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
-    return training and (owner is None or (owner.axis != 1 and owner.batch > 1))
+    return training and provenance.doubtful(node) and (owner is None or (owner.axis != 1 and owner.batch > 1))

@@ -95,7 +95,7 @@ def find_uses(
             waiting[name] = []
             for meeting in meetings:
                 node = meeting[0]
-                if provenance is not None and coupled == "error" and normalises_over_samples(node, known):
+                if provenance is not None and coupled == "error" and normalises_over_samples(node, known, provenance):
                     raise coupled_at(node, name)
                 if known.separated(node) and trusted(node, graph, known.owners[node], provenance, batch):
                     if refuses and provenance is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
+from persample.chunked import ChunkedPerSampleGrads
 
 CHEAP = ("outputs", "hooks", "vmap")
 every_backend = pytest.mark.parametrize("backend", CHEAP)
@@ -155,6 +157,20 @@ def test_tuples_are_positional_and_dicts_keywords(backend: str) -> None:
     as_dict = persample.per_sample(model, cross_entropy, {"right": 2 * x, "left": x}, t, backend=backend).grads()
     assert rel_err(as_tuple, as_dict) == 0
     assert rel_err(as_tuple, loop_grads(model, cross_entropy, (x, 2 * x), t)) < 1e-12
+
+
+class Encoding(dict):
+    """As the outputs of models in Hugging Face's transformers."""
+
+
+@pytest.mark.parametrize("kind", [UserDict, Encoding])  # a tokenizer's batch is a UserDict
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"backend": "hooks"}, {"backend": "vmap"}])
+def test_batches_of_tokenizers_are_keywords(kind: type, options: dict[str, Any]) -> None:
+    model, (x, t) = Pair().double(), batch()
+    as_dict = persample.per_sample(model, cross_entropy, {"left": x, "right": 2 * x}, t).grads()
+    found = persample.per_sample(model, cross_entropy, kind({"left": x, "right": 2 * x}), t, **options)
+    assert rel_err(found.grads(), as_dict) < 1e-12
+    assert isinstance(found, ChunkedPerSampleGrads) == ("chunk_size" in options)
 
 
 # --- what is computed -------------------------------------------------------------------------------------

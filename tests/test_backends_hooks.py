@@ -219,3 +219,16 @@ def test_hooks_in_mixed_precision() -> None:
 def test_covered_types_come_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "MODULE_RULES", {nn.Linear: module_rules.linear})
     assert hooks.covered_types() == "Linear"
+
+
+def test_a_type_that_is_called_like_a_covered_one_is_told_apart() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    with pytest.raises(persample.UnsupportedError, match=rf"of type {__name__}\.Linear, .*covers the types Linear"):
+        persample.per_sample(Linear(), squares, torch.randn(3, 4), backend="hooks")

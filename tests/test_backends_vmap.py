@@ -89,3 +89,24 @@ def test_vmap_leaves_parameters_of_a_module_with_two_names() -> None:
         assert found.keys() == expected.keys()
         for name, rows in found.items():
             torch.testing.assert_close(rows, expected[name])
+
+
+class Inside(nn.Module):
+    """Layers between which numbers have another precision, as in Hugging Face's RMSNorm."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second, self.dtype = nn.Linear(64, 64), nn.Linear(64, 64), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).to(self.dtype).softmax(-1).to(x.dtype))
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_vmap_allows_for_the_precision_inside(outside: torch.dtype, inside: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Inside(inside).to(outside), torch.randn(6, 9, 64, dtype=outside)
+    scaled = lambda out, _: out.square().flatten(1).sum(1)  # noqa: E731
+    found = persample.per_sample(model, scaled, x, backend="vmap").grads()
+    for name, rows in loop_grads(model, scaled, x, None).items():
+        assert (found[name] - rows).norm() < 10 * torch.finfo(inside).eps * rows.norm()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from oracle import rel_err
+from torch import Tensor, nn
 
 import persample
 from persample.cases import find
@@ -51,3 +52,15 @@ def test_chunks_do_not_mix_with_rows() -> None:
         persample.per_sample(
             nn.BatchNorm1d(3), lambda out, _: out.sum(1), torch.randn(6, 3), coupled="rows", chunk_size=2
         )
+
+
+def test_lists_of_what_each_sample_has_are_cut() -> None:
+    """Labels of detectors: a dict for each image, of as many boxes as it has, be it as many as there are images."""
+    model, x = nn.Linear(4, 2).double(), torch.randn(3, 4, dtype=torch.float64)
+    targets = [{"boxes": torch.randn(n, 2, dtype=torch.float64), "name": str(n)} for n in (2, 3, 1)]
+
+    def loss_fn(outputs: Tensor, targets: list) -> Tensor:
+        return torch.stack([(y - t["boxes"]).square().sum() for y, t in zip(outputs, targets, strict=True)])
+
+    whole = persample.per_sample(model, loss_fn, x, targets).grads()
+    assert rel_err(persample.per_sample(model, loss_fn, x, targets, chunk_size=2).grads(), whole) < 1e-12

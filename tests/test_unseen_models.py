@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import loop_grads, rel_err
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import persample
 from persample import graph
@@ -60,6 +61,14 @@ class Prototypes(nn.Module):
         return torch.exp(-self.width.exp() * torch.cdist(x, self.points))
 
 
+class Standardised(nn.Conv2d):
+    """A weight whose rows have mean zero and variance one, by batch normalisation of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
 def squares(outputs: Tensor, _: Any) -> Tensor:
     return outputs.square().flatten(1).sum(1)
 
@@ -69,6 +78,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "custom function, both outputs": (lambda: FromPair(2), (5, 3, 4)),
     "sparse matrix of parameters": (SparseWeight, (5, 4)),
     "distances to parameters": (Prototypes, (5, 4)),
+    "standardised weight": (lambda: nn.Sequential(Standardised(2, 3, 3), Standardised(3, 2, 3)), (5, 2, 6, 6)),
 }
 
 

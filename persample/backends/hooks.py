@@ -83,12 +83,18 @@ def hooked_modules(problem: Problem) -> list[Hooked]:
         rule = rule_of(module)
         if rule is None or not own.keys() <= COVERED_PARAMETERS:
             raise UnsupportedError(
-                f"backend 'hooks' has no rule for {place(path)}, of type {type(module).__name__}, which owns the "
+                f"backend 'hooks' has no rule for {place(path)}, of type {_kind(module)}, which owns the "
                 f"trainable parameters {', '.join(map(repr, own))}; it covers the types {covered_types()}, "
                 f"and subclasses that compute the same. {ADVICE}"
             )
         found.append(Hooked(path, module, rule, own))
     return found
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the module's type, with where it comes from if a covered type is called the same."""
+    name = type(module).__name__
+    return f"{type(module).__module__}.{name}" if any(kind.__name__ == name for kind in MODULE_RULES) else name
 
 
 @contextmanager

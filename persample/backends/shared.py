@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from persample.blocks import Block
 from persample.checks import SumCheck, distinct_weights
-from persample.precision import coarsest
+from persample.graph import precision_within
 
 ADVICE = "Use backend='outputs', which covers every operation."
 
@@ -29,7 +29,7 @@ def check_rows(
     sums = SumCheck(weights, dict(zip(parameters, gradient, strict=True)))
     for name, found in blocks.items():
         sums.add(name, found)
-    sums.compare(precision=coarsest(losses, *parameters.values()), backend=backend)
+    sums.compare(precision=precision_within(losses), backend=backend)
 
 
 @contextmanager

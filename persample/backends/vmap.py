@@ -23,8 +23,7 @@ from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Dense
 from persample.checks import check_graph, check_losses
 from persample.errors import PerSampleError, UnsupportedError
-from persample.graph import trace
-from persample.precision import coarsest
+from persample.graph import precision_within, trace
 
 RANDOMNESS = ("error", "same", "different")
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -61,7 +60,7 @@ def _capture(problem: Problem) -> Capture:
                 check_graph(problem.loss_fn(problem.outputs(), problem.targets), problem.parameters)
     notes = []
     if not random:
-        refuse_other_losses(alone, losses.detach())
+        refuse_other_losses(alone, losses.detach(), precision_within(losses))
         alone = losses.detach()
     elif problem.check:
         notes.append(
@@ -162,9 +161,9 @@ def _single(
     return one
 
 
-def refuse_other_losses(alone: Tensor, together: Tensor) -> None:
-    """Raises unless each sample's loss computed alone is its loss in the batch."""
-    tolerance = LOSS_TOLERANCE.get(coarsest(alone, together), HALF_TOLERANCE)
+def refuse_other_losses(alone: Tensor, together: Tensor, precision: torch.dtype) -> None:
+    """Raises unless each sample's loss computed alone is its loss in the batch, as far as a precision tells."""
+    tolerance = LOSS_TOLERANCE.get(precision, HALF_TOLERANCE)
     finite = together.isfinite() & alone.isfinite()
     scale = together[finite].abs().max() if bool(finite.any()) else together.new_zeros(())
     allowed = tolerance * together.abs() + 1e-3 * tolerance * scale
