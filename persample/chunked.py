@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from persample import memory
 from persample.backends import Problem
 from persample.backends.shared import buffers_kept
+from persample.batches import batch_size
 from persample.checks import check_losses
 from persample.errors import CheckError, PerSampleError
 from persample.explanation import Explanation
@@ -255,9 +256,8 @@ def _agree(losses: Tensor, expected: Tensor, whole: Tensor, precision: torch.dty
 
 
 def batch_of(inputs: Any) -> int | None:
-    """The number of samples in the inputs: entries along dimension 0 of the first tensor."""
-    sizes = [leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    return sizes[0] if sizes else None
+    """The number of samples in the inputs: entries along dimension 0 of the first tensor that is not shared."""
+    return batch_size((inputs,), {})
 
 
 def _holds_samples(leaf: Any, batch: int) -> bool:

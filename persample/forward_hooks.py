@@ -61,6 +61,7 @@ class ForwardHooks:
         self._call: tuple[tuple, dict] = (), {}
         self._passes: list[Pass] = []  # under way, one inside the other; and those that Ctrl-C ended
         self._met = False  # whether a forward pass for training has been seen
+        self._several = False  # whether the first tensor given to the model has had several rows
         self._seen: Watch | None = None  # while the first of them runs: what derives from the batch
 
     # --- the model ------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ class ForwardHooks:
                 "this model is reweighted (persample.reweight), but nn.DataParallel runs copies of it, whose gradients "
                 "have no samples of their own. Use DistributedDataParallel, or one device"
             )
-        self.forward, self._running = Pass(batch_size(args, kwargs)), None
+        self.forward, self._running = Pass(self.samples(args, kwargs)), None
         self._tryout.forget()  # what a forward pass left that raised
         self._passes.append(self.forward)
         self.functions.leave_all()  # left over from a forward pass that Ctrl-C ended
@@ -91,6 +92,12 @@ class ForwardHooks:
         if not self._met:
             self._follow(args, kwargs)
         self.functions.enter(self.functions.watched)
+
+    def samples(self, args: tuple, kwargs: dict) -> int | None:
+        """How many samples the model is called with."""
+        if not self._several:
+            self._several = batch_size(args, kwargs, first=True) not in (None, 1)
+        return batch_size(args, kwargs, first=self._several)
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
         self._unfollow()  # left over from a forward pass that Ctrl-C ended

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import persample
 from persample.batches import batch_size
+from persample.chunked import ChunkedPerSampleGrads
 
 SIZE = 4
 
@@ -65,3 +66,50 @@ def test_samples_are_found(kind: str):
 
 def test_nothing_that_holds_tensors():
     assert batch_size((torch.tensor(1.0), "a", [None], Batch), {}) is None
+
+
+class Placed(nn.Module):
+    """Positions that all samples share, in front of the samples, as users may write their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        return self.inner(x + positions.view(1, -1, 1)).tanh().sum((1, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6, 1)])
+def test_what_samples_share_may_come_first(shape: tuple[int, ...]):
+    x, factors = torch.randn(SIZE, 6, 3, dtype=torch.float64), torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+    positions, model = torch.arange(6, dtype=torch.float64).view(shape), Placed().double()
+    expected = torch.autograd.grad(model(positions, x) @ factors, model.inner.weight)[0]
+    with persample.reweight(model, lambda layer, grads: factors):
+        model(positions, x).sum().backward()
+    torch.testing.assert_close(model.inner.weight.grad, expected, rtol=1e-12, atol=1e-14)
+    chunks = persample.per_sample(model, lambda losses, _: losses, (positions, x), chunk_size=3)
+    assert isinstance(chunks, ChunkedPerSampleGrads)
+    assert chunks.batch == SIZE
+
+
+def test_a_last_batch_of_one_sample_is_one():
+    """Beside a bank that all samples share, of as many features."""
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, bank: Tensor) -> Tensor:
+            return self.inner(x) @ bank.T
+
+    sizes, bank = [], torch.randn(7, 3)
+    model = Bank()
+    with persample.reweight(model, lambda layer, grads: sizes.append(grads.batch_size)):
+        for batch in (5, 1):
+            model(torch.randn(batch, 3), bank).sum().backward()
+    assert sizes == [5, 1]
+
+
+def test_graphs_of_one_sample_are_one():
+    assert batch_size((), {"x": torch.zeros(1, 9, 5), "edges": torch.zeros(2, 30)}) == 1
