@@ -19,7 +19,7 @@ from persample.asking import Asker
 from persample.batches import batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
-from persample.function_layers import FunctionLayers, computed
+from persample.function_layers import FunctionLayers, renewed
 from persample.taps import Gate, Pass, Uses, attach
 from persample.tryout import Tryout, Watch
 from persample.weights import Layer
@@ -125,7 +125,7 @@ class ForwardHooks:
         for layer in self.layers.values():
             layer.switch_on()  # left over from a forward pass that Ctrl-C ended
         # A computed bias of this pass is not there yet.
-        layers = [layer for layer in self.layers.values() if not computed(layer.owners) and layer.parameters()]
+        layers = [layer for layer in self.layers.values() if renewed(layer) and layer.parameters()]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):
             raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")

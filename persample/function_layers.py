@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from persample.folded import Folded
 from persample.functional import Linear, Watcher, base_of
+from persample.parts import parts_of
 from persample.weights import Layer
 
 
@@ -82,6 +83,21 @@ class FunctionLayers:
 def computed(owners: tuple[Tensor, ...]) -> bool:
     """Whether a bias among them is no parameter."""
     return any(not isinstance(each, nn.Parameter) for each in owners)
+
+
+def renewed(layer: Layer) -> bool:
+    """Whether a layer's weight and bias are there before it is called; a function's are then those of this pass.
+
+    What it was given in an earlier pass may be rows of a parameter: views that have no graph (of a rehearsal), or that
+    the optimiser's step has made useless.
+    """
+    if layer.module is None:
+        weight, bias = parts_of(layer)
+        if weight is None:
+            return False
+        own = weight.of(weight.param), None if bias is None else bias.of(bias.param)
+        layer.source = lambda: own
+    return True
 
 
 def _owned(layer: Layer, owners: tuple[Tensor, ...], used: Callable[[Layer], bool]) -> bool:
