@@ -34,6 +34,7 @@ Where the paper can be read in several ways:
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
             "damping (λ itself); with damping=, alpha=None"
         )
     for name, value in given.items():
-        if not isinstance(value, int | float | Tensor) or not value > 0:  # also catches NaN
+        if not isinstance(value, Real | Tensor) or not value > 0:  # also catches NaN
             raise ValueError(f"{name}={value!r}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)")
         if math.isinf(value) and scale == "per_layer":
             raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")

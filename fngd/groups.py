@@ -113,7 +113,7 @@ def check_scaler(scaler: Any) -> None:
 
 def positive(name: str, value: Any) -> None:
     """Raises ValueError unless the value is a number > 0 (NaN is none)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not value > 0:
         raise ValueError(f"{name}={value!r}; it must be a number > 0")
 
 
@@ -125,5 +125,5 @@ def whole(name: str, value: Any) -> None:
 
 def fraction(name: str, value: Any) -> None:
     """Raises ValueError unless 0 ≤ value < 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"{name}={value!r}; it must be at least 0 and less than 1")
