@@ -104,6 +104,11 @@ def smw_coefficients(
     return (absorbed / lam.squeeze(-1)).to(dtype)
 
 
+def is_number(value: Any) -> bool:
+    """Whether the value is a real number, NumPy's and tensors included; True and False are none."""
+    return isinstance(value, Real | Tensor) and not isinstance(value, bool)
+
+
 def check_damping(alpha: float | None, damping: float | None, scale: str) -> None:
     """Raises ValueError unless one of alpha and damping is given and positive and the scale is known."""
     if scale not in SCALES:
@@ -115,7 +120,7 @@ def check_damping(alpha: float | None, damping: float | None, scale: str) -> Non
             "damping (λ itself); with damping=, alpha=None"
         )
     for name, value in given.items():
-        if not isinstance(value, Real | Tensor) or not value > 0:  # also catches NaN
+        if not is_number(value) or not value > 0:  # also catches NaN
             raise ValueError(f"{name}={value!r}; it must be > 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)")
         if math.isinf(value) and scale == "per_layer":
             raise ValueError(f"{name}=inf with scale='per_layer' makes every step 0; use scale='absorb' for plain SGD")

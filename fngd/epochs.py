@@ -11,12 +11,13 @@ Epoch 0 computes and later ones reuse, but for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from fngd.coefficients import is_number
 
 
 class Epochs:
@@ -37,7 +38,7 @@ class Epochs:
         refresh_cosine: float | None = None,
         probe_layer: str | None = None,
     ) -> None:
-        if refresh_cosine is not None and not (isinstance(refresh_cosine, Real) and 0 < refresh_cosine <= 1):
+        if refresh_cosine is not None and not (is_number(refresh_cosine) and 0 < refresh_cosine <= 1):
             raise ValueError(
                 f"refresh_cosine={refresh_cosine!r}; it is the cosine of two vectors and must be in (0, 1]"
             )

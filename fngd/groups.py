@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
+from fngd.coefficients import is_number
 from fngd.first_order import ADAMW, RULES
 
 
@@ -91,7 +91,7 @@ def first_parameter(groups: Iterable[Mapping[str, Any]]) -> Tensor:
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError for a parameter group with an option out of range."""
     for name in ("lr", "momentum", "weight_decay"):
-        if not isinstance(group[name], Real | Tensor) or not group[name] >= 0:
+        if not is_number(group[name]) or not group[name] >= 0:
             raise ValueError(f"{name}={group[name]!r}; it must be at least 0")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0")
@@ -113,7 +113,7 @@ def check_scaler(scaler: Any) -> None:
 
 def positive(name: str, value: Any) -> None:
     """Raises ValueError unless the value is a number > 0 (NaN is none)."""
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"{name}={value!r}; it must be a number > 0")
 
 
@@ -125,5 +125,5 @@ def whole(name: str, value: Any) -> None:
 
 def fraction(name: str, value: Any) -> None:
     """Raises ValueError unless 0 ≤ value < 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name}={value!r}; it must be at least 0 and less than 1")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-from fngd.coefficients import SCALES, check_damping
+from fngd.coefficients import SCALES, check_damping, is_number
 
 REDUCTIONS = ("mean", "sum")
 FISHERS = ("empirical", "improved", "true")
@@ -40,7 +39,7 @@ class Method:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(allowed)}")
         check_damping(self.alpha, self.damping, self.solved_scale)
-        if self.kl_clip is not None and not (isinstance(self.kl_clip, Real) and self.kl_clip > 0):
+        if self.kl_clip is not None and not (is_number(self.kl_clip) and self.kl_clip > 0):
             raise ValueError(f"kl_clip={self.kl_clip!r}; it must be > 0 (1e-3 is usual), or None for no clipping")
         if isinstance(self.output_axis, bool) or not isinstance(self.output_axis, int) or self.output_axis < 0:
             raise ValueError(f"output_axis={self.output_axis!r}; axes count from the front, 0, 1, …")
