@@ -124,6 +124,7 @@ class Tap(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
+    @torch.compiler.disable  # where a compiled step calls backward(), Dynamo would trace the policy
     def backward(ctx: Any, z: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns z, and from the last Tap of a layer the gradients of its weight and bias."""
         if not torch.is_grad_enabled():
@@ -176,6 +177,7 @@ class Gate(torch.autograd.Function):
         return torch.empty(0, device=next(p.device for p in parameters if p is not None))
 
     @staticmethod
+    @torch.compiler.disable  # where a compiled step calls backward(), Dynamo would trace the policy
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns what the policy makes of the uses that were left."""
         if not torch.is_grad_enabled():
