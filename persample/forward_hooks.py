@@ -124,7 +124,6 @@ class ForwardHooks:
         """One Gate for all layers: it runs when the last of their Taps has run."""
         for layer in self.layers.values():
             layer.switch_on()  # left over from a forward pass that Ctrl-C ended
-        # A computed bias of this pass is not there yet.
         layers = [layer for layer in self.layers.values() if renewed(layer) and layer.parameters()]
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if any(hasattr(parameter, "to_local") for parameter in parameters):

@@ -91,6 +91,8 @@ def renewed(layer: Layer) -> bool:
     What it was given in an earlier pass may be rows of a parameter: views that have no graph (of a rehearsal), or that
     the optimiser's step has made useless.
     """
+    if computed(layer.owners):  # this pass has yet to compute them
+        return False
     if layer.module is None:
         weight, bias = parts_of(layer)
         if weight is None:
