@@ -4,10 +4,10 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported by anything: there is no screen
 
-from jaxtyping import install_import_hook
+import shapes
 
 # Before the packages are imported, or their annotations stay unchecked.
-install_import_hook(["persample", "fngd"], "beartype.beartype")
+shapes.install("persample", "fngd")
 
 from collections.abc import Iterator
 
