@@ -16,6 +16,8 @@ from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
 from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
 from persample.graph_result import GraphPerSampleGrads
 from persample.result import PerSampleGrads
+from persample.unchanged import addresses
+from persample.watching import within_reach
 
 
 def per_sample(
@@ -104,9 +106,10 @@ def per_sample(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
         )
         if hold == "graph":
-            return GraphPerSampleGrads(hold_graph(problem), parameters, backend)
+            graph = hold_graph(problem)
+            return GraphPerSampleGrads(graph, parameters, backend, addresses(within_reach(problem)))
         name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
-        return PerSampleGrads(captured, parameters, name)
+        return PerSampleGrads(captured, parameters, name, addresses(within_reach(problem)))
 
     if chunk_size is not None:
         refuse_counts(model)
@@ -114,7 +117,7 @@ def per_sample(
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
     together = whole(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
-    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, together)
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, state_of(model), together)
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
@@ -135,6 +138,11 @@ def refuse_meta(parameters: Mapping[str, Tensor]) -> None:
                 f"parameter {name!r} is on the device 'meta' and holds no numbers. Give the model memory with "
                 "model.to_empty(device=...), then load or initialise its weights"
             )
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    """What the model computes with beside its inputs: parameters and buffers; not its counters."""
+    return [*model.parameters(), *(each for each in model.buffers() if each.is_floating_point() or each.is_complex())]
 
 
 def refuse_counts(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ numbers are drawn, it takes two more, without chance (`persample.still`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,7 @@ from persample.precision import coarsest
 from persample.provenance import tensors_of
 from persample.result import Per, PerSampleGrads
 from persample.still import Still, random_state
-from persample.unchanged import Unchanged
+from persample.unchanged import Unchanged, require
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
@@ -47,6 +47,7 @@ class ChunkedPerSampleGrads:
         targets: Any,
         chunk_size: int,
         batch: int,
+        state: Sequence[Tensor],
         whole: Whole | None = None,
     ) -> None:
         if whole is not None and len(whole.losses) != batch:
@@ -58,11 +59,13 @@ class ChunkedPerSampleGrads:
         self.batch = batch
         self._whole = whole
         self._capture = capture
-        self._data = (inputs, targets)
+        self._data, self._state = (inputs, targets), state
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
         self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._losses: dict[int, Tensor] = {}
-        self._unchanged: Unchanged | None = None
+        self._read_again: Unchanged | None = None
+        self._parts_unchanged = [Unchanged(_strided(self._part(i))) for i in range(len(self._slices))]
+        self._data_unchanged = Unchanged(_others(self._data), tensors_of(self._data))
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
         self._explanation = first.explain()
@@ -71,6 +74,12 @@ class ChunkedPerSampleGrads:
         return (
             f"ChunkedPerSampleGrads(batch={self.batch}, chunks={len(self._slices)} of {self._slices[0].stop}, "
             f"backend={self.backend!r})"
+        )
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "per-sample gradients with chunk_size cannot be copied, pickled or saved: they hold the model and the batch, "
+            "and are formed when they are asked for. Leave chunk_size out, or keep what the reductions return"
         )
 
     @property
@@ -140,14 +149,9 @@ class ChunkedPerSampleGrads:
 
     def _chunk(self, i: int) -> PerSampleGrads:
         """The capture of chunk i, with the random numbers of its first capture."""
-        if self._unchanged is not None:
-            self._unchanged.require("chunk_size")
-        part = self._slices[i]
-        inputs, targets = tree_map(
-            lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf,
-            self._data,
-            is_leaf=lambda node: _lists_samples(node, self.batch),
-        )
+        for data in (self._data_unchanged, self._parts_unchanged[i]):
+            require(self._read_again, data, way="chunk_size")
+        part, (inputs, targets) = self._slices[i], self._part(i)
         if i not in self._random:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             self._random[i] = torch.get_rng_state(), cuda
@@ -175,11 +179,19 @@ class ChunkedPerSampleGrads:
                 "or padding depends on the whole batch (then leave chunk_size out). check=False turns this check off"
             )
         self._losses[i] = psg.losses
-        if self._unchanged is None:
-            self._unchanged = Unchanged(psg._parameters.values(), tensors_of(self._data))
+        if self._read_again is None:
+            self._read_again = Unchanged(self._state)
         else:
-            self._unchanged.remember()  # the model may change them itself: max_norm of an embedding
+            self._read_again.remember()  # the model may change them itself: max_norm of an embedding
         return psg
+
+    def _part(self, i: int) -> Any:
+        """Inputs and targets of chunk i."""
+        return tree_map(
+            lambda leaf: _cut(leaf, self._slices[i]) if _holds_samples(leaf, self.batch) else leaf,
+            self._data,
+            is_leaf=lambda node: _lists_samples(node, self.batch),
+        )
 
     def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
         try:
@@ -274,6 +286,14 @@ def _cut(leaf: Any, part: slice) -> Any:
     if isinstance(leaf, list) or leaf.layout is torch.strided:
         return leaf[part]
     return leaf.index_select(0, torch.arange(part.start, part.stop, device=leaf.device))
+
+
+def _strided(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is torch.strided]
+
+
+def _others(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is not torch.strided]
 
 
 def _cat(parts: list[Any], dim: int = 0) -> Any:

@@ -14,6 +14,7 @@ from persample import memory
 from persample.backends import Capture
 from persample.blocks import Block
 from persample.explanation import Explanation, explained
+from persample.factors import held, owned, portable, watched
 from persample.gradient import Gradient, add
 from persample.precision import full_precision
 from persample.reductions import overwrites
@@ -28,11 +29,7 @@ def reduction(method: Method) -> Method:
 
     @wraps(method)
     def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
-        if any(factor._version != version for factor, version in self._versions):
-            raise RuntimeError(
-                "a tensor that these per-sample gradients are formed from was modified in place after they were "
-                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
-            )
+        self._require()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
@@ -51,22 +48,34 @@ class PerSampleGrads:
     (torch.Size([2]), 2, 'outputs')
     """
 
-    def __init__(self, capture: Capture, parameters: Mapping[str, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        parameters: Mapping[str, Tensor],
+        backend: str,
+        caller: frozenset[int] = frozenset(),
+    ) -> None:
+        """`caller`: the `persample.unchanged.addresses` of tensors that others may write to."""
         self.losses: Float[Tensor, " batch"] = capture.losses
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
+        uses = owned(capture.uses, caller)
         self._gradients = {
-            name: Gradient(parameter, capture.uses.get(name, ()), capture.losses)
-            for name, parameter in parameters.items()
+            name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
         }
-        self._versions = [
-            (factor, factor._version)
-            for gradient in self._gradients.values()
-            for block in gradient.blocks
-            for factor in block.factors
-            if not factor.is_inference()
-        ]
+        self._unchanged = watched(self._gradients.values(), caller)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, pickled and saved: the factors, and of the parameters their shapes."""
+        self._require()
+        gradients = portable(self._gradients)
+        parameters = {name: gradient.parameter for name, gradient in gradients.items()}
+        return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._unchanged = watched(self._gradients.values(), frozenset())
 
     def __repr__(self) -> str:
         held = sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
@@ -191,6 +200,7 @@ class PerSampleGrads:
         if other is None:
             matrices = self._each(lambda _, gradient: gradient.gram(gradient))
         else:
+            other._require()
             theirs = other._held()
             matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
         return _total(self._group(matrices, per, (self.batch, right.batch)), per)
@@ -309,9 +319,17 @@ class PerSampleGrads:
 
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
-        self._gradients = {name: gradient.condensed() for name, gradient in self._gradients.items()}
-        held = {id(factor) for gradient in self._gradients.values() for b in gradient.blocks for factor in b.factors}
-        self._versions = [(factor, version) for factor, version in self._versions if id(factor) in held]
+        before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
+        if any(self._gradients[name] is not each for name, each in before.items()):
+            self._unchanged.forget(held(self._gradients.values()))
+
+    def _require(self) -> None:
+        """Raises `RuntimeError` unless factors are as they were captured."""
+        if not self._unchanged.still():
+            raise RuntimeError(
+                "a tensor that these per-sample gradients are formed from was modified in place after they were "
+                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
+            )
 
     # --- all parameters -------------------------------------------------------------------------------------
 
