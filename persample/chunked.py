@@ -78,8 +78,8 @@ class ChunkedPerSampleGrads:
 
     def __getstate__(self) -> Any:
         raise TypeError(
-            "per-sample gradients with chunk_size cannot be copied, pickled or saved: they hold the model and the batch, "
-            "and are formed when they are asked for. Leave chunk_size out, or keep what the reductions return"
+            "per-sample gradients with chunk_size cannot be copied, pickled or saved: they hold the model and the "
+            "batch, and are formed when they are asked for. Leave chunk_size out, or keep what the reductions return"
         )
 
     @property

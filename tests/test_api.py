@@ -110,6 +110,35 @@ def test_unused_parameters_are_reported_and_zero(model: Net, backend: str) -> No
     assert rel_err(psg.grads(), loop_grads(model, cross_entropy, x, t)) < 1e-12
 
 
+class Scaled(nn.Module):
+    """With a number that this loss does not use: a logit scale, a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"backend": "vmap"}, {"hold": "graph"}, {"chunk_size": 2}, {"coupled": "rows"}],
+    ids=str,
+)
+def test_an_unused_number_has_zeros(options: dict[str, Any]) -> None:
+    model, (x, t) = Scaled().double(), batch()
+    psg, zero = persample.per_sample(model, cross_entropy, x, t, **options), torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(psg.grads()["scale"], torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(psg.weighted_sum(torch.ones(5).double())["scale"], zero)
+    torch.testing.assert_close(psg.clipped_sum(1.0)["scale"], zero)
+    torch.testing.assert_close(psg.clipped_sum(dict.fromkeys(psg.layers, 1.0))["scale"], zero)
+    for per in ("total", "layer", "param"):
+        assert rel_err(psg.norms(per), expected(loop_grads(model, cross_entropy, x, t))["norms", per]) < 1e-12
+        assert rel_err(psg.gram(per), expected(loop_grads(model, cross_entropy, x, t))["gram", per]) < 1e-12
+    torch.testing.assert_close(psg.dot({"scale": zero + 1}), torch.zeros(5, dtype=torch.float64))
+
+
 @every_backend
 @pytest.mark.parametrize("frozen", [["body.0.weight"], ["head.bias"], ["body.0.weight", "body.0.bias"]])
 def test_frozen_parameters_are_left_out(model: Net, backend: str, frozen: list[str]) -> None:
