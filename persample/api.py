@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
@@ -95,6 +96,8 @@ def per_sample(
             f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
             "A criterion of torch will do, with reduction='none'"
         )
+    if isinstance(inputs, PackedSequence):
+        inputs = (inputs,)  # by its type a tuple
     if isinstance(inputs, (dict, UserDict)):
         inputs = dict(inputs)  # torch's trees do not look into subclasses
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -25,6 +25,7 @@ from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.batches import batch_size
 from persample.checks import check_losses
+from persample.cutting import part_of
 from persample.errors import CheckError, PerSampleError
 from persample.explanation import Explanation
 from persample.precision import coarsest
@@ -187,11 +188,7 @@ class ChunkedPerSampleGrads:
 
     def _part(self, i: int) -> Any:
         """Inputs and targets of chunk i."""
-        return tree_map(
-            lambda leaf: _cut(leaf, self._slices[i]) if _holds_samples(leaf, self.batch) else leaf,
-            self._data,
-            is_leaf=lambda node: _lists_samples(node, self.batch),
-        )
+        return part_of(self._data, self._slices[i], self.batch)
 
     def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
         try:
@@ -270,22 +267,6 @@ def _agree(losses: Tensor, expected: Tensor, whole: Tensor, precision: torch.dty
 def batch_of(inputs: Any) -> int | None:
     """The number of samples in the inputs: entries along dimension 0 of the first tensor that is not shared."""
     return batch_size((inputs,), {})
-
-
-def _holds_samples(leaf: Any, batch: int) -> bool:
-    return _lists_samples(leaf, batch) or (isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch)
-
-
-def _lists_samples(node: Any, batch: int) -> bool:
-    """Whether it is a list of something for each sample: its boxes and labels, its text."""
-    return type(node) is list and len(node) == batch and all(isinstance(each, (Mapping, str)) for each in node)
-
-
-def _cut(leaf: Any, part: slice) -> Any:
-    """Samples of a tensor or a list; a sparse tensor cannot be sliced."""
-    if isinstance(leaf, list) or leaf.layout is torch.strided:
-        return leaf[part]
-    return leaf.index_select(0, torch.arange(part.start, part.stop, device=leaf.device))
 
 
 def _strided(data: Any) -> list[Tensor]:

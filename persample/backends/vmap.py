@@ -10,18 +10,18 @@ computed alone must equal those of the whole batch, which finds wrong guesses an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from persample.backends import Capture, Captured, Problem, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Dense
 from persample.checks import check_graph, check_losses
+from persample.containers import mapped
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import precision_within, trace
 
@@ -82,25 +82,28 @@ def _capture(problem: Problem) -> Capture:
 
 def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Returns per-sample gradients by parameter, and the losses [B] of the samples alone."""
-    model, parameters = problem.model, {name: p.detach() for name, p in problem.parameters.items()}
-    leaves, structure = tree_flatten((problem.inputs, problem.targets))
-    mapped = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch]
+    parameters = {name: p.detach() for name, p in problem.parameters.items()}
+    leaves: list = []
+    mapped(lambda leaf: leaves.append(leaf) or leaf, (problem.inputs, problem.targets))
+    samples = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and leaf.size(0) == batch]
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise UnsupportedError(f"functorch cannot batch nested tensors among the inputs or targets. {ADVICE}")
     if batch == 0 or not parameters:
         empty = {name: p.new_zeros(batch, *p.shape) for name, p in parameters.items()}
         with torch.no_grad():
             return empty, check_losses(problem.loss_fn(problem.outputs(), problem.targets))
-    if not mapped:
+    if not samples:
         raise UnsupportedError(
             f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
             f"though there are {batch} losses. {ADVICE}"
         )
-    one = _single(model, problem.loss_fn, leaves, structure, mapped, _registered(problem))
-    run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in mapped)), randomness=problem.randomness)
+    one = _single(problem, leaves, samples, _registered(problem))
+    run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in samples)), randomness=problem.randomness)
     try:
         with warnings.catch_warnings():
             # operations without a batching rule run one sample after the other, which is slow but right
             warnings.filterwarnings("ignore", "There is a performance drop")
-            gradients, losses = run(parameters, *(leaves[k].detach() for k in mapped))
+            gradients, losses = run(parameters, *(leaves[k].detach() for k in samples))
     except PerSampleError:
         raise
     except Exception as error:
@@ -131,20 +134,17 @@ def _registered(problem: Problem) -> dict[str, str]:
 
 
 def _single(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    leaves: list,
-    structure: TreeSpec,
-    mapped: list[int],
-    registered: Mapping[str, str],
+    problem: Problem, leaves: Sequence[Any], samples: Sequence[int], registered: Mapping[str, str]
 ) -> Callable[..., Tensor]:
     """The loss of one sample as a function of parameters and the sample's tensors."""
+    model, loss_fn = problem.model, problem.loss_fn
 
     def one(parameters: Mapping[str, Tensor], *sample: Tensor) -> Tensor:
         filled = list(leaves)
-        for k, tensor in zip(mapped, sample, strict=True):
+        for k, tensor in zip(samples, sample, strict=True):
             filled[k] = tensor.unsqueeze(0)
-        inputs, targets = tree_unflatten(filled, structure)
+        supply = iter(filled)
+        inputs, targets = mapped(lambda leaf: next(supply), (problem.inputs, problem.targets))
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else {}
         values = {place: parameters[name] for place, name in registered.items()}
