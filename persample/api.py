@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
 from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
-from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
+from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph_result import GraphPerSampleGrads
 from persample.result import PerSampleGrads
+from persample.sharded import refuse_sharded
 from persample.unchanged import addresses
 from persample.watching import within_reach
 
@@ -61,7 +62,8 @@ def per_sample(
         CoupledSamplesError: samples influence each other; the message names the operation.
         UnsupportedError: the backend does not cover the model; the message names the layer.
         CheckError: the rows do not add up to the batch gradient.
-        PerSampleError: the losses do not require a gradient, as in `losses.sum().backward()`.
+        PerSampleError: no parameter requires a gradient, or the losses do not, as in `losses.sum().backward()`, or
+            they depend on none of the parameters.
         ValueError, TypeError: losses of another shape, unknown options.
 
     Example:
@@ -101,6 +103,8 @@ def per_sample(
     if isinstance(inputs, (dict, UserDict)):
         inputs = dict(inputs)  # torch's trees do not look into subclasses
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    refuse_sharded(model, parameters)
+    refuse_nothing(model, parameters)
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
 
@@ -121,6 +125,17 @@ def per_sample(
         return capture(inputs, targets)
     together = whole(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
     return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, state_of(model), together)
+
+
+def refuse_nothing(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raises `PerSampleError` for a model without a parameter that can be trained: norms would be zeros."""
+    if not parameters:
+        there = sum(1 for _ in model.parameters())
+        raise PerSampleError(
+            f"no parameter of the model ({type(model).__name__}) requires a gradient"
+            + (f": all {there} are frozen. Call requires_grad_() on those to differentiate for" if there else "")
+            + ("" if there else ": it has none. For other tensors there is persample.grad(losses, params)")
+        )
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
@@ -194,10 +209,10 @@ def grad(
         check: as in `per_sample`.
 
     Returns:
-        One tensor [B, *shape] for each parameter; zeros where no loss depends on it.
+        One tensor [B, *shape] for each parameter; zeros where no loss depends on it, but on others.
 
     Raises:
-        PerSampleError: the losses do not require a gradient, so that there is no graph.
+        PerSampleError: the losses do not require a gradient, so that there is no graph, or depend on no parameter.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)
@@ -214,6 +229,12 @@ def grad(
                 "model.parameters(), or tensors with requires_grad=True that no operation has computed"
             )
     names = {str(position): parameter for position, parameter in enumerate(wanted)}
+    if not names:
+        raise ValueError(
+            "params holds no tensor: give model.parameters(), or tensors that require a gradient. A generator that was "
+            "used before is empty"
+        )
+    refuse_sharded(None, {f"params[{position}]": parameter for position, parameter in enumerate(wanted)})
     refuse_gradient_hooks(names)
     refuse_meta(names)
     capture = capture_losses(losses, names, check=check)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from persample.backends import Captured
 from persample.blocks import Block
 from persample.errors import CheckError, PerSampleError
+from persample.graph import Graph, trace
 from persample.reductions import full_precision, weighted_sum
 
 # What rounding may explain: a part of the largest sum in the model, and a part of the batch gradient itself.
@@ -42,20 +43,36 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
-def check_graph(losses: Tensor, parameters: Collection[object]) -> None:
-    """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does.
+def check_graph(losses: Tensor, parameters: Mapping[str, Tensor], graph: Graph | None = None) -> None:
+    """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does, or none but zeros.
 
-    A parameter that no loss depends on has a gradient of zero; losses that depend on nothing at all are a mistake.
+    A parameter that no loss depends on has a gradient of zero; losses that depend on none of them are a mistake.
+
+    Args:
+        losses: [B].
+        parameters: to differentiate for.
+        graph: of the losses, where it is there already.
 
     Raises:
-        PerSampleError: the losses have no graph, and there are parameters to differentiate for.
+        PerSampleError: the losses have no graph, or one without the parameters.
     """
-    if parameters and not losses.requires_grad:
+    if not parameters:
+        return
+    if not losses.requires_grad:
         raise PerSampleError(
             f"the losses do not require a gradient: {tuple(losses.shape)} numbers without a graph, though the "
             f"parameters to differentiate for ({len(parameters)}) do. Compute them from the model's output with "
             "gradients enabled: no torch.no_grad, .detach(), .item() or conversion to NumPy on the way; and let "
             "parameters require a gradient that the model uses"
+        )
+    leaves = {id(losses)} if losses.is_leaf else (trace(losses) if graph is None else graph).leaves
+    if not any(id(parameter) in leaves for parameter in parameters.values()):
+        names = ", ".join(map(repr, [*parameters][:3])) + (", ..." if len(parameters) > 3 else "")
+        raise PerSampleError(
+            f"the losses depend on none of the parameters to differentiate for ({len(parameters)}: {names}), but on "
+            f"{len(leaves)} other tensors that require a gradient: every row would be zero. Did you wrap or copy the "
+            "model, so that the losses are computed with other parameters? Give those; or let parameters require a "
+            "gradient that the model uses"
         )
 
 

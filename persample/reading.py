@@ -74,10 +74,10 @@ class Found:
 def find(losses: Tensor, parameters: Mapping[str, Tensor], plans: Plans | None, coupled: str) -> Found:
     """Returns the graph of losses that are already there, with its plan."""
     losses = check_losses(losses)
-    check_graph(losses, parameters)
     if losses.is_leaf and losses.requires_grad:
         losses = losses.clone()  # they are a parameter themselves: an operation where that is met
     graph = trace(losses)
+    check_graph(losses, parameters, graph)
     if plans is None:
         refuse_nested(graph)
         return Found(losses, graph, None, None)

@@ -150,16 +150,6 @@ def test_frozen_parameters_are_left_out(model: Net, backend: str, frozen: list[s
 
 
 @every_backend
-def test_nothing_to_train(model: Net, backend: str) -> None:
-    model.requires_grad_(False)
-    psg = persample.per_sample(model, cross_entropy, *batch(), backend=backend)
-    assert psg.grads() == {}
-    assert psg.norms().shape == (5,)
-    assert psg.gram().shape == (5, 5)
-    assert psg.losses.shape == (5,)
-
-
-@every_backend
 def test_tied_parameters_once_under_their_first_name(backend: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight

@@ -88,7 +88,7 @@ def _forward(problem: Problem, hooks: Any) -> Tensor:
 def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...]]:
     """The rows that Opacus' hooks leave on the parameters."""
     names = list(problem.parameters)
-    check_graph(losses, names)
+    check_graph(losses, problem.parameters)
     if not names:
         return {}
     # a module's hook fires when the gradients of its inputs are complete, so they have to be asked for too

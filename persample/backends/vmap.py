@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from persample.backends import Capture, Captured, Problem, register
+from persample.backends import Capture, Captured, Problem, alone, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Dense
 from persample.checks import check_graph, check_losses
@@ -54,14 +54,14 @@ def _capture(problem: Problem) -> Capture:
                 f"the forward pass changes buffers ({', '.join(map(repr, changed[:3]))}), as batch normalisation does "
                 f"in training mode, and a model under vmap must not. Call model.eval(), or the layer's. {ADVICE}"
             )
-        gradients, alone = differentiate(problem, losses.shape[0])
+        gradients, each = differentiate(problem, losses.shape[0])
         if not problem.check and not any(bool(rows.any()) for rows in gradients.values()):
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # functorch gives zeros without a graph, too
                 check_graph(problem.loss_fn(problem.outputs(), problem.targets), problem.parameters)
     notes = []
     if not random:
-        refuse_other_losses(alone, losses.detach(), precision_within(losses))
-        alone = losses.detach()
+        refuse_other_losses(each, losses.detach(), precision_within(losses))
+        each = losses.detach()
     elif problem.check:
         notes.append(
             f"check skipped: the model draws random numbers, and with randomness={problem.randomness!r} "
@@ -77,7 +77,7 @@ def _capture(problem: Problem) -> Capture:
         if not random:
             blocks = {name: [use.block for use in found] for name, found in uses.items()}
             check_rows(blocks, losses, problem.parameters, "vmap")
-    return Capture(alone, uses, tuple(notes))
+    return Capture(each, uses, tuple(notes))
 
 
 def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -97,7 +97,7 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
             f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
             f"though there are {batch} losses. {ADVICE}"
         )
-    one = _single(problem, leaves, samples, _registered(problem))
+    one = _single(problem, leaves, samples)
     run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in samples)), randomness=problem.randomness)
     try:
         with warnings.catch_warnings():
@@ -118,26 +118,25 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
     return {name: values.detach() for name, values in gradients.items()}, losses.detach()
 
 
-def _registered(problem: Problem) -> dict[str, str]:
+def _registered(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Every place where the model registers a parameter, each module once: path there -> the parameter's name.
 
     `functional_call` finds such places by itself, but of a module with two names twice, and then leaves what it has put
     there behind (torch 2.13).
     """
-    names = {id(parameter): name for name, parameter in problem.parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     return {
         f"{path}.{own}".lstrip("."): names[id(parameter)]
-        for path, module in problem.model.named_modules()
+        for path, module in model.named_modules()
         for own, parameter in module._parameters.items()
         if id(parameter) in names
     }
 
 
-def _single(
-    problem: Problem, leaves: Sequence[Any], samples: Sequence[int], registered: Mapping[str, str]
-) -> Callable[..., Tensor]:
+def _single(problem: Problem, leaves: Sequence[Any], samples: Sequence[int]) -> Callable[..., Tensor]:
     """The loss of one sample as a function of parameters and the sample's tensors."""
-    model, loss_fn = problem.model, problem.loss_fn
+    model, loss_fn = alone(problem.model, problem.inputs), problem.loss_fn
+    registered = _registered(model, problem.parameters)
 
     def one(parameters: Mapping[str, Tensor], *sample: Tensor) -> Tensor:
         filled = list(leaves)
