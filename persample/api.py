@@ -82,7 +82,7 @@ def per_sample(
     if chunk_size is not None and coupled == "rows":
         raise ValueError(
             "chunk_size and coupled='rows' exclude each other: where samples influence each other, the rows of a chunk "
-            "are not those of the whole batch. Leave one of them out"
+            "are not those of the whole batch. Leave one of them out; hold='graph' saves memory with coupled='rows' too"
         )
     if hold not in ("factors", "graph"):
         raise ValueError(f"hold must be 'factors' or 'graph'; got {hold!r}")
@@ -93,7 +93,7 @@ def per_sample(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "
             "For losses computed without a module use persample.grad(losses, params)"
         )
-    if not callable(loss_fn):
+    if not callable(loss_fn) or isinstance(loss_fn, type):
         raise TypeError(
             f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
             "A criterion of torch will do, with reduction='none'"
@@ -169,7 +169,8 @@ def refuse_counts(model: nn.Module) -> None:
         if getattr(module, "scale_grad_by_freq", False):
             raise UnsupportedError(
                 f"layer {path!r} has scale_grad_by_freq=True: its gradients are divided by how often an index is in "
-                "the batch, which a chunk does not know. Leave chunk_size out, or switch scale_grad_by_freq off"
+                "the batch, which a chunk does not know. Leave chunk_size out (hold='graph' saves "
+                "memory too), or switch scale_grad_by_freq off"
             )
 
 
@@ -220,6 +221,8 @@ def grad(
         (tensor([[1., 2.],
                 [3., 4.]]),)
     """
+    if not isinstance(params, (Tensor, Iterable)):
+        raise TypeError(f"params must be tensors, such as model.parameters(); got {type(params).__name__}")
     wanted = [params] if isinstance(params, Tensor) else list(params)
     for position, parameter in enumerate(wanted):
         if not (isinstance(parameter, Tensor) and parameter.is_leaf and parameter.requires_grad):

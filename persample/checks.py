@@ -28,19 +28,42 @@ def check_losses(losses: object) -> Tensor:
         ValueError: another shape or dtype; the message says what to change in the loss function.
     """
     if not isinstance(losses, Tensor):
-        raise TypeError(f"loss_fn must return a tensor with one loss per sample, [B]; got {type(losses).__name__}")
+        got = f"{type(losses).__name__}: {_tensor(losses)}"
+        raise TypeError(f"loss_fn must return a tensor with one loss per sample, [B]; got {got}")
     if losses.ndim != 1:
         remedy = (
             "it is already reduced over the batch: pass reduction='none' to the criterion and reduce every "
             "dimension but the first; a model that computes its loss from labels among its inputs returns the mean: "
             "leave the labels out, and compute the losses from its outputs"
             if losses.ndim == 0
-            else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1)"
+            else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1). For a "
+            "gradient of every entry there is persample.grad(losses.flatten(), params)"
         )
         raise ValueError(f"loss_fn must return one loss per sample, shape [B]; got {tuple(losses.shape)}: {remedy}")
     if not losses.is_floating_point():
         raise ValueError(f"losses must be real floating-point numbers; got dtype {losses.dtype}")
     return losses
+
+
+def _tensor(losses: object) -> str:
+    """How to return a tensor in place of something else."""
+    if losses is None:
+        return "let it end with 'return losses'"
+    if isinstance(losses, (list, tuple, Mapping)):
+        return "return the losses alone; torch.stack makes a tensor of a list of them"
+    return "compute it by operations of torch; what .item() or NumPy return has no gradient"
+
+
+def several_losses(samples: int | None, losses: int) -> str:
+    """What to say of several losses for each sample, as of tokens or outputs; "" where there is one."""
+    if not samples or losses <= samples or losses % samples:
+        return ""
+    return (
+        f"There are {losses} losses for {samples} samples, by dimension 0 of the inputs: {losses // samples} for each, "
+        "as of its tokens or outputs. For the gradient of every one of them there is persample.grad(losses, params); "
+        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample follow each "
+        "other"
+    )
 
 
 def check_graph(losses: Tensor, parameters: Mapping[str, Tensor], graph: Graph | None = None) -> None:

@@ -111,6 +111,10 @@ class Provenance(TorchDispatchMode):
             several |= bit * (size > 1)
         return found or time_first or several or (0 if self._inputs else FOREIGN)
 
+    def first_size(self) -> int | None:
+        """Entries along dimension 0 of the first input that has one."""
+        return next((tensor.size(0) for tensor in self._inputs if tensor.ndim), None)
+
     def module(self, node: Node) -> str | None:
         """Path of the module in whose forward pass the node's operation ran; None outside of the model."""
         return self._module_of.get(_number(node))

@@ -185,10 +185,7 @@ class PerSampleGrads:
                 [ 4.,  1.]])
         """
         if other is not None and not isinstance(other, PerSampleGrads):
-            raise ValueError(
-                f"other must be what per_sample returned for another batch, without chunk_size; got "
-                f"{type(other).__name__}. For inner products with given vectors there is dot(vectors)"
-            )
+            return _transposed(refuse_other(other).gram(per, self))
         self._condense()
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
@@ -251,6 +248,8 @@ class PerSampleGrads:
         if unknown:
             raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
         for name, vector in vectors.items():
+            if not isinstance(vector, Tensor):
+                raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
             if vector.shape != self._parameters[name].shape:
                 raise ValueError(
                     f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
@@ -337,6 +336,8 @@ class PerSampleGrads:
         if not isinstance(out, Mapping):
             raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
         for name, buffer in out.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
             if name not in self._parameters:
                 raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
             parameter = self._parameters[name]
@@ -387,6 +388,24 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def refuse_other(other: Any) -> Any:
+    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
+        raise ValueError(
+            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
+            "with given vectors there is dot(vectors)"
+        )
+    return other
+
+
+def _transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+
+
 def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
     return values[""] if per == "total" else values
 
@@ -395,7 +414,7 @@ def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
     try:
         positive = bool(max_norm > 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         positive = False
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")

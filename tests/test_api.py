@@ -269,6 +269,19 @@ def test_gram_with_another_backends_rows(model: Net) -> None:
     assert rel_err(first.gram(other=second), gram(loop_grads(model, cross_entropy, *batch()))) < 1e-12
 
 
+KINDS: list[dict[str, Any]] = [{}, {"hold": "graph"}, {"chunk_size": 2}, {"chunk_size": 2, "hold": "graph"}]
+
+
+@pytest.mark.parametrize("left", KINDS, ids=str)
+@pytest.mark.parametrize("right", KINDS, ids=str)
+def test_gram_of_every_kind_with_every_other(model: Net, left: dict[str, Any], right: dict[str, Any]) -> None:
+    one = persample.per_sample(model, cross_entropy, *batch(), **left)
+    two = persample.per_sample(model, cross_entropy, *batch(3, seed=1), **right)
+    want, other = loop_grads(model, cross_entropy, *batch()), loop_grads(model, cross_entropy, *batch(3, seed=1))
+    for per in ("total", "layer", "param"):
+        assert rel_err(one.gram(per, two), gram(want, per, other)) < 1e-12
+
+
 def test_gram_needs_the_same_parameters(model: Net) -> None:
     psg = persample.per_sample(model, cross_entropy, *batch())
     model.head.bias.requires_grad_(False)

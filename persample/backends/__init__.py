@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from persample.blocks import Block
+from persample.foreign import explained
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,17 @@ class Problem:
     coupled: str = "error"
     check: bool = True
     randomness: str = "error"
+
+    def losses(self) -> Any:
+        """What the loss function returns for the model's outputs.
+
+        Raises:
+            TypeError: the model, or the loss function, does not take data that are no tensors.
+        """
+        with explained("inputs", self.inputs, "the model"):
+            outputs = self.outputs()
+        with explained("targets", self.targets, "loss_fn"):
+            return self.loss_fn(outputs, self.targets)
 
     def outputs(self) -> Any:
         """The model called on the inputs: a tuple as positional, a dict as keyword arguments."""

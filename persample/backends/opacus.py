@@ -76,11 +76,11 @@ def _attach(wrapper: Any, model: nn.Module) -> Any:
 def _forward(problem: Problem, hooks: Any) -> Tensor:
     """The losses. An error is Opacus' own if the model runs without its hooks, and the caller's otherwise."""
     try:
-        losses = problem.loss_fn(problem.outputs(), problem.targets)
+        losses = problem.losses()
     except Exception as error:
         hooks.remove_hooks()
         with torch.no_grad(), buffers_kept(problem.model), torch.random.fork_rng(devices=[]):
-            problem.loss_fn(problem.outputs(), problem.targets)
+            problem.losses()
         raise UnsupportedError(f"Opacus' hooks fail in the forward pass: {_text(error)}. {ADVICE}") from error
     return check_losses(losses)
 

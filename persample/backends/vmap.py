@@ -19,8 +19,9 @@ from torch.func import functional_call, grad_and_value
 
 from persample.backends import Capture, Captured, Problem, alone, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
+from persample.batches import batch_size
 from persample.blocks import Dense
-from persample.checks import check_graph, check_losses
+from persample.checks import check_graph, check_losses, several_losses
 from persample.containers import mapped
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import precision_within, trace
@@ -44,7 +45,7 @@ def _capture(problem: Problem) -> Capture:
     drawn = _random_state()
     with buffers_kept(problem.model) as changed_buffers:
         with torch.set_grad_enabled(problem.check):
-            losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+            losses = check_losses(problem.losses())
         if problem.check:
             check_graph(losses, problem.parameters)
         random = not all(map(torch.equal, drawn, _random_state()))
@@ -57,7 +58,7 @@ def _capture(problem: Problem) -> Capture:
         gradients, each = differentiate(problem, losses.shape[0])
         if not problem.check and not any(bool(rows.any()) for rows in gradients.values()):
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # functorch gives zeros without a graph, too
-                check_graph(problem.loss_fn(problem.outputs(), problem.targets), problem.parameters)
+                check_graph(problem.losses(), problem.parameters)
     notes = []
     if not random:
         refuse_other_losses(each, losses.detach(), precision_within(losses))
@@ -91,11 +92,11 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
     if batch == 0 or not parameters:
         empty = {name: p.new_zeros(batch, *p.shape) for name, p in parameters.items()}
         with torch.no_grad():
-            return empty, check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+            return empty, check_losses(problem.losses())
     if not samples:
         raise UnsupportedError(
             f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
-            f"though there are {batch} losses. {ADVICE}"
+            f"though there are {batch} losses. {several_losses(batch_size((problem.inputs,), {}), batch) or ADVICE}"
         )
     one = _single(problem, leaves, samples)
     run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in samples)), randomness=problem.randomness)
