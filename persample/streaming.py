@@ -21,6 +21,7 @@ from persample.captured import capture_use, merged
 from persample.graph import Graph, Node
 from persample.passes import ends, watched
 from persample.rules import Site, build
+from persample.stand_ins import hooked_by_others, raw_saved
 from persample.uses import Use
 
 Take = Callable[[str, tuple[Captured, ...]], None]
@@ -28,22 +29,10 @@ Take = Callable[[str, tuple[Captured, ...]], None]
 Place = tuple[Node, int]
 """A node and the slot that a parameter enters."""
 
-_RAW_SAVED: dict[str, tuple[str, ...]] = {}
-
 
 def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
     """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    for node in nodes:
-        kind = node.name()
-        if kind not in _RAW_SAVED:
-            _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
-        for name in _RAW_SAVED[kind]:
-            raw = getattr(node, name)
-            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
-                # a torch that does not tell is not trusted
-                if saved is not None and getattr(saved, "unpack_hook", saved) is not None:
-                    return True
-    return False
+    return any(saved is not None and hooked_by_others(saved) for node in nodes for saved in raw_saved(node))
 
 
 class Stream:
