@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from persample.reductions import full_precision, weighted_sum
 # What rounding may explain: a part of the largest sum in the model, and a part of the batch gradient itself.
 _ROUNDING = {torch.float64: (1e-13, 1e-8), torch.float32: (1e-6, 2e-3)}
 _HALF_ROUNDING = (1e-3, 5e-2)
+STEPS = 16
+"""And so many times the smallest number of the format in each entry: what is as small has no digits to scale."""
 PIECE = 2**20
 """Bytes of a sum that are compared at a time."""
 
@@ -128,7 +131,7 @@ class SumCheck:
         self._weights = weights
         self._gradient = batch_gradient
         self._names = list(batch_gradient)
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._largest = torch.zeros((), dtype=torch.float64)
 
     def add(self, name: str, uses: Sequence[Block | Captured]) -> None:
@@ -154,10 +157,11 @@ class SumCheck:
         for name in list(self._gradient):  # those without a block
             self._meet(name, None)
         absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
+        smallest = torch.finfo(precision).tiny * torch.finfo(precision).eps
         missed = {}
         for name in self._names:
-            miss, norm = self._found.get(name, (0.0, 0.0))
-            if not bool(miss <= absolute * self._largest + relative * norm):
+            miss, norm, entries = self._found.get(name, (0.0, 0.0, 0))
+            if not bool(miss <= absolute * self._largest + relative * norm + STEPS * smallest * sqrt(entries)):
                 missed[name] = float(miss), float(norm)
         return missed
 
@@ -174,7 +178,7 @@ class SumCheck:
             return  # NaN in a sample's loss: its row is NaN, the others are right
         miss = norm if total is None else distance(total, expected).cpu()
         self._largest = torch.maximum(self._largest, norm)
-        self._found[name] = miss, norm
+        self._found[name] = miss, norm, expected.numel()
 
 
 def distance(found: Tensor, expected: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ neighbouring entries of it each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
+
+from persample.attribution import Owner
 from persample.graph import REARRANGING, Edge, Graph, Node, edge_shape
 
 
@@ -217,30 +221,33 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
         batch: number of samples B.
     """
     targets = set(cuts)
-    leads = _leading_to(graph, targets)
-    strides: dict[Edge, int] = {(graph.root, 0): 1}
-    found: dict[Edge, Lying] = {}
+    found = places(graph, targets, batch)
+    at_cuts = {edge: at for edge, at in found.items() if edge[0] in targets}
+    return None if None in at_cuts.values() else {edge: at for edge, at in at_cuts.items() if at is not None}
+
+
+def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lying | None]:
+    """Returns where samples lie at every output on the way from the losses to the nodes; None where no proof is."""
+    leads = _leading_to(graph, set(nodes))
+    strides: dict[Edge, int | None] = {(graph.root, 0): 1}
+    found: dict[Edge, Lying | None] = {}
     for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
         count = 1 if hasattr(node, "variable") else len(node._input_metadata)
-        outputs = [(node, output) for output in range(count) if (node, output) in strides]
-        for edge in outputs:
-            shape = edge_shape(edge)
-            at = lying(strides[edge], shape, batch)
-            if at is None:
-                return None
-            if node in targets:
-                found[edge] = at
+        for edge in [(node, output) for output in range(count) if (node, output) in strides]:
+            shape, stride = edge_shape(edge), strides[edge]
+            at = found[edge] = None if stride is None else lying(stride, shape, batch)
             for slot, (source, output) in enumerate(node.next_functions):
                 if source is None or source not in leads:
                     continue
-                stride = _stride_before(node, slot, at, shape, edge_shape((source, output)), strides[edge])
-                if stride is None or strides.setdefault((source, output), stride) != stride:
-                    return None
+                entering = edge_shape((source, output))
+                before = None if at is None else _stride_before(node, slot, at, shape, entering, stride)
+                if strides.setdefault((source, output), before) != before:
+                    strides[source, output] = None
     return found
 
 
 def _stride_before(
-    node: Node, slot: int, at: Lying, shape: tuple[int, ...], entering: tuple[int, ...], stride: int
+    node: Node, slot: int, at: Lying, shape: tuple[int, ...], entering: tuple[int, ...], stride: int | None
 ) -> int | None:
     function = PASSAGES.get(node.name())
     if function is not None:
@@ -260,3 +267,32 @@ def _leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
             found.add(node)
             stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
     return found
+
+
+class Proof:
+    """Whose rows are whose as far as the graph alone proves it; made when it is first asked."""
+
+    def __init__(self, graph: Graph, batch: int) -> None:
+        self._graph, self._batch = graph, batch
+
+    def covers(self, node: Node) -> bool:
+        """Whether samples are proven to be apart at every output of a node that something consumes."""
+        return all(self._places.get((node, output)) is not None for output in self._graph.outputs(node))
+
+    def owner(self, node: Node, output: int) -> Owner | None:
+        """The owner of the gradient at an output, or None where there is no proof."""
+        place = self._places.get((node, output))
+        if place is None:
+            return None
+        meta = node._input_metadata[output]
+        return owner_at(place, edge_shape((node, output)), self._batch, meta.device)
+
+    @cached_property
+    def _places(self) -> dict[Edge, Lying | None]:
+        return places(self._graph, self._graph.order, self._batch)
+
+
+def owner_at(place: Lying, shape: Sequence[int], batch: int, device: torch.device) -> Owner:
+    """The owner of entries that lie so."""
+    ids = torch.arange(shape[place.axis], device=device) // place.inner % batch
+    return Owner(place.axis, ids, batch)

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
 from persample.graph import Node
-
-_RAW_SAVED: dict[str, tuple[str, ...]] = {}
-
-
-def _names(node: Node) -> tuple[str, ...]:
-    kind = node.name()
-    if kind not in _RAW_SAVED:
-        _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
-    return _RAW_SAVED[kind]
+from persample.stand_ins import hooked_by_others, raw_saved
 
 
 def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
     """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    for node in nodes:
-        for name in _names(node):
-            raw = getattr(node, name)
-            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
-                # a torch that does not tell is not trusted
-                if saved is not None and getattr(saved, "unpack_hook", saved) is not None:
-                    return True
-    return False
+    return any(saved is not None and hooked_by_others(saved) for node in nodes for saved in raw_saved(node))
 
 
 def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
@@ -36,12 +22,18 @@ def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
     for node in nodes:
         if unpacked_by_hooks([node]):
             continue
-        for name in _names(node):
-            unpacked = name.removeprefix("_raw")  # of a Function in Python without the underscore
+        for name in _names(type(node)):
             try:
-                value = getattr(node, unpacked if hasattr(type(node), unpacked) else unpacked[1:])
+                value = getattr(node, name)
             except RuntimeError:
                 continue  # freed by a backward pass, or changed in place, of which autograd tells
             several = value if isinstance(value, (tuple, list)) else (value,)
             found += [each for each in several if isinstance(each, Tensor)]
     return found
+
+
+@lru_cache(1024)
+def _names(kind: type) -> tuple[str, ...]:
+    """Attributes that hold tensors; of a Function in Python it is `saved_tensors`."""
+    raw = [name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved")]
+    return tuple(name if hasattr(kind, name) else name[1:] for name in raw)
