@@ -28,8 +28,8 @@ def batch_size(args: tuple, kwargs: dict, *, first: bool = False) -> int | None:
     >>> batch_size((), {"positions": torch.zeros(1, 7), "tokens": torch.zeros(4, 7)}, first=True)
     1
     """
-    if args and isinstance(args[0], Tensor) and args[0].dim() and args[0].shape[0] != 1:
-        return args[0].shape[0]
+    if args and isinstance(args[0], Tensor) and args[0].dim() and args[0].size(0) != 1:
+        return args[0].size(0)
     shapes = _shapes((args, kwargs))
     front = next(shapes, None)
     if front is None:
@@ -51,7 +51,7 @@ def _shapes(tree: Any) -> Iterator[tuple[int, ...]]:
     for leaf in tree_leaves(tree, is_leaf=lambda each: isinstance(each, PackedSequence)):
         if isinstance(leaf, Tensor):
             if leaf.dim():
-                yield (leaf.shape[0],) if leaf.is_nested else tuple(leaf.shape)
+                yield (leaf.size(0),) if leaf.is_nested else tuple(leaf.shape)
         elif isinstance(leaf, PackedSequence):
             yield (int(leaf.batch_sizes[0]),)
         elif isinstance(leaf, Mapping):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from persample.attribution import Output, Owner
+from persample.checks import several_losses
 from persample.errors import CoupledSamplesError, UnsupportedError
 from persample.graph import Graph, Node
 from persample.provenance import Provenance
@@ -73,9 +74,23 @@ def coupled_error(
         else f"If the input of shape {tuple(shared.shape)} holds no samples but is shared by all of them (positions, a "
         f"mask, a grid), give it a first dimension of one: {(1, *shared.shape)}. "
     )
-    return CoupledSamplesError(
-        f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. {hint}"
-        "Per-sample gradients exist where each loss depends on its own sample alone: put batch normalisation in "
-        "eval mode or use GroupNorm, and do not normalise a loss over the batch. coupled='rows' reads the rows of "
-        "each layer instead, as the FNGD paper does with batch normalisation."
+    several = several_losses(provenance.first_size(), batch)
+    told = f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. "
+    return CoupledSamplesError(told + (f"{several}." if several else hint + advice(where)))
+
+
+def advice(where: str) -> str:
+    """What to do about samples that influence each other at an operation."""
+    if "BatchNorm" in where:
+        there = "put batch normalisation in eval mode or use GroupNorm"
+    elif where.startswith("in the loss"):
+        there = (
+            "do not normalise a loss over the batch, and for one that compares samples (contrastive) take the gradient "
+            "of each loss, persample.grad(losses, params)"
+        )
+    else:
+        there = "let no operation of the model go across samples"
+    return (
+        f"Per-sample gradients exist where each loss depends on its own sample alone: {there}. coupled='rows' reads "
+        "the rows of each layer instead, as the FNGD paper does with batch normalisation."
     )

@@ -21,18 +21,12 @@ from persample.captured import capture_use, merged
 from persample.graph import Graph, Node
 from persample.passes import ends, watched
 from persample.rules import Site, build
-from persample.stand_ins import hooked_by_others, raw_saved
 from persample.uses import Use
 
 Take = Callable[[str, tuple[Captured, ...]], None]
 """Gets the uses of one parameter, all of them."""
 Place = tuple[Node, int]
 """A node and the slot that a parameter enters."""
-
-
-def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
-    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    return any(saved is not None and hooked_by_others(saved) for node in nodes for saved in raw_saved(node))
 
 
 class Stream:

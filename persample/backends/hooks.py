@@ -182,7 +182,7 @@ def _capture(problem: Problem) -> Capture:
         if provenance is not None:
             provenance.follow(problem.inputs)
         with provenance or nullcontext():
-            losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+            losses = check_losses(problem.losses())
     check_graph(losses, problem.parameters)
     if problem.coupled == "error":
         _refuse_batch_statistics(records)
