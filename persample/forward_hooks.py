@@ -139,6 +139,7 @@ class ForwardHooks:
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        uses = {each.layer: each for each in (self.uses or {}).values() if each.taps}
         self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
         self.functions.leave()
@@ -151,7 +152,7 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
+        self._tryout.end(args, kwargs, output, uses, self.forward.batch, first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()

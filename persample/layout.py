@@ -217,7 +217,7 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
         batch: number of samples B.
     """
     targets = set(cuts)
-    leads = _leading_to(graph, targets)
+    leads = leading_to(graph, targets)
     strides: dict[Edge, int] = {(graph.root, 0): 1}
     found: dict[Edge, Lying] = {}
     for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
@@ -250,7 +250,7 @@ def _stride_before(
     return stride if node.name() in REARRANGING and prod(shape) == prod(entering) else None
 
 
-def _leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
+def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
     """Nodes on a path from one of the targets to the losses, targets included."""
     found: set[Node] = set()
     stack = list(targets)
