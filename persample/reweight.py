@@ -76,13 +76,13 @@ def reweight(
     In the first forward pass, and for each new shape, the autograd graph between the model's output and its layers is
     read: where samples are apart in every operation, it proves where they lie in each call of a layer. So layers are
     read that are called on parts of the batch (chunks, crops, sample by sample); samples count as in the model's output
-    then. Where sizes leave more than one reading of the output, or, of layers of which nothing is proven, of theirs,
-    as they always do where rows are folded, or where rows were selected, the model is tried out after its forward pass, with some samples replaced by
-    others, without gradients and with the same random numbers: 1 + 2 log₂ B runs, as many again in evaluation mode where that does not tell, and three as a
-    rule for each new shape. Only a reading that every row agrees with is taken. `explain()` says which; giving it
-    spares the trials. Rows that a mask or a packed sequence places may lie otherwise in the next batch of the same
-    shape: where there are several of each sample they are refused unless you say how they lie in every batch. Lengths
-    by which Python cuts and joins rows cannot be noticed.
+    then. Where sizes leave more than one reading of the output, or of layers of which nothing is proven, as they always
+    do where rows are folded, or where rows were selected, the model is tried out after its forward pass, with some
+    samples replaced by others, without gradients and with the same random numbers: 1 + 2 log₂ B runs, as many again in
+    evaluation mode where that does not tell, and three as a rule for each new shape. Only a reading that every row
+    agrees with is taken. `explain()` says which; giving it spares the trials. Rows that a mask or a packed sequence
+    places may lie otherwise in the next batch of the same shape: where there are several of each sample they are
+    refused unless you say how they lie in every batch. Lengths by which Python cuts and joins rows cannot be noticed.
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
     and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not
