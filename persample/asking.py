@@ -54,6 +54,8 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
+        if uses.forward.question is not None:
+            uses.forward.question()
         met, unread = uses.found, None
         try:
             found, axis = layer.check(uses)
@@ -84,6 +86,8 @@ class Asker:
 
     def of_all(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
+        if group[0].forward.question is not None:
+            group[0].forward.question()
         result: list[Tensor | None] = [None] * (2 * len(group))
         parts: dict[str, Part] = {}
         grads: dict[str, LayerGrads] = {}

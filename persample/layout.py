@@ -55,6 +55,8 @@ class Step:
     """Shape of the output."""
     entering: tuple[int, ...]
     """Shape of the input."""
+    output: int = 0
+    """Which output of the node it is."""
 
     def saved(self, name: str) -> Any:
         """A saved attribute of the node."""
@@ -208,6 +210,17 @@ def batch_norm(step: Step) -> Lying | None:
     return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
 
 
+@passage("CudnnRnn MiopenRnn MkldnnRnnLayer")
+def recurrent(step: Step) -> Lying | None:
+    """The sequence and the outputs at its steps have the batch on axis 0 or 1, states [layers, B, H] on axis 1."""
+    if len(step.entering) != 3 or len(step.shape) != 3 or step.saved("batch_sizes"):
+        return None  # weights, or a packed sequence
+    # Before oneDNN's operation torch transposes what is batch first.
+    sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
+    here, there = (1 if state else sequence for state in (step.output, step.slot))
+    return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
+
+
 def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
     """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
 
@@ -233,21 +246,20 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
             for slot, (source, output) in enumerate(node.next_functions):
                 if source is None or source not in leads:
                     continue
-                stride = _stride_before(node, slot, at, shape, edge_shape((source, output)), strides[edge])
+                step = Step(node, slot, at, shape, edge_shape((source, output)), edge[1])
+                stride = _stride_before(step, strides[edge])
                 if stride is None or strides.setdefault((source, output), stride) != stride:
                     return None
     return found
 
 
-def _stride_before(
-    node: Node, slot: int, at: Lying, shape: tuple[int, ...], entering: tuple[int, ...], stride: int
-) -> int | None:
-    function = PASSAGES.get(node.name())
+def _stride_before(step: Step, stride: int) -> int | None:
+    function = PASSAGES.get(step.node.name())
     if function is not None:
-        before = function(Step(node, slot, at, shape, entering))
-        return None if before is None else stride_of(before, entering)
+        before = function(step)
+        return None if before is None else stride_of(before, step.entering)
     # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
-    return stride if node.name() in REARRANGING and prod(shape) == prod(entering) else None
+    return stride if step.node.name() in REARRANGING and prod(step.shape) == prod(step.entering) else None
 
 
 def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:

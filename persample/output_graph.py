@@ -6,7 +6,7 @@ No loss is needed: where the samples lie in the output, their sizes tell, or els
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -42,16 +42,15 @@ class OutputGraph:
     graph: Graph
     leaves: list[Tensor]
     batch: int
+    axis: int = 0
+    """Where samples are looked for first: 1 in models that take time first."""
 
     @classmethod
-    def behind(cls, output: Any, batch: int) -> OutputGraph | None:
+    def behind(cls, output: Any, batch: int, axis: int = 0) -> OutputGraph | None:
         """Of a model's output; None where there is no graph, or none that can be read."""
-        leaves = [each for each in tensors_of(output) if _readable(each) and foldings(each.shape, batch)]
-        if not leaves:
-            return None
+        leaves = [each for each in tensors_of(output) if readable(each) and foldings(each.shape, batch)]
         try:
-            end = leaves[0] if len(leaves) == 1 else torch.stack([each.sum().float() for each in leaves])
-            return cls(trace(end), leaves, batch)
+            return cls(trace_all(leaves), leaves, batch, axis) if leaves else None
         except UnsupportedError:  # a reentrant checkpoint, nested tensors
             return None
 
@@ -59,9 +58,8 @@ class OutputGraph:
     def doubtful(self) -> tuple[Shape, list[Reading]] | None:
         """The first shape in the output that can be read in several ways, and these; None where there is none."""
         for leaf in self.leaves:
-            readings = foldings(leaf.shape, self.batch)
-            if by_size(readings) is None:
-                return tuple(leaf.shape), readings
+            if self._reading(leaf) is None:
+                return tuple(leaf.shape), foldings(leaf.shape, self.batch)
         return None
 
     def ways(self, uses: Mapping[Layer, Uses]) -> dict[Reading | None, dict[Layer, Calls]]:
@@ -70,35 +68,55 @@ class OutputGraph:
         ways = {choice: self._read(uses, choice) for choice in choices if uses}
         return {choice: found for choice, found in ways.items() if found is not None}
 
+    def _reading(self, leaf: Tensor) -> Reading | None:
+        if self.axis and leaf.shape[self.axis : self.axis + 1] == (self.batch,):
+            return Reading(1, 1, self.axis)
+        return by_size(foldings(leaf.shape, self.batch))
+
     def _read(self, uses: Mapping[Layer, Uses], choice: Reading | None) -> dict[Layer, Calls] | None:
-        """Returns what is proven if what is doubtful is to be read so; None where it cannot be."""
-        taps = {layer: [tap() for tap in each.taps] for layer, each in uses.items()}
-        targets = {tap for each in taps.values() for tap in each if tap in self.graph.order}
         starts: dict[Edge, Place] = {}
         for leaf in self.leaves:
             doubtful = self.doubtful is not None and leaf.shape == self.doubtful[0]
-            at = choice if doubtful else by_size(foldings(leaf.shape, self.batch))
+            at = choice if doubtful else self._reading(leaf)
             if at is not None:
-                stride = at.after * prod(leaf.shape[at.axis + 1 :])
-                starts[leaf.grad_fn, leaf.output_nr] = Place(stride, 0, self.batch)
-        try:
-            found = places(self.graph, starts, targets, self.batch)
-        except UnsupportedError:
+                starts[leaf.grad_fn, leaf.output_nr] = start(leaf.shape, at.axis, self.batch, at.after)
+        return calls_of(uses, self.graph, starts, self.batch)
+
+
+def trace_all(ends: Sequence[Tensor]) -> Graph:
+    """Returns the graph behind several tensors."""
+    return trace(ends[0] if len(ends) == 1 else torch.stack([each.sum().float() for each in ends]))
+
+
+def start(shape: Shape, axis: int, batch: int, after: int = 1) -> Place:
+    """Samples along an axis of an output, `after` consecutive rows each."""
+    return Place(after * prod(shape[axis + 1 :]), 0, batch)
+
+
+def calls_of(
+    uses: Mapping[Layer, Uses], graph: Graph, starts: Mapping[Edge, Place], batch: int
+) -> dict[Layer, Calls] | None:
+    """Returns what is proven of each layer if these are places of the samples; None where they cannot be."""
+    try:
+        found = places(graph, starts, batch).known
+    except UnsupportedError:
+        return None
+    result: dict[Layer, Calls] = {}
+    for layer, each in uses.items():
+        taps = [tap() for tap in each.taps]
+        shapes = {number: edge_shape((tap, 0)) for number, tap in enumerate(taps) if tap in graph.order}
+        there = {number: found.get((taps[number], 0)) for number in shapes}
+        lying = {number: place for number, place in there.items() if place is not None}
+        if any(_elsewhere(place, shapes[number], layer) for number, place in lying.items()):
             return None
-        result: dict[Layer, Calls] = {}
-        for layer, each in taps.items():
-            shapes = {number: edge_shape((tap, 0)) for number, tap in enumerate(each) if tap in targets}
-            there = {number: found.get(each[number]) for number in shapes}
-            lying = {number: place for number, place in there.items() if place is not None}
-            if any(_elsewhere(place, shapes[number], layer) for number, place in lying.items()):
-                return None
-            segments = {number: _segment(place, shapes[number], layer) for number, place in lying.items()}
-            proven = {number: segment for number, segment in segments.items() if segment is not None}
-            result[layer] = Calls(len(each), shapes, proven)
-        return result
+        segments = {number: _segment(place, shapes[number], layer) for number, place in lying.items()}
+        proven = {number: segment for number, segment in segments.items() if segment is not None}
+        result[layer] = Calls(len(taps), shapes, proven)
+    return result
 
 
-def _readable(output: Tensor) -> bool:
+def readable(output: Tensor) -> bool:
+    """Whether there is a graph behind a tensor, and its axes say something."""
     strided = output.layout is torch.strided and not output.is_nested
     return strided and output.grad_fn is not None and output.is_floating_point()
 

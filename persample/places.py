@@ -15,16 +15,17 @@ nothing is proven. Batch normalisation counts as keeping rows: what flows throug
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch.nn.modules._functions import BackwardHookFunction
 
 from persample.graph import REARRANGING, Edge, Graph, Node, edge_shape
-from persample.layout import PASSAGES, Lying, Step, leading_to, lying, stride_of
+from persample.layout import PASSAGES, Lying, Step, lying, stride_of
 from persample.taps import Tap
 
 Shape = tuple[int, ...]
+SEVERAL = "several"
 
 
 @dataclass(frozen=True)
@@ -115,31 +116,43 @@ def _of_slab(slab: _Slab, shape: Shape) -> Iterator[Place]:
         yield Place(stride, place.first, place.count)
 
 
-def places(graph: Graph, starts: Mapping[Edge, Place], targets: set[Node], batch: int) -> dict[Node, Place | None]:
-    """Returns whose the output of each target is; None where it is not proven, nothing where no start depends on it.
+@dataclass
+class Places:
+    """What is proven of the edges of a graph: outputs of nodes."""
+
+    known: dict[Edge, Place] = field(default_factory=dict)
+    """Whose they are."""
+    mixed: dict[Edge, str] = field(default_factory=dict)
+    """Where the proof ends, and why: the kind of the operation, or `SEVERAL`, where several samples depend on it."""
+
+
+def places(graph: Graph, starts: Mapping[Edge, Place], batch: int) -> Places:
+    """Returns whose each edge is that the given ones depend on, as far as it is proven.
 
     Arguments:
         graph: that the edges of `starts` are in.
         starts: whose the outputs are, which the search starts at.
-        targets: nodes of one output.
         batch: number of samples B.
     """
-    leads = leading_to(graph, targets)
-    known: dict[Edge, list[Place | _Slab | None]] = {edge: [place] for edge, place in starts.items()}
-    found: dict[Node, Place | None] = {}
-    for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
+    given: dict[Edge, list[Place | _Slab | None]] = {edge: [place] for edge, place in starts.items()}
+    found = Places()
+    for node in reversed(graph.order):
         count = 1 if hasattr(node, "variable") else len(node._input_metadata)
-        for edge in [(node, output) for output in range(count) if (node, output) in known]:
-            shape, given = edge_shape(edge), known[edge]
-            sure = [each for each in given if each is not None]
-            place = _joined(sure, shape, batch) if len(sure) == len(given) else None
-            if node in targets:
-                found[node] = place
+        for edge in [(node, output) for output in range(count) if (node, output) in given]:
+            shape, sure = edge_shape(edge), [each for each in given[edge] if each is not None]
+            place = _joined(sure, shape, batch) if len(sure) == len(given[edge]) else None
+            if place is not None:
+                found.known[edge] = place
+            elif len(sure) == len(given[edge]):
+                found.mixed[edge] = SEVERAL
             for slot, (source, output) in enumerate(node.next_functions):
-                if source in leads and _gradient_to(node, edge[1], slot):
-                    entering = edge_shape((source, output))
-                    before = None if place is None else _before(node, edge[1], slot, place, shape, entering)
-                    known.setdefault((source, output), []).append(before)
+                if source is not None and _gradient_to(node, edge[1], slot):
+                    before = None
+                    if place is not None:
+                        before = _before(node, edge[1], slot, place, shape, edge_shape((source, output)))
+                        if before is None:
+                            found.mixed[source, output] = node.name()
+                    given.setdefault((source, output), []).append(before)
     return found
 
 
@@ -219,7 +232,7 @@ def _before(node: Node, output: int, slot: int, place: Place, shape: Shape, ente
         return None
     function = _keeping_rows if kind in _NORMS else PASSAGES.get(kind)
     if function is not None:
-        before = function(Step(node, slot, at, shape, entering))
+        before = function(Step(node, slot, at, shape, entering, output))
         return None if before is None else Place(stride_of(before, entering), place.first, place.count)
     # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
     return place if kind in REARRANGING and prod(shape) == prod(entering) else None

@@ -56,7 +56,10 @@ def reweight(
             layer path; `persample.Folded` in place of an int says that every sample has several rows of it. By
             default it is found in the first backward pass: the axis that is as long as axis 0 of the first tensor
             given to the model (one of a single row that later ones share, as positions or a mask, is passed over),
-            or a multiple of that (windows, frames or views folded into the batch; see below).
+            or a multiple of that (windows, frames or views folded into the batch; see below). Models that take time
+            first, [T, B, …], are recognised where they mix steps and no samples (recurrence, attention); of others the
+            losses of the first backward pass may tell that axis 1 counts samples, [B] before their mean, and a
+            UserWarning says what they tell.
             In a convolution it is axis 0; giving {path: 0} makes each row a sample, whatever their number.
         joint: ask the policy once for all layers, when the backward pass has met the last of them: it gets a
             dict of `LayerGrads` by path and returns a dict of answers (a path left out: the plain gradient).

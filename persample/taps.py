@@ -40,6 +40,8 @@ class Pass:
     def __init__(self, batch: int | None = None) -> None:
         self.batch = batch
         self.output_grad: Tensor | None = None
+        self.question: Callable[[], None] | None = None
+        """To be asked in the first backward pass: what its losses say of the samples."""
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from persample.folded import Reading, usual
 from persample.output_graph import Calls, OutputGraph
 from persample.precision import full_precision
 from persample.provenance import Provenance, tensors_of
-from persample.taps import Uses
+from persample.taps import Pass, Uses
+from persample.time_first import Ends, Question, by_model
 from persample.weights import Layer
 
 _REMEMBERED = 1000
@@ -39,6 +42,8 @@ class Tryout:
         self._calls: Counter[trial.Key] = Counter()
         self._signature: Any = None  # of the running pass
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
+        self.axis: int | None = None
+        """The axis of the first tensor that counts samples, where it is known: 1 in models that take time first."""
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
         self.running: dict[Any, list[tuple[trial.Shape, Tensor]]] | None = None
@@ -70,7 +75,15 @@ class Tryout:
             self._calls[layer, shape] += 1
 
     def end(
-        self, args: tuple, kwargs: dict, output: Any, uses: Mapping[Layer, Uses], batch: int | None, *, first: bool
+        self,
+        args: tuple,
+        kwargs: dict,
+        output: Any,
+        uses: Mapping[Layer, Uses],
+        forward: Pass,
+        shape: trial.Shape,
+        *,
+        first: bool,
     ) -> None:
         """The pass ends: reads the graph behind the output if the shapes are new, and tries the model out if need be.
 
@@ -78,11 +91,15 @@ class Tryout:
             args, kwargs: of the model.
             output: of the model.
             uses: of the layers that the pass has met.
-            batch: how many samples it was called with.
+            forward: the pass.
+            shape: of the first tensor that the model was given.
             first: whether it was the first pass.
         """
-        behind = OutputGraph.behind(output, batch) if self.new and batch is not None and batch > 1 else None
         readable = {layer: each for layer, each in uses.items() if layer.provable}
+        if self.new and readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
+            self._look_at_time(output, readable, forward, shape)
+        batch = forward.batch
+        behind = OutputGraph.behind(output, batch, self.axis or 0) if self.new and batch and batch > 1 else None
         ways = {} if behind is None else behind.ways(readable)
         if self.new:  # a pass that raised will be new again
             if len(self._met) == _REMEMBERED:  # a number that counts steps, say
@@ -99,8 +116,7 @@ class Tryout:
         }
         doubtful: dict[trial.Key, list[Reading]] = {}
         if behind is not None and behind.doubtful is not None and len(ways) > 1:
-            shape, readings = behind.doubtful
-            doubtful[_OUTPUT, shape] = readings
+            doubtful[_OUTPUT, behind.doubtful[0]] = behind.doubtful[1]
         if (unsure or doubtful) and _together(self._model):
             # Every process must run the model as often as the others: only what depends on no batch is tried.
             tried = {key: each for key, each in unsure.items() if first and not _one_axis(each)}
@@ -128,6 +144,44 @@ class Tryout:
                 if (layer, shape) in found and (layer, shape) not in settled:
                     layer.settle(shape, batch, found[layer, shape])
         self.forget()
+
+    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> None:
+        """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow."""
+        steps, samples, *_ = shape
+        ends = Ends.of(output, (steps, samples)) if min(steps, samples) > 1 else None
+        if ends is None:
+            return
+        answer = by_model(ends)
+        if answer is None:
+            forward.question = partial(self._ask_losses, forward, Question(ends, uses), shape)
+        elif not answer:
+            self.axis = 0
+        else:
+            self._time_first(uses, forward, samples)
+            self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._unsure}
+            self._unsure = {key: each for key, each in self._unsure.items() if each}
+
+    def _time_first(self, layers: Iterable[Layer], forward: Pass, samples: int) -> None:
+        self.axis, forward.batch = 1, samples
+        for layer in layers:
+            layer.forget()
+
+    def _ask_losses(self, forward: Pass, question: Question, shape: trial.Shape) -> None:
+        """In the first backward pass."""
+        forward.question = None
+        proven = question.answer() if self.axis is None else None
+        self.axis = self.axis or 0
+        if proven is not None:
+            steps, samples = shape[:2]
+            self._time_first(proven, forward, samples)
+            _settle(proven, samples, {})
+            warnings.warn(
+                f"The losses of this batch are [{samples}], one for each entry of axis 1 of the model's input, "
+                f"{list(shape)}, and its axis 0 is their mean or sum: these {samples} are taken for the samples from "
+                f"now on, and not the {steps} of axis 0 (persample.reweight). Say which by batch_axis=1, or "
+                "batch_axis=0, and this warning goes",
+                stacklevel=2,
+            )
 
     def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[trial.Shape, Tensor]]]:
         """Runs the model; shapes and marks of outputs by layer."""

@@ -158,6 +158,13 @@ class Layer:
         """Whether an output of that shape has held several numbers of samples."""
         return sum(known == shape for _, known in self.readings) > 1
 
+    def forget(self) -> None:
+        """Nothing is known of its samples, but for what the user has said."""
+        if self.provable:
+            self.axis, self._last, self._found = None, None, False
+            for each in (self.readings, self._on_axis, self.segments):
+                each.clear()
+
     @property
     def provable(self) -> bool:
         """Whether the graph behind the model's output may tell where its samples are: rows that data have selected,
