@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import check_scaler, first_order_groups, first_parameter, positive, refuse_parameters, whole
+from fngd.groups import check_scaler, first_order_groups, first_parameter, sgd_options
 from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
@@ -63,25 +63,25 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         model: nn.Module,
         params: Iterable[Any] | None,
         method: Method,
-        defaults: dict[str, Any],
-        *,
         statistics_every: int,
         inverse_every: int,
-        kl_clip: float | None,
-        reduction: str,
-        other: str,
-        other_options: Mapping[str, Any] | None,
-        scaler: Any,
-        seed: int,
-        process_group: Any,
-        batch_axis: BatchAxis | None,
-        functions: bool,
+        seed: int = 0,
+        *,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        damping: float = 0.03,
+        kl_clip: float | None = 1e-3,
+        reduction: str = "mean",
+        other: str = "sgd",
+        other_options: Mapping[str, Any] | None = None,
+        scaler: Any = None,
+        process_group: Any = None,
+        batch_axis: BatchAxis | None = None,
+        functions: bool = True,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
-        whole("statistics_every", statistics_every)
-        whole("inverse_every", inverse_every)
-        if kl_clip is not None:
-            positive("kl_clip", kl_clip)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
         check_scaler(scaler)
@@ -98,6 +98,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._chosen = Chosen(model, functions=functions)
         chosen = self._chosen.parameters()
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
         super().__init__(groups, defaults)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)

@@ -18,7 +18,6 @@ from fngd.groups import (
     completed_group,
     first_order_groups,
     first_parameter,
-    refuse_parameters,
     sgd_options,
 )
 from fngd.guards import Unchanged
@@ -69,7 +68,6 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
         method = Method(
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fngd.distributed import sharded_like, whole_tensor
-from fngd.groups import positive, sgd_options, whole
+from fngd.groups import sgd_options
 from fngd.kfac import symmetric_eigen
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_state
@@ -128,7 +128,7 @@ class Shampoo(Preconditioned):
         self,
         params: Iterable[Any],
         *,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -141,13 +141,6 @@ class Shampoo(Preconditioned):
         graft: bool = True,
         preset: str | None = None,
     ) -> None:
-        if isinstance(params, nn.Module):
-            raise TypeError(f"Shampoo needs no model: give model.parameters(); got {type(params).__name__}")
-        for name, count in (("block", block), ("statistics_every", statistics_every), ("inverse_every", inverse_every)):
-            whole(name, count)
-        positive("epsilon", epsilon)
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay}; it must be greater than 0 and at most 1")
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         self._block, self._epsilon, self._decay, self._graft, self._preset = block, epsilon, decay, graft, preset
