@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fngd.distributed import Exchange
 from fngd.members import Part, attention_parameters, members, unseen
-from fngd.sharers import conflicts, never_preconditioned
+from fngd.sharers import NO_FACTORS, conflicts, is_transposed, never_preconditioned
+from persample import LayerGrads
 from persample.reweight import Reweighting
 
 Groups = list[dict[str, Any]]
@@ -77,6 +78,12 @@ class Chosen:
         if layer not in self._met:
             self._met.add(layer)
             self._changed = True
+
+    def has_factors(self, layer: str, grads: LayerGrads) -> bool:
+        """Whether Kronecker factors are kept for it; of a function its gradients tell."""
+        if layer not in self.modules and is_transposed(grads):
+            self._plain[layer] = NO_FACTORS
+        return layer not in self._plain
 
     def look(self) -> None:
         """Notes what the layers met are, and which of them share parameters."""

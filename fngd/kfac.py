@@ -221,8 +221,8 @@ class KFAC(LayerPreconditioned):
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.joint`), gradients are as DDP or FSDP2 deliver them.
         batch_axis: see `persample.reweight`.
-        functions: the projections of `nn.MultiheadAttention` and weights given to `F.linear` count as linear layers;
-            as for `NGD`.
+        functions: the projections of `nn.MultiheadAttention` and parameters in products with data (`F.linear`, `x @ w`,
+            `torch.addmm`, `F.conv2d`, …) count as layers; as for `NGD`.
 
     Raises:
         ValueError: an argument out of range, or a model that is reweighted already.

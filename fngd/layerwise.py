@@ -110,10 +110,8 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
         self._chosen.meet(layer)
-        if not grads.batch_size:
-            return
         found = None if self._completed % self._statistics_every else self._chosen.members(layer, self.param_groups)
-        if found is None:
+        if found is None or not grads.batch_size or not self._chosen.has_factors(layer, grads):
             return
         _, _, bias = found
         factors = grads.factors()
@@ -127,7 +125,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         if not self._pending:
             self._first.begin(weight)
             self._drawn_from = self._random.get_state()
-        convolution = not isinstance(self._chosen.modules.get(layer), nn.Linear | None)
+        convolution = factors[0][0].dim() > 4  # its patches have axes of the kernel
         new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
         self._pending[layer] = new if before is None else self._method.combine(before, new)
@@ -316,7 +314,9 @@ def _put(result: dict[Tensor, Tensor], part: Part, direction: Tensor) -> None:
     param = part.param
     rows = direction.reshape(part.of(param).shape).to(param.dtype)
     if part.whole:
-        result[param] = sharded_like(rows, param)
+        result[param] = sharded_like(rows.t() if part.axis else rows, param)
     else:
         assert param.grad is not None, "checked by the caller"
-        result.setdefault(param, param.grad.clone())[part.start : part.stop] = rows
+        if param not in result:
+            result[param] = param.grad.clone()
+        part.of(result[param]).copy_(rows)

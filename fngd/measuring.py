@@ -142,7 +142,7 @@ class Measuring(CheckedLoss):
                 continue
             products = param.grad.double() * (param - old)
             if param in inside:  # rows that no layer has
-                products = products[~covered(inside[param])]
+                products = products * ~covered(inside[param])
             change += products.sum().to(change.device)
         return change
 

@@ -58,7 +58,7 @@ class Asker:
         try:
             found = layer.check(uses)
         except ValueError as error:
-            unread = UnreadGrads(layer.module, met, needed, error.with_traceback(None))
+            unread = UnreadGrads(layer.operation, met, needed, error.with_traceback(None))
         if unread is not None:
             return self._answered(layer, uses, unread, {})
         if self._known is not None:
@@ -67,7 +67,7 @@ class Asker:
             if factors is not None:
                 layer.check_factors(factors, z.shape[axis])
                 return layer.sum(found, needed, factors)
-        part: Part = layer.module, found, needed, layer.axis or 0
+        part: Part = layer.operation, found, needed, layer.axis or 0
         return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
 
     def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
@@ -96,9 +96,9 @@ class Asker:
                 met.append((own, layer))
                 found = uses.found
                 try:
-                    part: Part = layer.module, layer.check(uses), needed[own], layer.axis or 0
+                    part: Part = layer.operation, layer.check(uses), needed[own], layer.axis or 0
                 except ValueError as error:
-                    grads[layer.path] = UnreadGrads(layer.module, found, needed[own], error.with_traceback(None))
+                    grads[layer.path] = UnreadGrads(layer.operation, found, needed[own], error.with_traceback(None))
                 else:
                     parts[layer.path], grads[layer.path] = part, LayerGrads(*part)
         if not met:

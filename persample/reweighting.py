@@ -133,7 +133,9 @@ class Reweighting:
         for parameter, name in self._watcher.names.items():
             function = self._watcher.other.get(name)
             if function not in (None, "embedding", "embedding_bag") and id(parameter) not in owned:
-                result[name] = f"plain: it was given to '{function}', and only F.linear is reweighted"
+                result[name] = (
+                    f"plain: it was given to '{function}', and not as the weight of a linear function of data"
+                )
         return result
 
     def parameters(self, path: str) -> list[Tensor]:

@@ -30,6 +30,8 @@ class Layer:
     """What the user said of its samples."""
     source: Callable[[], Parameters] | None = None
     owners: tuple[Tensor, ...] = ()
+    geometry: nn.Module | None = None
+    """Of a function that is a convolution: a module with its geometry (`persample.linear_calls`)."""
     off: list[nn.Parameter] = field(default_factory=list)
     called: bool = False
     shared: str | None = None
@@ -60,9 +62,14 @@ class Layer:
         self._last: Reading | None = None
 
     @property
+    def operation(self) -> nn.Module | None:
+        """A module that does what the layer does, with weights that may be others; None: a linear function."""
+        return self.geometry if self.module is None else self.module
+
+    @property
     def linear(self) -> bool:
         """Whether it is linear, so that any axis but the last may count samples."""
-        return self.module is None or isinstance(self.module, nn.Linear)
+        return self.operation is None or isinstance(self.operation, nn.Linear)
 
     def parameters(self) -> list[Any]:
         """[weight, bias or None], or an empty list where the layer is to take the plain gradient."""
@@ -133,7 +140,7 @@ class Layer:
     @property
     def _space(self) -> int | None:
         """How many axes of space a convolution has; None for a linear layer."""
-        module: Any = self.module
+        module: Any = self.operation
         return None if self.linear else len(module.kernel_size)
 
     def unsure(self, shape: tuple[int, ...], batch: int | None) -> list[Reading]:
@@ -220,17 +227,17 @@ class Layer:
     def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], c: Tensor) -> Parameters:
         """Returns the (weight, bias) parts of Σ_b c_b g_b."""
         if len(found) > 1 or self.axis is None:
-            return layer_sum(self.module, found, needed, self.axis or 0, c)
+            return layer_sum(self.operation, found, needed, self.axis or 0, c)
         [(x, z)] = found
-        key = prepared.signature(self.module, x, z, needed, self.axis)
+        key = prepared.signature(self.operation, x, z, needed, self.axis)
         if key != self._prepared[0]:
-            self._prepared = key, prepared.prepare(self.module, x, z, needed, self.axis)
+            self._prepared = key, prepared.prepare(self.operation, x, z, needed, self.axis)
         return self._prepared[1](x, z, c)
 
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
         found, uses.found = uses.found, []
-        return layer_sum(self.module, found, needed, 0)
+        return layer_sum(self.operation, found, needed, 0)
 
     def _readings(self, shapes: Sequence[tuple[int, ...]], batch: int | None) -> list[Reading]:
         """How to read each output; empty where one axis counts samples in all of them, or none can be told."""
