@@ -26,7 +26,7 @@ class Chosen:
     handle: Reweighting
 
     def __init__(self, model: nn.Module, *, functions: bool) -> None:
-        self._model, self._with_functions = model, functions
+        self._model, self.functions = model, functions
         self._plain = never_preconditioned(model)
         self.modules: dict[str, nn.Module] = {
             path: module
@@ -42,7 +42,7 @@ class Chosen:
 
     def parameters(self) -> set[Tensor]:
         """Returns the parameters that are known to belong to layers."""
-        found = set(attention_parameters(self._model)) if self._with_functions else set()
+        found = set(attention_parameters(self._model)) if self.functions else set()
         for module in self.modules.values():
             found.update(param for param in module._parameters.values() if param is not None)
         return found
@@ -94,6 +94,8 @@ class Chosen:
         if self._functions:
             used = {path: members(self.handle, path) for path in sorted(self._met)}
             self._plain |= conflicts(self._model, used, self._functions)
+        for path, users in self.handle.besides().items():
+            self._plain.setdefault(path, f"its weight is used besides calling it, by {users}")
 
     def agree(self, exchange: Exchange) -> tuple[str, ...]:
         """Returns the layers that every process can precondition, in the same order in each of them.
@@ -125,5 +127,7 @@ class Chosen:
                 reason = "plain: its bias is no parameter, nor rows of one"
             elif reason.startswith("reweighted") and self.members(path, groups) is None:
                 reason = "plain: its weight is in no group with precondition=True"
-            result[path] = reason.replace("reweighted", "preconditioned")
-        return result | unseen(self._model, list(result), functions=self._with_functions)
+            if reason.startswith("reweighted"):
+                reason = "preconditioned" + reason.removeprefix("reweighted")
+            result[path] = reason
+        return result | unseen(self._model, list(result), functions=self.functions)

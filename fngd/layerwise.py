@@ -6,7 +6,7 @@ gradients to the method. Gradients are preconditioned layer by layer, and scaled
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fngd.chosen import Chosen
+from fngd.coverage import told
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.groups import check_scaler, first_order_groups, first_parameter, sgd_options
@@ -99,7 +100,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         chosen = self._chosen.parameters()
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
         defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
-        super().__init__(groups, defaults)
+        super().__init__(groups, defaults, model)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
 
@@ -183,6 +184,9 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
                 direction = direction[..., :-1]
             _put(result, weight, direction)
         return result
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+        return told(self._model, self._handle, self.explain(), functions=self._chosen.functions)
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -14,7 +14,7 @@ most `block` entries along each dimension. The blocks of one parameter are graft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from fngd.distributed import sharded_like, whole_tensor
 from fngd.groups import sgd_options
 from fngd.kfac import symmetric_eigen
+from fngd.members import Part
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_state
 
@@ -160,6 +161,16 @@ class Shampoo(Preconditioned):
                 if len(shape) >= 2:
                     result[param] = self._direction(param, shape)
         return result
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+        return [Part(param, 0, len(param)) for param in directions], lambda name, param: self._why_plain(param)
+
+    def _why_plain(self, param: Tensor) -> str:
+        if param.grad is not None and param.grad.is_sparse:
+            return "its gradient is sparse"
+        if param.is_complex():
+            return "it is complex"
+        return f"block={self._block} merges it into fewer than two axes"
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
         shape = tuple(param.shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from persample.folded import Folded
 from persample.functional import Function, Watcher, base_of
 from persample.linear_calls import Call
-from persample.parts import parts_of
+from persample.parts import part_of, parts_of
 from persample.weights import Layer
 
 
@@ -40,6 +40,8 @@ class FunctionLayers:
         self.watched = list(weights)
         """What is watched for the whole of the model's forward."""
         self._layers, self._axis_of = layers, axis_of
+        self._kinds: dict[str, tuple[nn.Module | None, int]] = {}
+        """Of functions, by path: the geometry of a convolution, and along which axis of the parameter its rows are."""
         self._entered: list[list[nn.Parameter]] = []
 
     def enter(self, weights: list[nn.Parameter]) -> None:
@@ -70,14 +72,16 @@ class FunctionLayers:
         """Returns the layer of a function's weight and bias; `used`: whether the pass that runs has met a layer."""
         weight, bias = call.weight, call.bias
         owners = tuple(base_of(each) for each in (weight, bias) if each is not None)
+        part = part_of(weight, owners[0])
+        kind = call.geometry, 0 if part is None else part.axis  # a matrix and its transpose are two layers
         for number in count(1):
             path = name if number == 1 else f"{name} ({number})"
             layer = self._layers.get(path)
             if layer is None:
                 layer = Layer(path, None, self._axis_of(name), owners=owners, geometry=call.geometry)
-                self._layers[path] = layer
+                self._layers[path], self._kinds[path] = layer, kind
                 layer.source = lambda: (weight, bias)
-            if layer.module is None and layer.geometry is call.geometry and _owned(layer, owners, used):
+            if layer.module is None and self._kinds[path] == kind and _owned(layer, owners, used):
                 layer.owners = owners
                 return layer
         raise AssertionError("count never ends")

@@ -114,6 +114,25 @@ def test_columns_of_one_matrix_are_layers_of_their_own() -> None:
     torch.testing.assert_close(model.weight.grad[:, :2], expected.sum(0)[:, :2])
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_matrix_and_its_transpose_are_two_layers(joint: bool) -> None:
+    def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return (((x @ w).sin() @ w.T + x) @ w).tanh() @ w.mT
+
+    model, x, c, asked = Model((4, 4), forward), torch.randn(B, 4), torch.randn(B), []
+    model.bias.requires_grad_(False)
+    expected = rows(model, x)
+
+    def policy(layers: object, *_: object) -> object:
+        asked.extend([layers] if isinstance(layers, str) else layers)
+        return c if isinstance(layers, str) else dict.fromkeys(layers, c)
+
+    with reweight(model, policy, joint=joint, functions=True):
+        model(x).square().sum().backward()
+    assert sorted(asked) == ["first", "weight", "weight (2)"]
+    torch.testing.assert_close(model.weight.grad, torch.tensordot(c, expected["weight"], 1))
+
+
 def test_a_tied_head_is_reweighted_and_the_table_is_not() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
