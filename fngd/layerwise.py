@@ -21,6 +21,7 @@ from fngd.groups import check_scaler, first_order_groups, first_parameter, sgd_o
 from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
+from fngd.loss_scale import FirstScale
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_layers, check_sizes, check_state, not_compiled
@@ -92,6 +93,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
         self._first = FirstPass()
+        self._scale: FirstScale | None = FirstScale(reduction, scaler)
         self._random = torch.Generator().manual_seed(seed)
         self._drawn_from = self._random.get_state()
         self._process_group, self._exchange = process_group, Exchange(process_group)
@@ -114,6 +116,8 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         found = None if self._completed % self._statistics_every else self._chosen.members(layer, self.param_groups)
         if found is None or not grads.batch_size or not self._chosen.has_factors(layer, grads):
             return
+        if self._scale is not None:
+            self._scale.see(grads, self.param_groups)
         _, _, bias = found
         factors = grads.factors()
         if self._scaler is not None:
@@ -132,6 +136,9 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
+        if self._scale is not None:
+            self._scale.look(self.param_groups, type(self).__name__)
+            self._scale = None
         self._unchanged.look(self.param_groups)
         self._chosen.look()
         if world_size(self._process_group) > 1:

@@ -227,6 +227,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         counts = self._policy.met_batch or not self._only_makes_state()
         if counts:
             self._coverage.look(self._preconditioned)
+            self._policy.look_at_scale(type(self).__name__)
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:
