@@ -18,6 +18,7 @@ from persample import Reweighting
 
 CHOSEN = "functions=False"
 """The reason that a user has chosen."""
+MOVED = "other= has taken it before the function that uses it was known: give parameter groups"
 NAMED = 3
 """Parameters that the warning names."""
 
@@ -36,10 +37,16 @@ class Coverage:
     def __init__(self, method: str, model: nn.Module | None = None) -> None:
         self._method, self._model = method, model
         self._new: list[Tensor] = []
+        self._moved: list[Tensor] = []
 
-    def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Begins with these parameter groups. Tells at once where neither they nor the model have a matrix."""
+    def begin(self, groups: Sequence[Mapping[str, Any]], other: str = "sgd") -> None:
+        """Begins with these parameter groups. Tells at once where neither they nor the model have a matrix.
+
+        `other`: the rule to which parameters were moved that were in no layer, as far as that was known.
+        """
         self.add(groups)
+        moved = (group for group in groups if other != "sgd" and group["rule"] == other and not group["precondition"])
+        self._moved = [param for group in moved for param in group["params"] if param.dim() > 1]
         given = [param for group in groups for param in group["params"]]
         there = given if self._model is None else [*given, *self._model.parameters()]
         left = [param for param in _wanted(groups) if param.requires_grad]
@@ -52,15 +59,19 @@ class Coverage:
 
     def look(self, found: Preconditioned) -> None:
         """Tells, where gradients are there for the first time, if less than half of the matrices is preconditioned."""
-        if not self._new:
+        if not self._new and not self._moved:
             return
-        new = [param for param in self._new if param.grad is not None]
-        if not new:
+        new, moved = ([param for param in each if param.grad is not None] for each in (self._new, self._moved))
+        if not new and not moved:
             return
-        self._new = []
+        self._new, self._moved = [], []
         parts, why = found()
-        entries = {param: _entries(param, parts) for param in new}
-        left = {param: why(self._name(param), param) for param, number in entries.items() if not number}
+        reasons = {param: why(self._name(param), param) for param in moved}
+        taken = {param: MOVED for param, each in reasons.items() if each.startswith("its weight is in")}
+        entries = {param: _entries(param, parts) for param in (*new, *taken)}
+        if not entries:
+            return
+        left = {param: why(self._name(param), param) for param, number in entries.items() if not number} | taken
         if any(entries.values()):
             entries = {param: number for param, number in entries.items() if left.get(param) != CHOSEN}
         if 2 * sum(entries.values()) < sum(param.numel() for param in entries) or not any(entries.values()):

@@ -102,7 +102,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         chosen = self._chosen.parameters()
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
         defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
-        super().__init__(groups, defaults, model)
+        super().__init__(groups, defaults, model, other)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
 

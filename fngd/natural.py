@@ -122,7 +122,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             self._find_groups()
             self._check_probe()
             self._coverage = Coverage(type(self).__name__, model)
-            self._coverage.begin(self.param_groups)
+            self._coverage.begin(self.param_groups, other)
         except BaseException:
             handle.remove()  # a constructor that fails leaves the model alone
             raise

@@ -23,11 +23,13 @@ from fngd.states import OwnState, not_compiled
 class Preconditioned(Copied, OwnState):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
-    def __init__(self, groups: Iterable[Any], defaults: dict[str, Any], model: nn.Module | None = None) -> None:
+    def __init__(
+        self, groups: Iterable[Any], defaults: dict[str, Any], model: nn.Module | None = None, other: str = "sgd"
+    ) -> None:
         self._completed = 0
         super().__init__(groups, defaults)
         self._coverage = Coverage(type(self).__name__, model)
-        self._coverage.begin(self.param_groups)
+        self._coverage.begin(self.param_groups, other)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""

@@ -180,6 +180,19 @@ def test_other_rules_are_a_choice(name: str) -> None:
     assert told(model, build(name, model, other="adamw"), x) == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_functions_that_another_rule_has_taken(name: str) -> None:
+    model, x = Uses(lambda x, w: x @ w, 4, 90), torch.randn(B, 4)
+    opt = build(name, model, other="adamw")
+    (sentence,) = told(model, opt, x)
+    assert "weight [4, 90] (other= has taken it before the function that uses it was known" in sentence
+    opt.remove()
+    groups = [{"params": model.parameters(), "rule": "sgd"}]
+    assert told(model, build(name, model, groups, other="adamw"), x) == []
+    model = Uses(lambda x, w: x[:, :2] + F.embedding(x.argmax(1), w), 40, 2)
+    assert told(model, build(name, model, other="adamw"), x) == []
+
+
 @pytest.mark.parametrize("name", [*MODELS, "Shampoo"])
 def test_no_matrix_at_all_is_told_by_the_constructor(name: str) -> None:
     model = nn.LayerNorm(4)
