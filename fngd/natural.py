@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
+from fngd.coverage import Coverage, told
 from fngd.first_order import first_order_step
 from fngd.groups import (
     check_group,
@@ -18,13 +19,20 @@ from fngd.groups import (
     completed_group,
     first_order_groups,
     first_parameter,
-    refuse_parameters,
     sgd_options,
 )
 from fngd.guards import Unchanged
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
-from fngd.members import attention_parameters, by_parameter, members, parameter_of, parameters, scaled_rows, unseen
+from fngd.members import (
+    Part,
+    attention_parameters,
+    by_parameter,
+    members,
+    parameters,
+    scaled_rows,
+    unseen,
+)
 from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
@@ -69,7 +77,6 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
         method = Method(
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,
@@ -114,29 +121,14 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             super().__init__(groups, defaults)
             self._find_groups()
             self._check_probe()
+            self._coverage = Coverage(type(self).__name__, model)
+            self._coverage.begin(self.param_groups, other)
         except BaseException:
             handle.remove()  # a constructor that fails leaves the model alone
             raise
 
     def _check_probe(self) -> None:
         """Raises ValueError where the layer that is to be probed never will be."""
-        path = None if self._table is None else self._table.probe_layer
-        if path is None:
-            return
-        known = self._handle.layers
-        if path in known and self._chosen(path):
-            return
-        if path in self._handle.explain():
-            raise ValueError(
-                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
-                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
-            )
-        weight = parameter_of(self._model, path) if self._functions else None
-        if weight is None or weight.dim() != 2:
-            raise ValueError(
-                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
-                "function uses goes by its name"
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
@@ -144,6 +136,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         check_group(self.param_groups[-1])
         if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()
+            self._coverage.add(self.param_groups[-1:])
 
     def _find_groups(self) -> None:
         """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
@@ -206,6 +199,10 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         return self._policy.exchange.bytes_sent
 
+    def _preconditioned(self) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+        """What is, and why a parameter is not."""
+        return told(self._model, self._handle, self.explain(), functions=self._functions)
+
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
         inner = self._policy.inner
@@ -228,6 +225,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         self._check_adapted()
         self._unchanged.look(self.param_groups)
         counts = self._policy.met_batch or not self._only_makes_state()
+        if counts:
+            self._coverage.look(self._preconditioned)
+            self._policy.look_at_scale(type(self).__name__)
         clipped = self._clipped()
         before = self._before()
         for group in self.param_groups:

@@ -60,7 +60,7 @@ class Asker:
         try:
             found, axis = layer.check(uses)
         except ValueError as error:
-            unread = UnreadGrads(layer.module, met, needed, error.with_traceback(None))
+            unread = UnreadGrads(layer.operation, met, needed, error.with_traceback(None))
         if unread is not None:
             return self._answered(layer, uses, unread, {})
         if self._known is not None:
@@ -69,7 +69,7 @@ class Asker:
             if factors is not None:
                 layer.check_factors(factors, z.shape[axis])
                 return layer.sum(found, needed, axis, factors)
-        part: Part = layer.module, found, needed, axis
+        part: Part = layer.operation, found, needed, axis
         return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
 
     def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
@@ -102,9 +102,9 @@ class Asker:
                 try:
                     read, axis = layer.check(uses)
                 except ValueError as error:
-                    grads[layer.path] = UnreadGrads(layer.module, found, needed[own], error.with_traceback(None))
+                    grads[layer.path] = UnreadGrads(layer.operation, found, needed[own], error.with_traceback(None))
                 else:
-                    part: Part = layer.module, read, needed[own], axis
+                    part: Part = layer.operation, read, needed[own], axis
                     parts[layer.path], grads[layer.path] = part, LayerGrads(*part)
         if not met:
             return result

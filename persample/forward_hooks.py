@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from persample import trial
@@ -20,6 +19,7 @@ from persample.batches import batch_shape, batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, renewed
+from persample.linear_calls import Call
 from persample.taps import Gate, Pass, Uses, attach
 from persample.tryout import Tryout, Watch
 from persample.weights import Layer
@@ -50,7 +50,7 @@ class ForwardHooks:
         outputs: bool,
     ) -> None:
         self.asker, self.layers, self.outputs = asker, layers, outputs
-        self.functions = FunctionLayers(weights, self._linear, layers, axis_of)
+        self.functions = FunctionLayers(weights, self._function, layers, axis_of)
         self.forward = Pass()
         self.uses: dict[str, Uses] | None = None
         """Of the layers that the running pass has met, by path; None outside of it."""
@@ -223,23 +223,24 @@ class ForwardHooks:
         """It ends."""
         self.functions.leave()
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, axis: int | None) -> Tensor:
-        """F.linear of a watched weight."""
+    def _function(self, call: Call, name: str, axis: int | None) -> Tensor:
+        """A linear function of a watched weight."""
+        x, weight, bias = call.x, call.weight, call.bias
         training = torch.is_grad_enabled() or self._tryout.running is not None
         if self._running is not None or not (training and weight.requires_grad):
-            return F.linear(x, weight, bias)
-        layer = self.functions.layer(name, weight, bias, self._used)
+            return call.run(weight, bias)
+        layer = self.functions.layer(name, call, self._used)
         if not self._has_rows(layer, x):
-            return F.linear(x, weight, bias)
+            return call.run(weight, bias)
         batch = self.forward.batch
         if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
             layer.settle((*x.shape[:-1], len(weight)), batch, Reading(1, 1, axis))
         if self._tryout.running is not None:
-            output = F.linear(x, weight, bias)
+            output = call.run(weight, bias)
             self._tryout.note(layer, output)
             return output
         layer.source = lambda: (weight, bias)
-        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        output = call.run(weight.detach(), None if bias is None else bias.detach())
         return self._tapped(layer, x, output, *layer.parameters())
 
     def _used(self, layer: Layer) -> bool:

@@ -66,8 +66,10 @@ def reweight(
             Until then x and z of every layer are kept: the backward pass frees no activations on the way.
         outputs: keep the gradient at the model's output for the policy, as `output_grad` of the handle. The
             output is what the model's own forward returns, or its first tensor with an axis.
-        functions: reweight the projections of `nn.MultiheadAttention` and weights given to `F.linear`, too. The
-            policy is asked about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
+        functions: reweight the projections of `nn.MultiheadAttention` and parameters in products with data, too:
+            `F.linear`, `x @ w` ([in, out] as well), `torch.addmm`, `bmm`, `einsum`, `tensordot` and `F.conv1d`–`3d`,
+            as they are or parts of them by rows or columns; `persample.linear_calls` lists all. The policy is asked
+            about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
             "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
 
     Raises:

@@ -31,6 +31,8 @@ class Layer:
     """What the user said of its samples."""
     source: Callable[[], Parameters] | None = None
     owners: tuple[Tensor, ...] = ()
+    geometry: nn.Module | None = None
+    """Of a function that is a convolution: a module with its geometry (`persample.linear_calls`)."""
     off: list[nn.Parameter] = field(default_factory=list)
     called: bool = False
     shared: str | None = None
@@ -66,9 +68,14 @@ class Layer:
         self._last: Reading | None = None
 
     @property
+    def operation(self) -> nn.Module | None:
+        """A module that does what the layer does, with weights that may be others; None: a linear function."""
+        return self.geometry if self.module is None else self.module
+
+    @property
     def linear(self) -> bool:
         """Whether it is linear, so that any axis but the last may count samples."""
-        return self.module is None or isinstance(self.module, nn.Linear)
+        return self.operation is None or isinstance(self.operation, nn.Linear)
 
     def parameters(self) -> list[Any]:
         """[weight, bias or None], or an empty list where the layer is to take the plain gradient."""
@@ -141,7 +148,7 @@ class Layer:
     @property
     def space(self) -> int | None:
         """How many axes of space a convolution has; None for a linear layer."""
-        module: Any = self.module
+        module: Any = self.operation
         return None if self.linear else len(module.kernel_size)
 
     def unsure(self, shape: tuple[int, ...], batch: int | None) -> list[Reading]:
@@ -253,17 +260,17 @@ class Layer:
     def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int, c: Tensor) -> Parameters:
         """Returns the (weight, bias) parts of Σ_b c_b g_b, of what `check` has returned."""
         if len(found) > 1 or axis != self.axis or self.segments:
-            return layer_sum(self.module, found, needed, axis, c)
+            return layer_sum(self.operation, found, needed, axis, c)
         [(x, z)] = found
-        key = prepared.signature(self.module, x, z, needed, axis)
+        key = prepared.signature(self.operation, x, z, needed, axis)
         if key != self._prepared[0]:
-            self._prepared = key, prepared.prepare(self.module, x, z, needed, axis)
+            self._prepared = key, prepared.prepare(self.operation, x, z, needed, axis)
         return self._prepared[1](x, z, c)
 
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
         found, uses.found = uses.found, []
-        return layer_sum(self.module, found, needed, 0)
+        return layer_sum(self.operation, found, needed, 0)
 
     def _readings(self, shapes: Sequence[tuple[int, ...]], batch: int | None) -> list[Reading]:
         """How to read each output; empty where one axis counts samples in all of them, or none can be told."""
