@@ -104,7 +104,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             joint=joint,
             outputs=fisher == "improved",
             functions=functions,
+            follow=self._policy.meeting.follow if gram == "global" else None,
         )
+        self._policy.meeting.handle = handle
         defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, foreach=foreach)
         try:
             chosen = {param for path in handle.explain() for param in parameters(handle, path)}

@@ -16,10 +16,12 @@ from fngd.accumulation import Passes, joined_gradients
 from fngd.adaptive import Model
 from fngd.diagnostics import Recorder, Solve
 from fngd.directions import Pair, coefficient_factors, dot, relative_damping, scaled
-from fngd.discarded import FirstPass
+from fngd.discarded import FirstPass, accumulates
 from fngd.distributed import Exchange
 from fngd.drawn import Drawn
+from fngd.groups import first_parameter
 from fngd.guards import warn_of_skipped
+from fngd.meeting import Meeting
 from fngd.members import members
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
@@ -58,6 +60,7 @@ class Policy:
     ) -> None:
         self._method, self._table, self._chosen, self._scaler = method, table, chosen, scaler
         self.exchange = Exchange(process_group)
+        self.meeting = Meeting(self.exchange, trains=self._trains, chosen=chosen, place=self._place)
         self.recorder = Recorder() if diagnostics else None
         self.damping_factor = 1.0
         self.measuring = False  # whether to keep quadratic models of the loss
@@ -108,6 +111,13 @@ class Policy:
         if self._table is not None and not self._warned:
             self._warned = warn_of_skipped(self._groups())
         return True
+
+    def _trains(self) -> bool:
+        return any(accumulates(param) for group in self._groups() for param in group["params"])
+
+    def _place(self) -> tuple[torch.device, bool]:
+        param = first_parameter(self._groups())
+        return param.device, hasattr(param, "to_local")
 
     def _weight(self, layer: str) -> Tensor | None:
         weight = members(self.handle, layer)[0]
@@ -237,16 +247,16 @@ class Policy:
     def _solve(
         self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int]
     ) -> tuple[Tensor, Tensor, Solve]:
-        method, first = self._method, next(iter(grads.values()))
+        method = self._method
         batch, mean = sum(passes), method.reduction == "mean"
         sizes, mine, share = [batch], slice(None), 1.0
-        if method.gram == "global":
-            sizes, mine = self.exchange.sizes(batch, first.device)
-            rhs = None if rhs is None else self.exchange.gather(rhs)
-            grads = self.handle.joined(self.exchange.gather)
+        if method.gram == "global" and self.exchange.world > 1:
+            joint = self.meeting.ask(next(iter(grads)), rhs)
+            gram, sizes, mine, rhs = joint.gram, joint.sizes, joint.mine, joint.rhs
             share = len(sizes) * batch / sum(sizes) if mean else 1.0  # DDP and FSDP average means of batches
-        one, *others = (each.gram() for each in grads.values())
-        gram = sum(others, one)
+        else:
+            one, *others = (each.gram() for each in grads.values())
+            gram = sum(others, one)
         if mean:  # the samples' own gradients are B times their shares, B the size of the batch they were in
             own = torch.cat([gram.new_full((size,), size) for size in sizes])
             gram, rhs = gram * (own[:, None] * own), None if rhs is None else rhs * own**2
