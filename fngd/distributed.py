@@ -9,8 +9,9 @@ batch. Compare I² + O² numbers for all-reducing Kronecker factors. What travel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ class Exchange:
         """
         if self._private is None or self._private[0] is not dist.group.WORLD:
             backend = "cpu:gloo,cuda:nccl" if dist.get_backend(self.group) == "nccl" and _has_gloo() else None
-            own = {"ranks": dist.get_process_group_ranks(self.group), "use_local_synchronization": True}
-            self._private = dist.group.WORLD, dist.new_group(backend=backend, **({} if self.group is None else own))
+            ranks = None if self.group is None else dist.get_process_group_ranks(self.group)
+            own = dist.new_group(ranks, backend=backend, use_local_synchronization=ranks is not None)
+            self._private = dist.group.WORLD, own
         return self._private[1]
 
     def tell(self, numbers: list[int]) -> list[list[int]]:
@@ -72,7 +74,7 @@ class Exchange:
         return torch.stack(others).tolist()
 
     def tell_all(self, own: Any) -> list[Any]:
-        """Returns an object of every process. Its bytes are not counted."""
+        """Returns an object of every process, within backward passes. Its bytes are not counted."""
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, own, group=self.private)
         return everyone
@@ -112,9 +114,20 @@ class Exchange:
 
     def common(self, own: Iterable[str]) -> set[str]:
         """Returns the names that all processes have. The host waits for them; their few bytes are not counted."""
-        everyone: list[Any] = [None] * world_size(self.group)
-        dist.all_gather_object(everyone, sorted(own), group=self.group)
-        return set.intersection(*map(set, everyone))
+        return set.intersection(*map(set, self.everyone_says(sorted(own))))
+
+    def everyone_says(self, own: Any) -> list[Any]:
+        """Returns an object of every process; outside of backward passes. The host waits for them."""
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, own, group=self.group)
+        return everyone
+
+    def others(self, own: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Returns rows of integers that other processes have, and this one has not: mostly none, at 8 bytes."""
+        number = crc32(repr(own).encode())
+        if len(set(map(tuple, self.tell([number])))) == 1:
+            return []
+        return sorted(set().union(*self.tell_all(own)) - set(own))
 
     def table(self, rows: list[list[int]], device: torch.device) -> list[list[list[int]]]:
         """Returns a table of integers of every process; all have the same shape. The host waits for it."""

@@ -51,13 +51,16 @@ class Said:
     """Whether DistributedDataParallel averages gradients in this pass; None: there is none."""
     nested: bool = False
     sharded: bool = False
+    probing: bool = False
+    """Whether it has coefficients of the layer, and asks to compare them."""
 
     @property
     def signature(self) -> int:
         """A number that is the same for processes of which each can take the other's x and z."""
         shapes = [(x[1:], z[1:]) for x, z in self.uses]
         number = 0 if self.layer is None else self.asked.get(self.layer, 0)
-        return crc32(repr((self.layer, number, shapes, self.dtype, self.synchronises, self.nested)).encode())
+        others = self.dtype, self.synchronises, self.nested, self.probing
+        return crc32(repr((self.layer, number, shapes, *others)).encode())
 
 
 @dataclass
@@ -68,6 +71,8 @@ class _Pass:
     running: Counter[str]
     asked: Counter[str] = field(default_factory=Counter)
     batch: int = 0
+    refused: ValueError | None = None
+    """What all processes have been told; to be raised when the pass has ended."""
 
     @property
     def coming(self) -> dict[str, int]:
@@ -123,41 +128,62 @@ class Meeting:
             running = Counter(filter(self._chosen, self.handle.upcoming()))
             self._passes[task] = _Pass(samples, synchronises, bool(self._passes), running)
             # Before that of DistributedDataParallel, which waits for the others' gradients.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         return self._passes[task]
 
-    def _said(self, own: _Pass, layer: str | None, uses: Sequence[Use] = ()) -> Said:
+    def total(self, products: Tensor | None) -> Tensor | None:
+        """Returns the sum of what processes have found in a probe; every process has to call it."""
+        if self._exchange.world == 1:
+            return products
+        found = [each for each in self._exchange.everyone_says(None if products is None else products.tolist()) if each]
+        return torch.tensor(found).sum(0) if found else None
+
+    def _said(self, own: _Pass, layer: str | None, uses: Sequence[Use] = (), *, probing: bool = False) -> Said:
         dtypes = [tensor.dtype for use in uses for tensor in use]
         return Said(
             layer, own.batch, own.samples, tuple((tuple(x.shape), tuple(z.shape)) for x, z in uses),
             _promoted(dtypes), dict(own.asked), own.coming, own.synchronises, own.nested, self._place()[1],
+            probing,
         )  # fmt: skip
 
     def _end(self, task: int) -> None:
         """The pass has ended: others may still ask."""
-        said = self._said(self._passes.pop(task), None)
-        while len(set(self._signatures(said))) > 1:
-            self._answers(said)
+        own = self._passes.pop(task)
+        said = self._said(own, None)
+        while own.refused is None and len(set(self._signatures(said))) > 1:
+            self._answers(own, said)
+        if own.refused is not None:  # after DistributedDataParallel is done, so that nothing of it is left over
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_raise, own.refused))
 
     def _signatures(self, said: Said) -> list[int]:
         self._told = self._exchange.tell([said.signature, said.batch])
         return [signature for signature, _ in self._told]
 
-    def ask(self, layer: str, rhs: Tensor | None) -> Joint:
-        """Returns the joint Gram matrix of the layer that a policy is asked about, once every process can answer."""
+    def ask(self, layer: str, rhs: Tensor | None, *, probing: bool = False) -> Joint | None:
+        """Returns the joint Gram matrix of the layer that a policy is asked about, once every process can answer.
+
+        None where the pass is refused: the backward pass goes on, so that gradients are averaged as they are in the
+        other processes, and raises in the end.
+        """
         uses: list[Tensor] = []
-        [grads] = self.handle.joined(lambda tensor, axis: uses.append(tensor.movedim(axis, 0)) or tensor).values()
+
+        def noted(tensor: Tensor, axis: int) -> Tensor:
+            uses.append(tensor.movedim(axis, 0))
+            return tensor
+
+        [grads] = self.handle.joined(noted).values()
         own = self._hear()
         own.batch = grads.batch_size
         pairs = list(zip(uses[::2], uses[1::2], strict=True))
-        said = self._said(own, layer, pairs)
-        while True:
-            alike = len(set(self._signatures(said))) == 1
-            found = self._joined([batch for _, batch in self._told], rhs) if alike else None
-            found = found or self._answers(said, grads, pairs, rhs)
-            if found is not None:
-                own.asked[layer] += 1
-                return found
+        said = self._said(own, layer, pairs, probing=probing)
+        found: Joint | None = None
+        while found is None and own.refused is None:
+            if len(set(self._signatures(said))) == 1:
+                found = self._joined([batch for _, batch in self._told], rhs)
+            else:
+                found = self._answers(own, said, grads, pairs, rhs)
+        own.asked[layer] += 1
+        return found
 
     def _joined(self, sizes: list[int], rhs: Tensor | None) -> Joint:
         """All processes ask for one layer, with x and z of the same shapes but for their numbers of samples."""
@@ -166,12 +192,27 @@ class Meeting:
         return Joint(grads.gram(), sizes, self._exchange.mine(sizes), None if rhs is None else gather(rhs, 0))
 
     def _answers(
-        self, own: Said, grads: LayerGrads | None = None, uses: Sequence[Use] = (), rhs: Tensor | None = None
+        self,
+        now: _Pass,
+        own: Said,
+        grads: LayerGrads | None = None,
+        uses: Sequence[Use] = (),
+        rhs: Tensor | None = None,
     ) -> Joint | None:
         """Processes differ: sends what they need for the layers that can be answered; returns the answer to `own`."""
         everyone: list[Said] = self._exchange.tell_all(own)
-        answer = None
-        for layer in agreed(everyone):
+        if len({said.synchronises for said in everyone}) > 1:  # at once: gradients would be waited for
+            raise _refused(
+                "some processes average gradients in this backward pass and others do not (no_sync), so that they make "
+                "different numbers of passes a step",
+                "Give every process the same number of micro-batches",
+            )
+        answer, layers = None, list[str]()
+        try:
+            layers = agreed(everyone)
+        except ValueError as error:
+            now.refused = error
+        for layer in layers:
             asking = [said if said.layer == layer else None for said in everyone]
             tensors = [each for use in uses for each in use] + ([] if rhs is None else [rhs])
             received = self._exchange.messages(
@@ -212,22 +253,22 @@ class Meeting:
 
 
 def agreed(everyone: Sequence[Said]) -> list[str]:
-    """Returns the layers that can be answered, in one order; raises ValueError, in every process alike, if there are none.
+    """Returns the layers that can be answered, in one order; raises ValueError, in all processes alike, if none can.
 
     >>> agreed([Said("p", 8), Said("a", 8)])
     ['a', 'p']
     >>> agreed([Said("p", 8), Said("a", 8, coming={"a": 1, "p": 1})])  # the second will come to p
     ['a']
     """
-    if len({said.synchronises for said in everyone}) > 1:
-        raise _refused(
-            "some processes average gradients in this backward pass and others do not (no_sync), so that they make "
-            "different numbers of passes a step", "Give every process the same number of micro-batches"
-        )  # fmt: skip
     if len({said.nested for said in everyone}) > 1:
         raise _refused(
             "some processes run a part of the model again in this backward pass and others do not",
             "Checkpoint with use_reentrant=False",
+        )
+    if any(said.probing for said in everyone) and len({said.layer for said in everyone if said.probing}) > 1:
+        raise _refused(
+            "to decide on a refresh each process probes the first layer that it runs, and these differ",
+            "Give probe_layer=, a layer that every process runs",
         )
     asked = sorted({said.layer for said in everyone if said.layer is not None})
     answered = []
@@ -261,9 +302,13 @@ def agreed(everyone: Sequence[Said]) -> list[str]:
 
 def _refused(what: str, remedy: str) -> ValueError:
     return ValueError(
-        f"gram='global' joins the samples of one backward pass of each process, layer by layer, but {what}. {remedy}, or "
-        "use gram='layer', where each process solves for its own samples"
+        f"gram='global' joins the samples of one backward pass of each process, layer by layer, but {what}. "
+        f"{remedy}, or use gram='layer', where each process solves for its own samples"
     )
+
+
+def _raise(error: ValueError) -> None:
+    raise error
 
 
 def _sizes(everyone: Sequence[Said], layer: str) -> list[int]:

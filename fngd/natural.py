@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
+from fngd.distributed import world_size
 from fngd.first_order import first_order_step
 from fngd.groups import (
     check_group,
@@ -24,7 +25,17 @@ from fngd.groups import (
 from fngd.guards import Unchanged
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
-from fngd.members import attention_parameters, by_parameter, members, parameter_of, parameters, scaled_rows, unseen
+from fngd.members import (
+    Members,
+    Part,
+    attention_parameters,
+    by_parameter,
+    members,
+    parameter_of,
+    parameters,
+    scaled_rows,
+    unseen,
+)
 from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
@@ -208,14 +219,26 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         return self._policy.exchange.bytes_sent
 
+    def _elsewhere(self, layers: Iterable[str]) -> list[Members]:
+        """The layers that this step has met in other processes, where these are others than here."""
+        exchange = self._policy.exchange
+        if exchange.world == 1:
+            return []
+        params = [param for group in self.param_groups for param in group["params"]]
+        places = [part for layer in layers for part in members(self._handle, layer) if part is not None]
+        numbers = {id(param): number for number, param in enumerate(params)}
+        own = sorted((numbers[id(part.param)], part.start, part.stop) for part in places if id(part.param) in numbers)
+        return [(Part(params[number], start, stop), None) for number, start, stop in exchange.others(own)]
+
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
         inner = self._policy.inner
-        if self._method.kl_clip is None or not inner:
+        if self._method.kl_clip is None or not (inner or world_size(self._group) > 1):
             return {}
         rates = {layer: self._option(layer, "lr", 0.0) for layer in inner}
-        scale = kl_clip_bound(by_pass(inner, rates), self._method.kl_clip, self._group)
-        parts = by_parameter(members(self._handle, layer) for layer in inner)
+        passes, device = by_pass(inner, rates), first_parameter(self.param_groups).device
+        scale = kl_clip_bound(passes, self._method.kl_clip, self._group, device)
+        parts = by_parameter([*(members(self._handle, layer) for layer in inner), *self._elsewhere(inner)])
         return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
     @not_compiled
@@ -231,13 +254,13 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         self._unchanged.look(self.param_groups)
         counts = self._policy.met_batch or not self._only_makes_state()
         clipped = self._clipped()
-        before = self._before()
+        before, elsewhere = self._before()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
                 first_order_step(group, params, [clipped.get(param, param.grad) for param in params], self.state)
         if before:
-            self._predicted = self._predict(before)
+            self._predicted = self._predict(before, elsewhere)
         if counts:
             self._completed += 1
             self._end_batch()

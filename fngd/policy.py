@@ -21,7 +21,7 @@ from fngd.distributed import Exchange
 from fngd.drawn import Drawn
 from fngd.groups import first_parameter
 from fngd.guards import warn_of_skipped
-from fngd.meeting import Meeting
+from fngd.meeting import Joint, Meeting
 from fngd.members import members
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
@@ -70,6 +70,8 @@ class Policy:
         self._first, self._groups, self._warned = FirstPass(), groups, False
         if table is not None:
             table.restarts = self._restarts
+            if method.gram == "global":
+                table.agree = self.meeting.total
         self._drawing = False
         self._passes, self._drawn = Passes(), Drawn(method)
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
@@ -224,7 +226,8 @@ class Policy:
         if stored is not None:
             assert table is not None, "it has just answered"
             if table.probing(key):
-                table.probe(stored, self._solve(grads, self._right_hand_side(batch), [batch])[0])
+                fresh = self._solve(grads, self._right_hand_side(batch), [batch], probing=True)[0]
+                table.probe(stored, fresh)
             if joint and self._compares():
                 grads = joined_gradients(self._passes, key, batch, grads, self.handle)
                 stored = self._passes.vector(key, stored)
@@ -245,13 +248,15 @@ class Policy:
         return {name: None if value is None else value * self.damping_factor for name, value in given.items()}
 
     def _solve(
-        self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int]
+        self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int], *, probing: bool = False
     ) -> tuple[Tensor, Tensor, Solve]:
         method = self._method
         batch, mean = sum(passes), method.reduction == "mean"
         sizes, mine, share = [batch], slice(None), 1.0
+        joint: Joint | None = None
         if method.gram == "global" and self.exchange.world > 1:
-            joint = self.meeting.ask(next(iter(grads)), rhs)
+            joint = self.meeting.ask(next(iter(grads)), rhs, probing=probing)
+        if joint is not None:
             gram, sizes, mine, rhs = joint.gram, joint.sizes, joint.mine, joint.rhs
             share = len(sizes) * batch / sum(sizes) if mean else 1.0  # DDP and FSDP average means of batches
         else:

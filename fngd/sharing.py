@@ -73,6 +73,11 @@ class CoefficientTable(Epochs):
         self._bad: dict[tuple[str, int], Tensor] = {}
         self._ready: dict[str, tuple[int, Tensor]] | None = None  # see `make_ready`
 
+    @property
+    def rows(self) -> dict[tuple[str, int], Tensor]:
+        """The factors by layer and backward pass within the step: [steps, longest batch], or [samples]."""
+        return self._rows
+
     def has(self, layer: str) -> bool:
         """Whether `lookup` would find factors for the layer's next backward pass, or raise."""
         if self.computing:

@@ -99,8 +99,8 @@ def reaches(weights: Sequence[Tensor | None]) -> bool:
 
 def upcoming(uses: Uses) -> bool:
     """Whether the backward pass that is under way runs a Tap of these uses, and wants the gradient of their weight."""
-    nodes = [node for node in (tap() for tap in uses.taps) if _runs(node)]
-    return any(_runs(source) for node in nodes for source, _ in node.next_functions[2:])
+    nodes = [node for node in (tap() for tap in uses.taps) if node is not None]
+    return any(_runs(node) and _runs(source) for node in nodes for source, _ in node.next_functions[2:])
 
 
 def _runs(node: Any) -> bool:

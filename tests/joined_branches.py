@@ -1,16 +1,18 @@
-"""Processes that run different layers: what each process of `test_fngd_distributed` checks, against the joined batch."""
+"""Processes that run different layers beside the joined batch: what each process of `test_fngd_distributed` checks."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from processes import check, everyone_has, grads
+from processes import check, everyone_has, grads, values
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fngd import FNGD, NGD
+from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva
 
 ALPHA, WIDTH = 1e-2, 6
 
@@ -55,7 +57,8 @@ def rows(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
         for x, path in batches
         for b in range(len(x))
     ]
-    return {name: torch.stack([each.flatten() for each in every]) for name, every in zip(names, zip(*found), strict=True)}
+    columns = zip(*found, strict=True)
+    return {name: torch.stack([each.flatten() for each in every]) for name, every in zip(names, columns, strict=True)}
 
 
 def expected(batches: Sequence[Batch], layers: Sequence[str], *, alpha: float = ALPHA) -> dict[str, Tensor]:
@@ -82,7 +85,7 @@ def backward(batch: Batch, **options: Any) -> dict[str, Tensor]:
     net = DistributedDataParallel(model, find_unused_parameters=True)
     losses_of(net(*batch)).mean().backward()
     opt.remove()
-    return {name: grad for name, grad in grads_or_zeros(model).items()}
+    return grads_or_zeros(model)
 
 
 def grads_or_zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -172,7 +175,7 @@ def what_has_no_answer_is_refused_everywhere(rank: int, world: int) -> None:
         opt, net = NGD(model, gram="global"), DistributedDataParallel(model, find_unused_parameters=True)
         try:
             for last in (False, True) if rank == 0 else (True,):
-                with net.no_sync() if not last else torch.enable_grad():
+                with contextlib.nullcontext() if last else net.no_sync():
                     losses_of(net(data(rank), "ac")).mean().backward()
         finally:
             opt.remove()
@@ -190,9 +193,151 @@ def what_has_no_answer_is_refused_everywhere(rank: int, world: int) -> None:
     assert "Call the model as often in every process" in told(forwards)
 
 
+def heads(rank: int) -> str:
+    return "apc" if rank == 0 else "aqc"
+
+
+def stored_coefficients_follow_the_branch(rank: int, world: int) -> None:
+    """FNGD: later epochs look up what the first has found; a branch that is new to a batch is refused everywhere."""
+    model = Branches()
+    opt = FNGD(model, lr=0.0, alpha=ALPHA, gram="global", steps_per_epoch=2)
+    net = DistributedDataParallel(model, find_unused_parameters=True)
+    found: list[dict[str, Tensor]] = []
+    for step in range(6):
+        opt.zero_grad()
+        batches = [(data(10 * (step % 2) + r), heads(r)) for r in range(world)]
+        losses_of(net(*batches[rank])).mean().backward()
+        found.append(grads_or_zeros(model))
+        check(found[step], expected(batches, "apqc"), 1e-8) if step < 2 else check(found[step], found[step % 2])
+        opt.step()
+
+    def turned() -> None:
+        losses_of(net(data(rank), "apc" if rank else "aqc")).mean().backward()
+
+    def added() -> None:
+        losses_of(net(data(rank), "apqc" if rank else "aqc")).mean().backward()
+
+    opt.zero_grad()
+    turned()  # nobody has coefficients of the other head, so all compute
+    opt.step()
+    opt.zero_grad()
+    assert "no stored coefficients" in told(added)
+    opt.remove()
+
+
+def a_refresh_is_decided_together(rank: int, world: int) -> None:
+    """One probe of all samples: every process computes anew, or none does; as one process with the joined batch."""
+    for threshold in (0.9, 0.999999):
+        options = {"lr": 0.0, "alpha": 1e-3, "steps_per_epoch": 1, "refresh_cosine": threshold, "probe_layer": "a"}
+        model, single = Branches(), Branches()
+        opt, truth = FNGD(model, gram="global", **options), FNGD(single, **options)
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+        for step in range(4):
+            # Only the first process's samples change, and in the end nobody's.
+            batches = [data(r + (10 * min(step, 2) if r == 0 else 0)) for r in range(world)]
+            for forward, o, x in ((net, opt, batches[rank]), (single, truth, torch.cat(batches))):
+                o.zero_grad()
+                losses_of(forward(x, "ac")).mean().backward()
+                o.step()
+            assert opt.computing == truth.computing
+            assert len(set(everyone_has(opt.computing))) == 1
+        opt.remove()
+        truth.remove()
+
+    def different() -> None:
+        model = Branches()
+        opt = FNGD(model, lr=0.0, gram="global", steps_per_epoch=1, refresh_cosine=0.9)
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+        try:
+            for _ in range(2):
+                losses_of(net(data(rank), "ap" if rank else "aq")).mean().backward()
+                opt.step()
+                opt.zero_grad()
+        finally:
+            opt.remove()
+
+    assert "Give probe_layer=" in told(different)
+
+
+def samples_of_a_branch_reach_every_process(rank: int, world: int) -> None:
+    """share="sample": coefficients of a layer that one process alone has run are known to who meets it next."""
+    model = Branches()
+    opt = FNGD(model, lr=0.0, alpha=ALPHA, steps_per_epoch=1, share="sample", samples=4 * world)
+    net = DistributedDataParallel(model, find_unused_parameters=True)
+    directions = []
+    for epoch in range(2):
+        whose = (rank + epoch) % world
+        opt.zero_grad()
+        opt.next_batch(torch.arange(4) + 4 * whose)
+        losses_of(net(data(whose), heads(whose))).mean().backward()
+        directions.append(grads_or_zeros(model))
+        opt.step()
+    check(directions[1], directions[0])
+    opt.remove()
+
+
+def clipping_and_damping_agree(rank: int, world: int) -> None:
+    """kl_clip and adapt_damping, where a process runs another head, or no layer at all: no drift, and nobody waits."""
+    for path in (heads, lambda r: "apc" if r == 0 else ""):
+        for gram in ("layer", "network"):
+            model = Branches()
+            opt = NGD(model, lr=0.05, momentum=0.0, kl_clip=1e-9, gram=gram)
+            net = DistributedDataParallel(model, find_unused_parameters=True)
+            for step in range(2):
+                opt.zero_grad()
+                losses_of(net(data(rank + 7 * step), path(rank))).mean().backward()
+                before, given = values(model), grads_or_zeros(model)
+                opt.step()
+                moved = {name: (before[name] - value) / 0.05 for name, value in values(model).items()}
+                ratios = [moved[f"{layer}.weight"].norm() / given[f"{layer}.weight"].norm() for layer in "apc"]
+                assert 0 < ratios[0] < 1
+                torch.testing.assert_close(ratios[0], ratios[1])
+                torch.testing.assert_close(ratios[0], ratios[2])
+                for other in everyone_has(values(model)):
+                    assert all(torch.equal(other[name], value) for name, value in values(model).items())
+            opt.remove()
+        model = Branches()
+        opt = NGD(model, lr=1e-5, momentum=0.0, adapt_damping=AdaptiveDamping(every=1))
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+        for step in range(2):
+            opt.zero_grad()
+            before = losses_of(net(data(rank + 7 * step), path(rank))).mean()
+            before.backward()
+            opt.step()
+            assert all(everyone_has(opt.measuring))
+            with torch.no_grad():
+                after = losses_of(model(data(rank + 7 * step), path(rank))).mean()
+            assert abs(opt.adapt(before, after) - 1) < 1e-2
+        opt.remove()
+
+
+def statistics_are_of_those_who_ran(rank: int, world: int) -> None:
+    """KFAC, SKFAC, Eva: factors of a head are those of its own samples; parameters stay the same everywhere."""
+    group = [dist.new_group([r]) for r in range(world)][rank]
+    for make in (KFAC, SKFAC, Eva):
+        model, single = Branches(), Branches()
+        opt, truth = make(model, lr=0.05), make(single, lr=0.05, process_group=group)
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+        losses_of(net(data(rank), heads(rank))).mean().backward()
+        losses_of(single(data(0), heads(0))).mean().backward()
+        opt.step()
+        truth.step()
+        mine, theirs = ({k: v.double() for k, v in o._running["p"].items()} for o in (opt, truth))
+        check(mine, theirs)
+        for other in everyone_has(values(model)):
+            assert all(torch.equal(other[name], value) for name, value in values(model).items())
+        opt.remove()
+        truth.remove()
+
+
 SCENARIOS = (
     layers_are_matched_by_name,
     shapes_may_differ,
     improved_and_sums,
     what_has_no_answer_is_refused_everywhere,
+    stored_coefficients_follow_the_branch,
+    a_refresh_is_decided_together,
+    samples_of_a_branch_reach_every_process,
+    clipping_and_damping_agree,
+    statistics_are_of_those_who_ran,
 )
