@@ -13,6 +13,7 @@ from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
 from fngd.distributed import world_size
 from fngd.first_order import first_order_step
+from fngd.forms import COUNT, NUMBER, Table, Where, check_form
 from fngd.groups import (
     check_group,
     check_scaler,
@@ -43,6 +44,12 @@ from fngd.sharing import CoefficientTable
 from fngd.states import OwnState, check_layers, check_state, not_compiled
 from persample import Reweighting, reweight
 from persample.reweight import BatchAxis
+
+FORM = {
+    "adaptive?": {"factor": Where(NUMBER, lambda value: value > 0, "a number > 0"), "completed": COUNT},
+    "sampling?": Tensor, "met?": Where(Tensor, lambda value: value.dtype == torch.long, "integers"),
+}  # fmt: skip
+"""Of what a state has besides torch's part and the coefficients."""
 
 
 class NaturalSGD(Sampling, Measuring, Copied, OwnState):
@@ -272,7 +279,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here.
 
-        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear, first.
+        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear, first. A batch
+        whose backward pass has raised an exception does not end: it is to be run again. To go on without it call
+        `start_epoch()` of `FNGD` in every epoch, by which later ones keep their places.
         """
         if self._policy.met_batch and self._policy.end_unstepped():
             self._end_batch()
@@ -320,8 +329,10 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
                 "torch.distributed.checkpoint, which keeps nothing but 'state' and 'param_groups'. Save what "
                 "state_dict() returns as it is"
             )
-        check_state(state, self.param_groups)
+        check_form(state, FORM, "")
+        check_state(state, self.param_groups, self.defaults)
         if self._table is not None:
+            check_form(state["coefficients"], {"rows": Table(tuple, Tensor)}, "coefficients")
             layers = {layer for layer, _ in state["coefficients"]["rows"]} - {NETWORK}
             check_layers(self._model, layers, "coefficients")
             self._table.check_state(state["coefficients"])
@@ -364,6 +375,8 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
                 reason = "plain: its weight is in no parameter group of this optimiser"
             elif reason.startswith("reweighted") and not self._chosen(path):
                 reason = "plain: its weight is in a group with precondition=False"
+            elif reason.startswith("reweighted") and self._table is not None:
+                reason = self._table.explained(reason, NETWORK if self._method.gram == "network" else path)
             result[path] = reason
         return result | unseen(self._model, list(result), functions=self._functions)
 

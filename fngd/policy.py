@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class Policy:
         self.models: dict[str, Model] = {}
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
+        self._heard = -1
+        self._under_way: set[int] = set()  # backward passes that have begun and not ended: they run, or have raised
         self._first, self._groups, self._warned = FirstPass(), groups, False
         if table is not None:
             table.restarts = self._restarts
@@ -79,6 +82,7 @@ class Policy:
     def end_batch(self) -> None:
         """Ends a batch: a step was made, or skipped."""
         self.clear()
+        self._under_way.clear()
         if self._table is not None:
             self._table.advance()
 
@@ -87,6 +91,15 @@ class Policy:
         self.met_batch = False
         for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
+
+    def _hear(self) -> None:
+        """A backward pass is under way, perhaps one that is known."""
+        task = torch._C._current_graph_task_id()
+        if task != self._heard and task >= 0:
+            self._heard = task
+            self._under_way.add(task)
+            # Of a pass that raises it is not called.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._under_way.discard, task))
 
     def _begin(self, layer: str) -> None:
         self.met_batch = True
@@ -106,9 +119,13 @@ class Policy:
             self._table.restart()
 
     def end_unstepped(self) -> bool:
-        """Forgets passes that no step follows; returns whether they were a batch's: their gradients are still there."""
-        if self._first.gone(self._groups()):
+        """Forgets passes that no step follows; returns whether they were a batch's.
+
+        They were none if their gradients are gone, or if one has raised: the batch is then to be run again.
+        """
+        if self._under_way or self._first.gone(self._groups()):
             self._restart()
+            self._under_way.clear()
             return False
         if self._table is not None and not self._warned:
             self._warned = warn_of_skipped(self._groups())
@@ -145,6 +162,7 @@ class Policy:
         table = self._table
         if table is None or self._drawing or self.measuring:
             return None
+        self._hear()
         if self.met_batch:
             ready = table.ready(layer, batch)
             if ready is not None:
@@ -166,6 +184,7 @@ class Policy:
     def of_all(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
         """The policy where layers are asked together."""
         method = self._method
+        self._hear()
         if grads and not self.met_batch:
             self._begin(next(iter(grads)))
         elif grads:
