@@ -23,16 +23,15 @@ from fngd.groups import (
     refuse_parameters,
     sgd_options,
 )
-from fngd.guards import Unchanged
+from fngd.guards import Unchanged, check_probe
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
 from fngd.members import (
     Members,
-    Part,
     attention_parameters,
     by_parameter,
+    elsewhere,
     members,
-    parameter_of,
     parameters,
     scaled_rows,
     unseen,
@@ -133,30 +132,11 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
             super().__init__(groups, defaults)
             self._find_groups()
-            self._check_probe()
+            if self._table is not None and self._table.probe_layer is not None:
+                check_probe(self._table.probe_layer, handle, self._chosen, model if functions else None)
         except BaseException:
             handle.remove()  # a constructor that fails leaves the model alone
             raise
-
-    def _check_probe(self) -> None:
-        """Raises ValueError where the layer that is to be probed never will be."""
-        path = None if self._table is None else self._table.probe_layer
-        if path is None:
-            return
-        known = self._handle.layers
-        if path in known and self._chosen(path):
-            return
-        if path in self._handle.explain():
-            raise ValueError(
-                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
-                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
-            )
-        weight = parameter_of(self._model, path) if self._functions else None
-        if weight is None or weight.dim() != 2:
-            raise ValueError(
-                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
-                "function uses goes by its name"
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
@@ -229,13 +209,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
     def _elsewhere(self, layers: Iterable[str]) -> list[Members]:
         """The layers that this step has met in other processes, where these are others than here."""
         exchange = self._policy.exchange
-        if exchange.world == 1:
-            return []
-        params = [param for group in self.param_groups for param in group["params"]]
-        places = [part for layer in layers for part in members(self._handle, layer) if part is not None]
-        numbers = {id(param): number for number, param in enumerate(params)}
-        own = sorted((numbers[id(part.param)], part.start, part.stop) for part in places if id(part.param) in numbers)
-        return [(Part(params[number], start, stop), None) for number, start, stop in exchange.others(own)]
+        return elsewhere(exchange, self.param_groups, self._handle, layers) if exchange.world > 1 else []
 
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
