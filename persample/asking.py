@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from persample.besides import Telling
 from persample.layer_sum import Parameters
 from persample.layers import LayerGrads, UnreadGrads
-from persample.taps import Pass, Uses
+from persample.taps import Pass, Uses, upcoming
 from persample.weights import Layer
 
 Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
@@ -24,12 +25,17 @@ Policy = Callable[..., Any]
 Known = Callable[[str, int, torch.device], Tensor | None]
 """(layer path, batch size, device) → factors [B] that do not depend on the gradients, or None."""
 
+Follow = Callable[[int | None], Callable[[], None]]
+"""(batch size of a forward pass) → what to call when a backward pass reaches the model's output in it."""
+
 
 class Asker:
     """Knows the policy, and while that runs, what it is asked about."""
 
-    def __init__(self, policy: Policy, known: Known | None, joint: bool) -> None:
-        self._policy, self._known, self.joint = policy, known, joint
+    def __init__(self, policy: Policy, known: Known | None, joint: bool, follow: Follow | None = None) -> None:
+        self._policy, self._known, self.joint, self.follow = policy, known, joint, follow
+        self.followed: WeakSet[Uses] = WeakSet()
+        """With `follow`: the uses of layers in every forward pass whose graph is there."""
         self._asked: tuple[Pass, dict[str, Part]] | None = None
 
     @contextmanager
@@ -118,6 +124,10 @@ class Asker:
             result[own] = layer.combine(grads[layer.path], answers.get(layer.path))
             layer.left_out = isinstance(grads[layer.path], UnreadGrads)
         return result
+
+    def upcoming(self) -> list[str]:
+        """Returns what `Reweighting.upcoming` does."""
+        return sorted(uses.layer.path for uses in self.followed if upcoming(uses))
 
     @property
     def output_grad(self) -> Tensor | None:

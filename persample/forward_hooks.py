@@ -166,6 +166,11 @@ class ForwardHooks:
             first = _first_tensor(output)
             if first is not None and first.requires_grad:
                 first.register_hook(partial(_keep_output_grad, self.forward))
+        if self.asker.follow is not None and torch.is_grad_enabled():
+            reached = self.asker.follow(self.forward.batch)
+            for each in tree_leaves(output):
+                if isinstance(each, Tensor) and each.requires_grad:
+                    each.register_hook(lambda _: reached())
 
     # --- a layer --------------------------------------------------------------------------------------------
 
@@ -207,6 +212,8 @@ class ForwardHooks:
             return attach(output, x, uses, None, self._token, None)
         if uses is None:
             uses = Uses(layer, self.forward)
+            if self.asker.follow is not None:
+                self.asker.followed.add(uses)
             if self.uses is not None:
                 self.uses[layer.path] = uses
             elif layer.several_batches(tuple(output.shape)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import nn
 
-from persample.asking import Asker, Known, Policy
+from persample.asking import Asker, Follow, Known, Policy
 from persample.folded import Folded
 from persample.functional import watchable
 from persample.reweighting import Hook, Reweighting, layers_of
@@ -33,6 +33,7 @@ def reweight(
     joint: bool = False,
     outputs: bool = False,
     functions: bool = False,
+    follow: Follow | None = None,
 ) -> Reweighting:
     """Returns a handle; until its `remove()`, backward passes accumulate Σ_b c_b g_b in the layers of
     `model`.
@@ -71,6 +72,10 @@ def reweight(
             as they are or parts of them by rows or columns; `persample.linear_calls` lists all. The policy is asked
             about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
             "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
+
+        follow: called after each forward pass with gradients, with its number of samples (None where that is unknown);
+            returns a function that is called, without arguments, when a backward pass reaches the model's output, from
+            within it and before any layer is asked about. `upcoming()` of the handle then tells which will be.
 
     Raises:
         ValueError: the model is reweighted already or a TorchScript program, `batch_axis` names no layer or an
@@ -131,7 +136,7 @@ def reweight(
     axis_of = _axes(modules, names, batch_axis)
     tied = _tied(modules)
     layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
-    asker = Asker(policy, known, joint)
+    asker = Asker(policy, known, joint, follow)
     return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
 
 

@@ -103,6 +103,12 @@ def reaches(weights: Sequence[Tensor | None]) -> bool:
     return any(_runs(get_gradient_edge(each).node) for each in weights if each is not None and each.requires_grad)
 
 
+def upcoming(uses: Uses) -> bool:
+    """Whether the backward pass that is under way runs a Tap of these uses, and wants the gradient of their weight."""
+    nodes = [node for node in (tap() for tap in uses.taps) if node is not None]
+    return any(_runs(node) and _runs(source) for node in nodes for source, _ in node.next_functions[2:])
+
+
 def _runs(node: Any) -> bool:
     """Whether the backward pass that is under way runs a node of the graph; None is one that is gone."""
     try:
