@@ -51,12 +51,14 @@ class Truth:
 
     def gradient(self, loss):
         """Name -> gradient of a loss, zeros where it does not depend on the parameter."""
-        if not loss.requires_grad:
-            return {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        found = torch.autograd.grad(
-            loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True
-        )
-        return dict(zip(self.parameters, found, strict=True))
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if loss.requires_grad:
+            loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return found
 
     def repeated(self, value):
         """A batch of one sample, twice."""
@@ -122,8 +124,9 @@ def may_refuse(error, way, drawn):
     """Whether a refusal is documented: other backends, and chunks of what is not cut along dimension 0."""
     if way.get("backend") in ("hooks", "vmap") and isinstance(error, persample.PerSampleError):
         return True
-    if way.get("hold") == "graph" and any("checkpointed" in family for family in drawn.families):
-        return isinstance(error, persample.UnsupportedError)
+    checkpointed = any("checkpointed" in family for family in drawn.families)
+    if way.get("hold") == "graph" and checkpointed and isinstance(error, persample.UnsupportedError):
+        return True
     return "chunk_size" in way and drawn.axis != 0 and isinstance(error, (persample.PerSampleError, ValueError))
 
 
