@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persample import reductions
+from persample import reductions, sums
 from persample.blocks import Block, Conv, Dense, Outer
 from persample.convolution_algorithms import patches
 from persample.convolution_blocks import conv_block
@@ -125,8 +125,9 @@ class LayerGrads:
         return tuple(self._calls)
 
     @property
-    def _blocks(self) -> list[Block]:
-        return [block for block in (self._weight, self._bias) if block is not None]
+    def _parts(self) -> list[sums.Uses]:
+        """Of the weight and of the bias: a block each."""
+        return [(block,) for block in (self._weight, self._bias) if block is not None]
 
     def gram(self) -> Float[Tensor, "batch batch"]:
         """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`.
@@ -139,8 +140,7 @@ class LayerGrads:
                 [ 4.,  1.]])
         """
         self._form()
-        first, *rest = (reductions.gram(block) for block in self._blocks)
-        return sum(rest, first)
+        return sums.add([sums.gram(uses, uses) for uses in self._parts])
 
     def norms(self) -> Float[Tensor, " batch"]:
         """Returns ‖g_b‖.
@@ -151,8 +151,7 @@ class LayerGrads:
         >>> seen[""]
         tensor([5., 1.])
         """
-        first, *rest = (reductions.squared_norms(block) for block in self._blocks)
-        return sum(rest, first).clamp_min(0).sqrt()
+        return sums.norms(self._parts)
 
     def weighted_sum(self, c: Float[Tensor, " batch"] | None = None) -> Parameters:
         """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient. c: by default all ones.

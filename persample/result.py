@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from persample import memory
 from persample.backends import Capture
 from persample.blocks import Block
+from persample.cancellation import lengths
 from persample.explanation import Explanation, explained
-from persample.gradient import Gradient, add
+from persample.gradient import Gradient
 from persample.precision import full_precision
 from persample.reductions import overwrites
+from persample.sums import add, overflowed
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -56,6 +58,8 @@ class PerSampleGrads:
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
+        self._apart: dict[str, Tensor] = {}
+        """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
         self._gradients = {
             name: Gradient(parameter, capture.uses.get(name, ()), capture.losses)
             for name, parameter in parameters.items()
@@ -256,6 +260,9 @@ class PerSampleGrads:
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
 
+        What is added of each sample is within the bound, rounding included. A sample whose gradient is NaN or infinite
+        has no norm, and makes the sum NaN.
+
         Args:
             max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
                 clips each layer by its own norm.
@@ -334,22 +341,50 @@ class PerSampleGrads:
 
     def _norms(self, per: Per) -> dict[str, Tensor]:
         self._condense()
-        squares = self._each(lambda _, gradient: gradient.squared_norms())
+        self._apart = {}
+
+        def squares_of(name: str, gradient: Gradient) -> Tensor:
+            squares, apart = gradient.squared_norms()
+            if apart is not None:
+                self._apart[name] = apart
+            return squares
+
+        squares = self._group(self._each(squares_of), per, (self.batch,))
         # cross terms of several uses may leave a rounding error below zero
-        return {key: value.clamp(min=0).sqrt() for key, value in self._group(squares, per, (self.batch,)).items()}
+        norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
+        beyond = overflowed(add(list(norms.values())))
+        return norms if beyond is None else self._lengths(per, norms, beyond)
+
+    def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
+        """Norms in which those of some samples are found from their rows, whose squares may be no numbers."""
+        found = self._each(lambda _, gradient: gradient.lengths_of(samples))
+        for name in found:
+            before = self._apart.get(name)
+            self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
+        grouped = self._group(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
+        return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
 
     def _weighted_sum(self, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)]))
+        apart = self._apart
+        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)], apart.get(name)))
 
-    def _group(self, values: Mapping[str, Tensor], per: Per, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    def _group(
+        self,
+        values: Mapping[str, Tensor],
+        per: Per,
+        shape: Sequence[int],
+        together: Callable[[list[Tensor]], Tensor] = add,
+    ) -> dict[str, Tensor]:
         """Values of parameters, added up as `per` says; the total under the name ""."""
         if per == "param":
             return dict(values)
         if per == "layer":
-            return {layer: add([values[name] for name in names]) for layer, names in self.layers.items()}
+            return {layer: together([values[name] for name in names]) for layer, names in self.layers.items()}
         if per == "total":
             parts = [value.to(self.losses.device) for value in values.values()]
-            return {"": add(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)}
+            return {
+                "": together(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
+            }
         raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
 
 
@@ -374,11 +409,11 @@ def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
 
 
 def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
-    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
+    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
     try:
         positive = bool(max_norm > 0)
     except (TypeError, ValueError):
         positive = False
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
-    return torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))
+    return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
