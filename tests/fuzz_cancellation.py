@@ -212,9 +212,13 @@ def faults_of(drawn, floor=2e-6):
     own = reweighted_norms(drawn)
     if own is not None:
         results["reweight norms"] = relative(own, norms).max().item()
+    if off > 0.1:  # the loop itself has no digits: nothing to be compared with, but the bound must hold
+        results = {}
     faults += [f"{where}: {name} off by {e:.1e}, the loop by {off:.1e}" for name, e in results.items() if not e <= allowed]
     for b in range(len(drawn.x)):
         bound = single[b].norm().item() * r.choice([0.01, 0.3, 0.9])
+        if not bound > 1e-30:
+            continue
         alone = persample.per_sample(drawn.model, loss, drawn.x[b : b + 1], hold=options.get("hold", "factors"))
         length = torch.cat([g.double().flatten() for g in alone.clipped_sum(bound).values()]).norm().item()
         if not length <= bound * (1 + 1e-5):
