@@ -35,9 +35,10 @@ class Terms:
         """Takes D_b of a sum over pairs."""
         self.sums.append(terms)
 
-    def add_of_rows(self, terms: Float[Tensor, " batch"]) -> None:
-        """Takes D_b of rows that a weighted sum will not form."""
-        self.sums.append(OF_ROWS * terms)
+    def add_of_rows(self, terms: Float[Tensor, " batch"] | None) -> None:
+        """Takes D_b of rows that were formed, and that a weighted sum will not form; None: they are no sums."""
+        if terms is not None:
+            self.sums.append(OF_ROWS * terms)
 
     def cancelling(self, squares: Float[Tensor, " batch"]) -> Int[Tensor, " some"] | None:
         """The samples whose squares ‖g_b‖² have lost digits; None where there is none."""

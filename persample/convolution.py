@@ -165,17 +165,21 @@ def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec, terms: Terms | None = None) ->
             grads = per_sample_grads(x[part], z[part], spec, empty=scratch.empty).flatten(1)
             # Not vector_norm: it adds one after the other in float32, 1e-4 off for 2^21 elements; sum is pairwise.
             result[part] = grads.square_().sum(1)
-            if terms is not None:
-                diagonals[part] = _squares_by_position(x[part], z[part], spec)
     if terms is not None and hadamard:
         terms.add(diagonals)
-    elif terms is not None:
-        terms.add_of_rows(diagonals)
     return result
 
 
-def _squares_by_position(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
+def squares_by_position(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
     """Σ_t ‖z_bt‖² ‖patch_bt‖², [batch]: the squares of pixels, added up over channels, then by a kernel of ones."""
+    x, z, spec = ordinary(x, z, spec)
+    if not x.shape[0]:
+        return x.new_zeros(0)
+    per_sample = (x.numel() + z.numel()) // x.shape[0] * x.element_size()
+    return torch.cat([_squares_by_position(x[s], z[s], spec) for s in ranges(x.shape[0], per_sample, CACHE)])
+
+
+def _squares_by_position(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
     pixels = x.unflatten(1, (spec.groups, -1)).square().sum(2).flatten(0, 1).unsqueeze(1)
     positions = z.unflatten(1, (spec.groups, -1)).square().sum(2)
     ones, nothing = x.new_ones(1, 1, *spec.kernel), [0] * len(spec.kernel)

@@ -87,8 +87,6 @@ def inner(a: Outer, b: Outer, terms: Terms | None = None) -> Float[Tensor, " bat
             rows = _rows(az[s], ax[s])
             other = rows if a is b else _rows(bz[s], bx[s], "other rows")
             parts.append(torch.linalg.vecdot(rows, other))
-        if a is b and terms is not None:
-            terms.add_of_rows(torch.linalg.vecdot(ax.square().sum(2), az.square().sum(2)))
     return torch.cat(parts) if parts else ax.new_zeros(0)
 
 

@@ -234,20 +234,46 @@ def _(block: Conv, terms: Terms | None = None) -> Tensor:
 
 @squared_norms.register
 def _(block: Rows, terms: Terms | None = None) -> Tensor:
-    return tables.inner(block, block, terms)
+    return tables.inner(block, block)
 
 
 @squared_norms.register
 def _(block: Pulled, terms: Terms | None = None) -> Tensor:
-    if block.isometric:
-        return squared_norms(block.inner, terms)
-    squares = real_rows(read_rows(block)).square().sum(1)
-    if terms is not None:  # a weighted sum is formed of the block behind the map: what cancels there does here, too
-        behind = Terms()
-        inner_squares = squared_norms(block.inner, behind)
-        for part in behind.sums:
-            terms.add_of_rows(squares * (part / inner_squares).nan_to_num(0, 0, 0))
-    return squares
+    return squared_norms(block.inner, terms) if block.isometric else real_rows(read_rows(block)).square().sum(1)
+
+
+@singledispatch
+def squares_by_position(block: Block) -> Float[Tensor, " batch"] | None:
+    """Returns Σ_t of the squares of what a row is the sum of, [B]; None for rows that are no sums."""
+    return None
+
+
+@squares_by_position.register
+def _(block: Outer) -> Tensor | None:
+    if block.x.shape[1] == 1:
+        return None
+    x, z = full_precision(block.x), full_precision(block.z)
+    return torch.linalg.vecdot(x.square().sum(2), z.square().sum(2))
+
+
+@squares_by_position.register
+def _(block: Conv) -> Tensor:
+    return convolution.squares_by_position(block.x, block.z, block.spec)
+
+
+@squares_by_position.register
+def _(block: Rows) -> Tensor:
+    return full_precision(block.z).square().sum((1, 2))
+
+
+@squares_by_position.register
+def _(block: Pulled) -> Tensor | None:
+    """Behind a map that changes lengths: what cancels before it does so after it, in the same proportion."""
+    terms = squares_by_position(block.inner)
+    if block.isometric or terms is None:
+        return terms
+    before, after = squared_norms(block.inner), squared_norms(block)
+    return (terms * after / before).nan_to_num(0, 0, 0)
 
 
 def gram(a: Block, b: Block | None = None, terms: Terms | None = None) -> Float[Tensor, "batch other"]:

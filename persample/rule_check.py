@@ -27,7 +27,7 @@ from persample.errors import CheckError
 from persample.graph import call_node, edge_dtype, sum_to
 from persample.precision import coarsest, full_precision
 from persample.reductions import weighted_sum
-from persample.rules import Site, build
+from persample.rules import ALLOWANCES, Site, build
 from persample.separation import Separation
 from persample.uses import Use
 
@@ -101,10 +101,11 @@ def check_site(site: Site, block: Block) -> None:
     signed = [replace(site, zs=zs, shared={}) for zs in with_signs(site)]
     pairs = [deviation(each, build(each)[0]) for each in signed]
     miss, norm = (hypot(*parts) for parts in zip(*pairs, strict=True))
-    if not miss <= tolerance * norm:
+    allowed = tolerance * norm + hypot(*map(ALLOWANCES.get(site.node.name(), lambda _: 0.0), signed))
+    if not miss <= allowed:
         raise CheckError(
             f"the rule for {site.node.name()} gives rows that do not add up to what the operation itself gives (norm "
-            f"of the difference {miss:.3g}, of the gradient {norm:.3g}; rounding explains {tolerance * norm:.1g}): the "
+            f"of the difference {miss:.3g}, of the gradient {norm:.3g}; rounding explains {allowed:.1g}): the "
             "result would be wrong. Correct the rule if it is your own, or report the model; check=False turns this "
             "check off, backend='vmap' may cover the model"
         )

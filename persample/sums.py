@@ -112,20 +112,26 @@ def add(parts: Sequence[Tensor]) -> Tensor:
 def _squares(uses: Uses, terms: Terms) -> Tensor:
     """‖g_b‖², [B], of which digits may be lost; `terms` gets what it is a sum of."""
     if len(uses) == 1:
-        return reductions.squared_norms(uses[0], terms)
+        squares = reductions.squared_norms(uses[0], terms)
+        if not terms.sums:  # rows were formed, and a weighted sum will not form them
+            terms.add_of_rows(reductions.squares_by_position(uses[0]))
+        return squares
     if _fast(uses):
         own = [reductions.squared_norms(block, terms) for block in uses]
         terms.add(add(own))
+        for block in uses:
+            terms.add_of_rows(reductions.squares_by_position(block))
         return add([*own, *(2 * reductions.inner(a, b) for a, b in combinations(uses, 2))])
-    squares, sizes = [], []
+    found, sizes = [], []
     for samples in chunks(uses[0].batch, _bytes(uses)):
         each = [real_rows(read_rows(block.at(samples))) for block in uses]
-        squares.append(add(each).square().sum(1))
+        found.append(add(each).square().sum(1))
         sizes.append(add([rows.square().sum(1) for rows in each]))
-    if not squares:
+    if not found:
         return reductions.squared_norms(uses[0])
-    terms.add_of_rows(torch.cat(sizes))
-    return torch.cat(squares)
+    for part in (torch.cat(sizes), *map(reductions.squares_by_position, uses)):
+        terms.add_of_rows(part)
+    return torch.cat(found)
 
 
 def _cancels(uses: Uses) -> bool:

@@ -17,16 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from persample.blocks import Outer, Rows
-from persample.cancellation import Terms
 from persample.chunking import chunks
 from persample.precision import full_precision
 
 
-def inner(a: Rows, b: Rows, terms: Terms | None = None) -> Float[Tensor, " batch"]:
-    """Returns ⟨g_b, h_b⟩, [B]; of a block with itself, `terms` gets what the result is a sum of."""
+def inner(a: Rows, b: Rows) -> Float[Tensor, " batch"]:
+    """Returns ⟨g_b, h_b⟩, [B]."""
     if a is b:
-        if terms is not None:
-            terms.add_of_rows(full_precision(a.z).square().sum((1, 2)))
         return once(a).z.square().sum((1, 2))
     az, bz = full_precision(a.z), full_precision(b.z)
     parts = [

@@ -48,13 +48,16 @@ class Positions(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two linear maps by one weight, that nearly undo each other."""
+    """Two linear maps by one weight: of two views of a sample, or one after the other, of which views are compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_turn: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(0.1 * torch.randn(24, 24))
+        self.weight, self.in_turn = nn.Parameter(0.1 * torch.randn(24, 24)), in_turn
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_turn:
+            y = nn.functional.linear(nn.functional.linear(x, self.weight), self.weight.T)
+            return y[:, 0] - y[:, 1]
         return nn.functional.linear(x[:, 0], self.weight) - x[:, 1] @ self.weight.T
 
 
@@ -64,6 +67,7 @@ CASES: dict[str, Case] = {
     "linear, views": (lambda: Difference(nn.Linear(24, 16), calls=False), (BATCH, 2, 24)),
     "linear, calls": (lambda: Difference(nn.Linear(24, 16), calls=True), (BATCH, 2, 24)),
     "tied": (Tied, (BATCH, 2, 24)),
+    "tied, in turn": (lambda: Tied(in_turn=True), (BATCH, 2, 24)),
     "conv1d, wide kernel": (lambda: Positions(nn.Conv1d(16, 24, 5, groups=2), 2), (BATCH, 16, 9)),
     "conv2d, few channels": (lambda: Positions(nn.Conv2d(2, 3, 2), 3), (BATCH, 2, 8, 9)),
     "conv2d, views": (lambda: Difference(nn.Conv2d(2, 3, 3, padding=1), calls=False), (BATCH, 2, 2, 5, 5)),
