@@ -115,7 +115,7 @@ def ways(r, drawn):
     chunk = r.randint(1, max(1, drawn.batch))
     first, *others = (
         {"hold": "factors"}, {"hold": "graph"}, {"chunk_size": chunk}, {"chunk_size": chunk, "hold": "graph"},
-        {"backend": "hooks"}, {"backend": "vmap"}, {"backend": "auto"}, {"check": False},
+        {"backend": "hooks"}, {"backend": "vmap"}, {"backend": "auto"}, {"check": False}, {"grad": True},
     )  # fmt: skip
     return [first, {"hold": "graph"}, *r.sample(others, 2)]
 
@@ -145,8 +145,11 @@ def evaluate(drawn, truth, way, again=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            psg = persample.per_sample(drawn.model, drawn.loss_fn, drawn.inputs, drawn.targets, **way)
-            faults = compare(psg, truth, drawn, random.Random(drawn.seed + 1))
+            if "grad" in way:
+                faults = jacobian(truth, drawn.losses(drawn.inputs, drawn.targets))
+            else:
+                psg = persample.per_sample(drawn.model, drawn.loss_fn, drawn.inputs, drawn.targets, **way)
+                faults = compare(psg, truth, drawn, random.Random(drawn.seed + 1))
     except Exception as error:
         said = f"{type(error).__name__}: {str(error)[:300]}"
         if foreign(error):
@@ -156,6 +159,16 @@ def evaluate(drawn, truth, way, again=None):
     if faults:
         return Finding("wrong", drawn.seed, name, "; ".join(faults[:3]))
     return Finding("exact", drawn.seed, name)
+
+
+def jacobian(truth, losses):
+    """Returns what is wrong with `persample.grad`."""
+    rows = persample.grad(losses, list(truth.parameters.values()))
+    faults = []
+    for (name, theirs), ours in zip(truth.rows.items(), rows, strict=True):
+        said = differs(ours, theirs, truth.tolerance[name])
+        faults += [f"grad {name}: {said}"] if said else []
+    return faults
 
 
 def compare(psg, truth, drawn, r):

@@ -27,7 +27,7 @@ def judge(seed):
     truth = Truth(drawn)
     r = random.Random(seed + 7)
     functions = r.random() < 0.4
-    where = f"seed {seed} B={drawn.batch} {drawn.unusual} functions={functions} {drawn.families}"
+    where = f"seed {seed} {'time first ' * drawn.axis}B={drawn.batch} {drawn.unusual} functions={functions} {drawn.families}"
     asked = {}
 
     def policy(layer, grads):
@@ -48,7 +48,8 @@ def judge(seed):
         except Exception as error:
             if foreign(error):
                 return [f"{where}: foreign {type(error).__name__}: {str(error)[:300]}"]
-            if any(name in drawn.families for name in REFUSED):
+            # Time first, one axis of the batch's size, or duplicates among few samples: a reading has to be given.
+            if drawn.axis or drawn.unusual == "duplicate" or any(name in drawn.families for name in REFUSED):
                 return []
             return [f"{where}: refused {type(error).__name__}: {str(error)[:300]}"]
         finally:
