@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -27,21 +26,13 @@ from torch import Tensor
 
 from persample.convolution import ConvSpec
 
-Kind = TypeVar("Kind", bound="Block")
-
 
 class Block:
     """Base of all blocks: `batch` rows, each of the parameter's `shape`."""
 
-    def at(self: Kind, samples: slice | Tensor) -> Kind:
+    def at(self, samples: slice | Tensor) -> Block:
         """The rows of some samples: every tensor that a block holds counts them along dimension 0."""
-        held: dict[str, Any] = vars(self)
-        chosen = {
-            name: value[samples] if isinstance(value, Tensor) else value.at(samples)
-            for name, value in held.items()
-            if isinstance(value, Tensor | Block)
-        }
-        return replace(self, **chosen)  # type: ignore[type-var]
+        return with_factors(self, lambda factor: factor[samples])
 
     @property
     def batch(self) -> int:

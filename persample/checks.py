@@ -64,8 +64,8 @@ def several_losses(samples: int | None, losses: int) -> str:
     return (
         f"There are {losses} losses for {samples} samples, by dimension 0 of the inputs: {losses // samples} for each, "
         "as of its tokens or outputs. For the gradient of every one of them there is persample.grad(losses, params); "
-        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample "
-        "follow each other"
+        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample are "
+        "neighbours"
     )
 
 

@@ -59,6 +59,8 @@ class Step:
     """Shape of the output."""
     entering: tuple[int, ...]
     """Shape of the input."""
+    output: int = 0
+    """Which output of the node it is."""
 
     def saved(self, name: str) -> Any:
         """A saved attribute of the node."""
@@ -212,6 +214,17 @@ def batch_norm(step: Step) -> Lying | None:
     return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
 
 
+@passage("CudnnRnn MiopenRnn MkldnnRnnLayer")
+def recurrent(step: Step) -> Lying | None:
+    """The sequence and the outputs at its steps have the batch on axis 0 or 1, states [layers, B, H] on axis 1."""
+    if len(step.entering) != 3 or len(step.shape) != 3 or step.saved("batch_sizes"):
+        return None  # weights, or a packed sequence
+    # Before oneDNN's operation torch transposes what is batch first.
+    sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
+    here, there = (1 if state else sequence for state in (step.output, step.slot))
+    return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
+
+
 def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
     """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
 
@@ -228,7 +241,7 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
 
 def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lying | None]:
     """Returns where samples lie at every output on the way from the losses to the nodes; None where no proof is."""
-    leads = _leading_to(graph, set(nodes))
+    leads = leading_to(graph, set(nodes))
     strides: dict[Edge, int | None] = {(graph.root, 0): 1}
     found: dict[Edge, Lying | None] = {}
     for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
@@ -239,25 +252,23 @@ def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lyin
             for slot, (source, output) in enumerate(node.next_functions):
                 if source is None or source not in leads:
                     continue
-                entering = edge_shape((source, output))
-                before = None if at is None else _stride_before(node, slot, at, shape, entering, stride)
+                step = None if at is None else Step(node, slot, at, shape, edge_shape((source, output)), edge[1])
+                before = None if step is None or stride is None else _stride_before(step, stride)
                 if strides.setdefault((source, output), before) != before:
                     strides[source, output] = None
     return found
 
 
-def _stride_before(
-    node: Node, slot: int, at: Lying, shape: tuple[int, ...], entering: tuple[int, ...], stride: int | None
-) -> int | None:
-    function = PASSAGES.get(node.name())
+def _stride_before(step: Step, stride: int) -> int | None:
+    function = PASSAGES.get(step.node.name())
     if function is not None:
-        before = function(Step(node, slot, at, shape, entering))
-        return None if before is None else stride_of(before, entering)
+        before = function(step)
+        return None if before is None else stride_of(before, step.entering)
     # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
-    return stride if node.name() in REARRANGING and prod(shape) == prod(entering) else None
+    return stride if step.node.name() in REARRANGING and prod(step.shape) == prod(step.entering) else None
 
 
-def _leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
+def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
     """Nodes on a path from one of the targets to the losses, targets included."""
     found: set[Node] = set()
     stack = list(targets)

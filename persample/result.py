@@ -62,9 +62,9 @@ class PerSampleGrads:
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
-        uses = owned(capture.uses, caller)
         self._apart: dict[str, Tensor] = {}
         """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
+        uses = owned(capture.uses, caller)
         self._gradients = {
             name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
         }

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from persample.graph import Node
-from persample.stand_ins import hooked_by_others, raw_saved
+
+_RAW_SAVED: dict[str, tuple[str, ...]] = {}
 
 
-def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
+class Reader:
+    """Base of what unpacks saved tensors for this library: they may be read as often as one likes."""
+
+
+def raw_saved(node: Node) -> Iterator[Any]:
+    """The tensors saved for a node, packed as they are; None among them."""
+    for name in _names(node):
+        raw = getattr(node, name)
+        yield from raw if isinstance(raw, (tuple, list)) else (raw,)
+
+
+def unpacked_by_hooks(nodes: Iterable[Node]) -> bool:
     """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    return any(saved is not None and hooked_by_others(saved) for node in nodes for saved in raw_saved(node))
+    return any(saved is not None and _hooked(saved) for node in nodes for saved in raw_saved(node))
+
+
+def _hooked(saved: Any) -> bool:
+    """Whether a saved tensor, packed, comes from hooks of others; a torch that does not tell is not trusted."""
+    hook = getattr(saved, "unpack_hook", saved)
+    return hook is not None and not isinstance(getattr(hook, "__self__", None), Reader)
+
+
+def _names(node: Node) -> tuple[str, ...]:
+    kind = node.name()
+    if kind not in _RAW_SAVED:
+        _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
+    return _RAW_SAVED[kind]
 
 
 def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
@@ -22,18 +47,12 @@ def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
     for node in nodes:
         if unpacked_by_hooks([node]):
             continue
-        for name in _names(type(node)):
+        for name in _names(node):
+            unpacked = name.removeprefix("_raw")  # of a Function in Python without the underscore
             try:
-                value = getattr(node, name)
+                value = getattr(node, unpacked if hasattr(type(node), unpacked) else unpacked[1:])
             except RuntimeError:
                 continue  # freed by a backward pass, or changed in place, of which autograd tells
             several = value if isinstance(value, (tuple, list)) else (value,)
             found += [each for each in several if isinstance(each, Tensor)]
     return found
-
-
-@lru_cache(1024)
-def _names(kind: type) -> tuple[str, ...]:
-    """Attributes that hold tensors; of a Function in Python it is `saved_tensors`."""
-    raw = [name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved")]
-    return tuple(name if hasattr(kind, name) else name[1:] for name in raw)

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from persample.graph import Node
+from persample.saved import Reader, raw_saved
 
 ROUNDS = 8
 """Passes that look for operations which make finite gradients infinite, at most."""
 LARGEST = 2.0**10
 """Saved numbers of such an operation that are larger, or smaller than the inverse, are replaced."""
 _KEY = "persample.stand_ins"
-_RAW_SAVED: dict[str, tuple[str, ...]] = {}
 
 
 @dataclass
-class Switch:
+class Switch(Reader):
     """Of one node: whether numbers stand in for what it has saved."""
 
     level: int = 0
@@ -82,22 +82,6 @@ def stand_ins(nodes: Collection[Node], run: Callable[[], object] | None = None, 
     finally:
         for switch in switches.values():
             switch.level = 0
-
-
-def raw_saved(node: Node) -> Iterator[Any]:
-    """The tensors saved for a node, packed as they are."""
-    kind = node.name()
-    if kind not in _RAW_SAVED:
-        _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
-    for name in _RAW_SAVED[kind]:
-        raw = getattr(node, name)
-        yield from raw if isinstance(raw, (tuple, list)) else (raw,)
-
-
-def hooked_by_others(saved: Any) -> bool:
-    """Whether a saved tensor, packed, comes from hooks other than these; a torch that does not tell is not trusted."""
-    hook = getattr(saved, "unpack_hook", saved)
-    return hook is not None and not isinstance(getattr(hook, "__self__", None), Switch)
 
 
 def _switch(node: Node) -> Switch:

@@ -108,6 +108,10 @@ MISTAKES = {
     "fngd.smw_coefficients([[1.0]], alpha=0.1)": ("TypeError", "gram must be a tensor", "got list"),
     "fngd.smw_coefficients(torch.eye(2).long(), alpha=0.1)": ("TypeError", "floating-point", "got torch.int64"),
 }
+for built in ("NGD(nn.Linear(3, 1))", "KFAC(nn.Linear(3, 1))", "Shampoo(model.parameters())", "GaussNewton(model)"):
+    for rubbish in ("None", "'x'", "[]"):
+        words = ("ValueError", f"the state is {rubbish}; it must be a dict", "nothing has been loaded")
+        MISTAKES[f"fngd.{built}.load_state_dict({rubbish})"] = words
 
 
 @pytest.fixture(scope="module")
