@@ -51,7 +51,8 @@ def per_sample(
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
-            (`persample.chunked`).
+            (`persample.chunked`). A model that draws random numbers draws others for chunks than it does for the whole
+            batch: other dropout masks, the same ones in every reduction.
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
             parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and

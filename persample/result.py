@@ -171,13 +171,14 @@ class PerSampleGrads:
 
     @reduction
     def gram(
-        self, per: Per = "total", other: PerSampleGrads | None = None
+        self, per: Per = "total", other: Any = None
     ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
         """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
 
         Args:
             per: over all parameters ("total"), or a dict for each "layer" or "param".
-            other: per-sample gradients of the same parameters on another batch, or at another point.
+            other: per-sample gradients of the same parameters on another batch, or at another point; what `per_sample`
+                returned, in chunks or not.
 
         Raises:
             ValueError: `other` holds other parameters.

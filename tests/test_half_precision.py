@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from oracle import loop_grads, rel_err
 from torch import Tensor, nn
 
 import persample
+from persample.attribution import Output
 from persample.blocks import Block, Dense, Rows
 from persample.rules import RULES, Site
+from persample.support import supported_by
 
 NORM, TABLE = "NativeLayerNormBackward0", "EmbeddingBackward0"
 
@@ -237,3 +242,60 @@ def test_rounding_in_half_precision_is_not_taken_for_coupling(dtype: torch.dtype
     found = persample.per_sample(model, squares, x).grads()
     for name, rows in loop_grads(model, squares, x, None).items():
         assert rel_err(found[name], rows.float()) < 16 * torch.finfo(dtype).eps
+
+
+# --- attention that is saturated ----------------------------------------------------------------------------------
+
+
+class Saturated(nn.Module):
+    """Attention by scores so large that most of its gradients are below the smallest numbers."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.fused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = 30 * self.q(x), self.k(x), self.v(x)
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(q, k, v).mean(1)
+        return ((q @ k.transpose(1, 2)).softmax(-1) @ v).mean(1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(st.integers(0, 10**6), st.sampled_from([1, 10, 30]), st.sampled_from([1, 1e-2, 1e-3, 1e-4]))
+def test_what_the_loop_answers_is_answered(
+    fused: bool, dtype: torch.dtype, seed: int, scale: int, small: float
+) -> None:
+    """Without loss scaling: whatever digits are left are those of autograd."""
+    torch.manual_seed(seed)
+    model, x = Saturated(fused).to(dtype), (scale * torch.randn(4, 5, 8)).to(dtype)
+
+    def losses(outputs: Tensor, _: Any) -> Tensor:
+        return small * outputs.float().square().sum(1)
+
+    assume(bool(model(x).isfinite().all()))  # the loop has 0 · NaN for the others
+    loop = {name: rows.double() for name, rows in loop_grads(model, losses, x, None).items()}
+    largest = max(rows.norm() for rows in loop.values())
+    for name, rows in persample.per_sample(model, losses, x).grads().items():
+        assert (rows.double() - loop[name]).norm() <= 0.05 * largest
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_numbers_that_are_zero_in_some_passes(repeat: int) -> None:
+    """Next to the smallest number of the format, one weight makes a zero of it and another does not."""
+    losses = torch.ones(8)
+
+    def backward(weights: Tensor) -> list[Tensor]:
+        scale = torch.cat([torch.ones(1), torch.linspace(1.5e-8, 2.9e-8, 6), torch.ones(1)])
+        return [(weights * scale).half().repeat_interleave(repeat)[:, None].expand(-1, 2)]
+
+    def mixed(weights: Tensor) -> list[Tensor]:
+        (z,) = backward(weights)
+        return [z + backward(weights.roll(1))[0]]
+
+    outputs = [Output.of(backward(losses)[0])]
+    (owner,) = supported_by(backward, losses, outputs, lambda _: nullcontext())
+    assert owner is not None
+    assert owner.ids.tolist() == torch.arange(8).repeat_interleave(repeat).tolist()
+    assert supported_by(mixed, losses, outputs, lambda _: nullcontext()) == [None]
