@@ -20,7 +20,7 @@ from persample.output_graph import OutputGraph, Way
 from persample.precision import full_precision
 from persample.provenance import tensors_of
 from persample.taps import Pass, Uses
-from persample.time_first import Ends, Question, by_model
+from persample.time_first import Ends, Question, by_model, by_output
 from persample.weights import Layer
 
 _REMEMBERED = 1000
@@ -184,11 +184,13 @@ class Tryout:
     def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> None:
         """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow."""
         steps, samples, *_ = shape
-        ends = Ends.of(output, (steps, samples)) if min(steps, samples) > 1 else None
-        if ends is None:
+        if min(steps, samples) < 2:
             return
-        answer = by_model(ends)
-        if answer is None:
+        ends = Ends.of(output, (steps, samples))
+        answer = by_output(output, steps, samples, uses) if ends is None else by_model(ends)
+        if ends is None and not answer:
+            return
+        if ends is not None and answer is None:
             forward.question = partial(self._ask_losses, forward, Question(ends, uses), shape)
         elif not answer:
             self.axis = 0
