@@ -90,7 +90,7 @@ class Coverage:
         much = f"{100 * entries / max(total, 1):.0f} % of the entries of their matrices" if entries else "nothing"
         warnings.warn(
             f"{self._method} preconditions {much}; the rest of the parameters that it was given takes the plain "
-            f"gradient, as with SGD: {', '.join(named)}{more}. Layers are nn.Linear, convolutions and products of data "
+            f"gradient: {', '.join(named)}{more}. Layers are nn.Linear, convolutions and products of data "
             "with a parameter, within the model that the optimiser was given. If that is what you want, put the rest "
             "into a parameter group with precondition=False, which ends this warning",
             UserWarning,
