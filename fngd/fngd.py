@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fngd.distributed import world_size
+from fngd.groups import first_parameter
 from fngd.members import parameter_of
 from fngd.met import Met
 from fngd.natural import NaturalSGD
@@ -177,7 +178,7 @@ class FNGD(NaturalSGD):
         # Where probes decide, one process may compute while another does not.
         due = table.epoch != epoch and (computing or table.refresh_cosine is not None)
         if due and table.share == "sample" and world_size(self._group) > 1:
-            self._met.merge(table.state_dict()["rows"])
+            self._met.merge(table.rows, first_parameter(self.param_groups).device)
 
     def _own_state(self) -> dict[str, Any]:
         met = self._met.ids()

@@ -32,10 +32,12 @@ from torch.optim.optimizer import Optimizer
 
 from fngd.checks import RATE, Checked, Kind, check_options
 from fngd.damping import Adaptive, Damping, damping_of
+from fngd.forms import COUNT, NUMBER, Maybe, Where, check_form
 from fngd.jacobian import flatten
 from fngd.line_search import FACTOR, Found, Ray, geometric_search
 from fngd.linear_model import FormOptions, LinearModel, finite_or_error
 from fngd.residuals import Residuals, check_weights, read_residuals
+from fngd.states import TORCH, check_shapes, whole_or_not
 from fngd.systems import SketchOptions
 
 RETRIES = 4
@@ -65,6 +67,12 @@ class StepInfo:
     retries: int
     accepted: bool
     """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
+
+
+LAMBDA = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
+START = Where(NUMBER, lambda value: 0 < value <= 1, "a number > 0, at most 1")
+FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(LAMBDA)}}
+"""Of what a state has besides torch's part."""
 
 
 class GaussNewton(Checked, Optimizer):
@@ -275,13 +283,23 @@ class GaussNewton(Checked, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""
-        scalars = {"steps": self._steps, "start": self._start, "damping": self._adapted}
-        return {**super().state_dict(), "gauss_newton": scalars}
+        return {**super().state_dict(), "gauss_newton": self._scalars()}
+
+    def _scalars(self) -> dict[str, Any]:
+        return {"steps": self._steps, "start": self._start, "damping": self._adapted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError for the state of another kind of optimiser."""
+        check_form(state_dict, {}, "")
         if "gauss_newton" not in state_dict:
             raise ValueError("the state has no 'gauss_newton': it was not saved by GaussNewton")
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        scalars = state_dict["gauss_newton"]
+        check_form(state_dict, {**TORCH, **FORM}, "")
+        check_shapes(state_dict, self.param_groups)
+        for group in state_dict["param_groups"]:
+            check_form(group, {"lr": RATE}, "parameter group")
+        with whole_or_not(self, self._scalars, self._take):
+            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            self._take(state_dict["gauss_newton"])
+
+    def _take(self, scalars: Mapping[str, Any]) -> None:
         self._steps, self._start, self._adapted = scalars["steps"], scalars["start"], scalars["damping"]

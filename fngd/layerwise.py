@@ -17,7 +17,13 @@ from fngd.chosen import Chosen
 from fngd.coverage import told
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
-from fngd.groups import check_scaler, first_order_groups, first_parameter, sgd_options
+from fngd.forms import REMEDY, Table, Where, check_form
+from fngd.groups import (
+    check_scaler,
+    first_order_groups,
+    first_parameter,
+    sgd_options,
+)
 from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
@@ -55,6 +61,11 @@ class Method(Protocol):
 
     def direction(self, inverse: State, grad: Float[Tensor, "groups out inp"], damping: float) -> Tensor:
         """Returns the preconditioned gradient, of the same shape."""
+
+
+COUNTED = {"inputs": Tensor, "outputs": Tensor, "count": Where(Tensor, lambda value: not value.dim(), "one number")}
+FORM = {"random": Tensor, "running": Table(str, COUNTED), "inverses": Table(str, Table(str, Tensor))}
+"""Of what a state has under "preconditioner"."""
 
 
 class LayerPreconditioned(CheckedLoss, Preconditioned):
@@ -235,10 +246,28 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         own = checked_state(state, type(self).__name__)
+        check_form(own, FORM, "preconditioner")
         check_layers(self._model, own["running"], "factors")
-        check_state(state, self.param_groups)
+        check_state(state, self.param_groups, self.defaults)
         for layer, factors in own["running"].items():
             check_sizes(self._model, layer, factors, rows=layer not in self._chosen.modules)
+        if foreign := sorted(set(own["inverses"]) - set(own["running"])):
+            raise ValueError(f"the state has inverses of layers {foreign}, and no factors of them. {REMEDY}")
+        for layer, inverse in own["inverses"].items():
+            self._try_out(layer, own["running"][layer], inverse)
+
+    def _try_out(self, layer: str, running: State, inverse: State) -> None:
+        """Raises ValueError where an inverse does not precondition gradients of its layer's shape."""
+        inputs, outputs = running["inputs"], running["outputs"]
+        grad = inputs.new_zeros(inputs.shape[0], outputs.shape[-1], inputs.shape[-1])
+        try:
+            direction = self._method.direction(inverse, grad, 1.0)
+            fits = direction.shape == grad.shape and not inverse["count"].dim()
+        except (RuntimeError, KeyError, IndexError):
+            fits = False
+        if not fits:
+            shapes = {name: list(tensor.shape) for name, tensor in inverse.items()}
+            raise ValueError(f"the state's inverses of layer '{layer}' do not fit its factors: {shapes}. {REMEDY}")
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         own = state["preconditioner"]

@@ -10,15 +10,17 @@ Functions are known from the first forward pass on, the parameters of attention 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fngd.distributed import Exchange
 from persample.parts import Part, Parts
 from persample.reweight import Reweighting
 
 __all__ = [
-    "Members", "Part", "attention_parameters", "by_parameter", "covered", "members", "parameter_of",
+    "Members", "Part", "attention_parameters", "by_parameter", "covered", "elsewhere", "members", "parameter_of",
     "parameters", "scaled_rows", "unseen",
 ]  # fmt: skip
 
@@ -117,6 +119,17 @@ def by_parameter(layers: Iterable[Members]) -> dict[Tensor, list[Part]]:
             if part is not None:
                 found.setdefault(part.param, []).append(part)
     return found
+
+
+def elsewhere(
+    exchange: Exchange, groups: Iterable[dict[str, Any]], handle: Reweighting, layers: Iterable[str]
+) -> list[Members]:
+    """Returns the rows of parameters that layers of other processes are made of, and none of these `layers`."""
+    params = [param for group in groups for param in group["params"]]
+    numbers = {id(param): number for number, param in enumerate(params)}
+    places = [part for layer in layers for part in members(handle, layer) if part is not None]
+    own = sorted((numbers[id(part.param)], part.start, part.stop) for part in places if id(part.param) in numbers)
+    return [(Part(params[number], start, stop), None) for number, start, stop in exchange.others(own)]
 
 
 def covered(parts: Iterable[Part]) -> Tensor:

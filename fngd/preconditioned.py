@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fngd.copies import Copied
 from fngd.coverage import Coverage
 from fngd.first_order import first_order_step
+from fngd.forms import COUNT, check_form
 from fngd.groups import check_group, completed_group
 from fngd.members import Part
 from fngd.states import OwnState, not_compiled
@@ -76,6 +77,8 @@ class Preconditioned(Copied, OwnState):
 def checked_state(state_dict: Mapping[str, Any], method: str) -> Any:
     """Returns the part of a state that is not torch's; raises ValueError where another method saved it."""
     own = state_dict.get("preconditioner")
+    if own is not None:
+        check_form(own, {"method": str, "completed": COUNT}, "preconditioner")
     if own is None or own["method"] != method:
         saved = "no preconditioner" if own is None else f"one of {own['method']}"
         raise ValueError(f"the state has {saved}; this optimiser is {method}. Load what its own state_dict() returned.")

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.distributed import sharded_like, whole_tensor
+from fngd.forms import COUNT, REMEDY, Table, check_form
 from fngd.groups import sgd_options
 from fngd.kfac import symmetric_eigen
 from fngd.members import Part
@@ -229,16 +230,20 @@ class Shampoo(Preconditioned):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         own, params = checked_state(state, type(self).__name__), self._parameters()
-        for number, blocks in own["moments"].items():
+        check_form(own, dict.fromkeys(("moments", "roots"), Table(COUNT, [[Tensor]])), "preconditioner")
+        everything = [*own["moments"].items(), *own["roots"].items()]
+        if own["moments"].keys() != own["roots"].keys():
+            raise ValueError(f"the state has moments and roots of different parameters. {REMEDY}")
+        for number, blocks in everything:
             shape = self._shape(params[number]) if number < len(params) else ()
-            sizes = [[moment.shape[0] for moment in block] for block in blocks]
-            expected = [[s.stop - s.start for s in where] for where in block_slices(shape, self._block)]
+            sizes = [[tuple(moment.shape) for moment in block] for block in blocks]
+            expected = [[(s.stop - s.start,) * 2 for s in where] for where in block_slices(shape, self._block)]
             if sizes != expected:
                 raise ValueError(
                     f"the state's moments of parameter {number} do not fit its shape {list(shape)} and "
                     f"block={self._block}. Construct the optimiser as the saved one was."
                 )
-        check_state(state, self.param_groups)
+        check_state(state, self.param_groups, self.defaults)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         own, params = state["preconditioner"], self._parameters()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from persample import trial
 from persample.asking import Asker
-from persample.batches import batch_size
+from persample.batches import batch_shape, batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, renewed
@@ -97,6 +97,9 @@ class ForwardHooks:
         """How many samples the model is called with."""
         if not self._several:
             self._several = batch_size(args, kwargs, first=True) not in (None, 1)
+        if self._tryout.axis:
+            shape = batch_shape(args, kwargs, first=self._several)
+            return shape[self._tryout.axis] if shape is not None and len(shape) > self._tryout.axis else None
         return batch_size(args, kwargs, first=self._several)
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
@@ -139,6 +142,7 @@ class ForwardHooks:
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        uses = {each.layer: each for each in (self.uses or {}).values() if each.taps}
         self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
         self.functions.leave()
@@ -151,7 +155,8 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
+        shape = batch_shape(args, kwargs, first=self._several) if self._tryout.new else None
+        self._tryout.end(args, kwargs, output, uses, self.forward, shape or (), first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
@@ -161,6 +166,11 @@ class ForwardHooks:
             first = _first_tensor(output)
             if first is not None and first.requires_grad:
                 first.register_hook(partial(_keep_output_grad, self.forward))
+        if self.asker.follow is not None and torch.is_grad_enabled():
+            reached = self.asker.follow(self.forward.batch)
+            for each in tree_leaves(output):
+                if isinstance(each, Tensor) and each.requires_grad:
+                    each.register_hook(lambda _: reached())
 
     # --- a layer --------------------------------------------------------------------------------------------
 
@@ -202,6 +212,8 @@ class ForwardHooks:
             return attach(output, x, uses, None, self._token, None)
         if uses is None:
             uses = Uses(layer, self.forward)
+            if self.asker.follow is not None:
+                self.asker.followed.add(uses)
             if self.uses is not None:
                 self.uses[layer.path] = uses
             elif layer.several_batches(tuple(output.shape)):

@@ -266,6 +266,22 @@ class Reweighting:
         """
         return self._asker.output_grad
 
+    def upcoming(self) -> list[str]:
+        """Returns, while a backward pass runs, the layers that it runs for their weights' gradients; with `follow=`.
+
+        A layer is named once for each forward pass of the model. Layers in a graph of torch.compile, and those that a
+        reentrant checkpoint is to run again, are not known beforehand.
+
+        >>> model, seen = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), []
+        >>> def follow(batch):
+        ...     return lambda: seen.append((batch, handle.upcoming()))
+        >>> handle = persample.reweight(model, lambda layer, grads: None, follow=follow)
+        >>> model(torch.randn(2, 3)).sum().backward()
+        >>> seen
+        [(2, ['0', '2'])]
+        """
+        return self._asker.upcoming()
+
     def joined(self, gather: Callable[[Tensor, int], Tensor]) -> dict[str, LayerGrads]:
         """Returns, while a policy runs, the gradients it is asked about on a larger batch, by layer path.
 
