@@ -20,8 +20,9 @@ from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, renewed
 from persample.linear_calls import Call
+from persample.selection import Watch
 from persample.taps import Gate, Pass, Uses, attach
-from persample.tryout import Tryout, Watch
+from persample.tryout import Tryout
 from persample.weights import Layer
 
 __all__ = ["ForwardHooks", "batch_size"]
