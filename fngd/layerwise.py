@@ -204,7 +204,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             _put(result, weight, direction)
         return result
 
-    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
         return told(self._model, self._handle, self.explain(), functions=self._chosen.functions)
 
     @not_compiled

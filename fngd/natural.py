@@ -227,7 +227,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         return self._policy.exchange.bytes_sent
 
-    def _preconditioned(self) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+    def _preconditioned(self) -> tuple[list[Part], Callable[[Tensor], str]]:
         """What is, and why a parameter is not."""
         return told(self._model, self._handle, self.explain(), functions=self._functions)
 
