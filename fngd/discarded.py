@@ -28,14 +28,14 @@ class FirstPass:
     def begin(self, param: Tensor | None) -> None:
         """Notes that the pass that runs is the first one; it reaches `param`."""
         self._task = torch._C._current_graph_task_id()
-        self._accumulates = _accumulates(param)
+        self._accumulates = accumulates(param)
 
     def discarded(self, param: Tensor | None, groups: Iterable[dict[str, Any]]) -> bool:
         """Whether the pass that runs is a later one, and no parameter has a gradient left of the first.
 
         autograd.grad leaves none, so passes of that kind count.
         """
-        return torch._C._current_graph_task_id() != self._task and self.gone(groups) and _accumulates(param)
+        return torch._C._current_graph_task_id() != self._task and self.gone(groups) and accumulates(param)
 
     def gone(self, groups: Iterable[dict[str, Any]]) -> bool:
         """Whether the first pass left gradients, and no parameter has one any more."""
@@ -47,7 +47,7 @@ def _without(param: Tensor) -> bool:
     return param.grad is None and not hasattr(param, "to_local") and not param._post_accumulate_grad_hooks
 
 
-def _accumulates(param: Tensor | None) -> bool:
+def accumulates(param: Tensor | None) -> bool:
     """Whether the pass that runs adds to the parameter's `.grad`."""
     if param is None or not param.requires_grad:
         return False

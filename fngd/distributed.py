@@ -9,8 +9,9 @@ batch. Compare I² + O² numbers for all-reducing Kronecker factors. What travel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -33,49 +34,100 @@ def mean_over_processes(value: Tensor, group: dist.ProcessGroup | None = None) -
 
 
 class Exchange:
-    """Gathers the samples of all processes; batches may differ in size, and shorter ones travel padded.
+    """Gathers what all processes have; batches may differ in size, and shorter ones travel padded.
 
-    `bytes_sent` counts what this process contributed to collectives, for as long as the object lives. The sizes of
-    the batches are exchanged before each layer, and the host waits for them: a few bytes, but with NCCL a
-    synchronisation.
+    `bytes_sent` counts what this process contributed to collectives, for as long as the object lives.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self._sizes: list[int] = []
+        self._private: tuple[Any, Any] | None = None
         self.bytes_sent = 0
 
-    def sizes(self, batch: int, device: torch.device) -> tuple[list[int], slice]:
-        """Returns the batch sizes of all processes and where this one's samples are among all."""
-        if world_size(self.group) == 1:
-            self._sizes = [batch]
-            return [batch], slice(0, batch)
-        own = torch.tensor([batch], device=device)
-        others = [torch.empty_like(own) for _ in range(world_size(self.group))]
-        dist.all_gather(others, own, group=self.group)
-        self.bytes_sent += own.nbytes
-        self._sizes = torch.cat(others).tolist()
-        start = sum(self._sizes[: dist.get_rank(self.group)])
-        return self._sizes, slice(start, start + batch)
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        return world_size(self.group)
 
-    def gather(self, tensor: Tensor, axis: int = 0) -> Tensor:
-        """Returns the tensor with the samples of all processes along `axis`; after `sizes` of the same batch."""
-        if len(self._sizes) == 1:
-            return tensor
+    @property
+    def private(self) -> Any:
+        """A group of the same processes of which nobody else knows, made when it is first needed.
+
+        Within backward passes DDP's collectives would come in between, in each process at another moment.
+        """
+        if self._private is None or self._private[0] is not dist.group.WORLD:
+            backend = "cpu:gloo,cuda:nccl" if dist.get_backend(self.group) == "nccl" and _has_gloo() else None
+            ranks = None if self.group is None else dist.get_process_group_ranks(self.group)
+            own = dist.new_group(ranks, backend=backend, use_local_synchronization=ranks is not None)
+            self._private = dist.group.WORLD, own
+        return self._private[1]
+
+    def tell(self, numbers: list[int]) -> list[list[int]]:
+        """Returns as many integers of every process. The host waits for the others, on a CPU backend for no device."""
+        group = self.private
+        own = torch.tensor(numbers)
+        if torch.device("cpu") not in group._device_types:
+            own = own.to(group._device_types[0])
+        others = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(others, own, group=group)
+        self.bytes_sent += own.nbytes
+        return torch.stack(others).tolist()
+
+    def tell_all(self, own: Any) -> list[Any]:
+        """Returns an object of every process, within backward passes. Its bytes are not counted."""
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, own, group=self.private)
+        return everyone
+
+    def mine(self, sizes: list[int]) -> slice:
+        """Returns where this process's samples are among all."""
+        rank = dist.get_rank(self.group)
+        return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+    def gather(self, tensor: Tensor, axis: int, sizes: list[int]) -> Tensor:
+        """Returns the tensor with the samples of all processes along `axis`; `sizes`: how many each has."""
         rows = tensor.movedim(axis, 0)
-        padded = rows.new_zeros(max(self._sizes), *rows.shape[1:])
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
-        received = [torch.empty_like(padded) for _ in self._sizes]
-        dist.all_gather(received, padded, group=self.group)
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded, group=self.private)
         self.bytes_sent += padded.nbytes
-        kept = [rows[:size] for rows, size in zip(received, self._sizes, strict=True)]
+        kept = [rows[:size] for rows, size in zip(received, sizes, strict=True)]
         return torch.cat(kept).movedim(0, axis)
+
+    def messages(
+        self, own: list[Tensor], shapes: list[list[tuple[int, ...]]], dtype: torch.dtype, device: torch.device
+    ) -> list[list[Tensor]]:
+        """Returns the tensors of every process, of which `shapes` are known; a process may have none."""
+        sizes = [[torch.Size(shape).numel() for shape in each] for each in shapes]
+        padded = torch.zeros(max(map(sum, sizes)), dtype=dtype, device=device)
+        if own:
+            flat = torch.cat([tensor.flatten().to(dtype) for tensor in own])
+            padded[: len(flat)] = flat
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded, group=self.private)
+        self.bytes_sent += padded.nbytes
+        return [
+            [part.view(shape) for part, shape in zip(message[: sum(each)].split(each), known, strict=True)]
+            for message, each, known in zip(received, sizes, shapes, strict=True)
+        ]
 
     def common(self, own: Iterable[str]) -> set[str]:
         """Returns the names that all processes have. The host waits for them; their few bytes are not counted."""
-        everyone: list[Any] = [None] * world_size(self.group)
-        dist.all_gather_object(everyone, sorted(own), group=self.group)
-        return set.intersection(*map(set, everyone))
+        return set.intersection(*map(set, self.everyone_says(sorted(own))))
+
+    def everyone_says(self, own: Any) -> list[Any]:
+        """Returns an object of every process; outside of backward passes. The host waits for them."""
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, own, group=self.group)
+        return everyone
+
+    def others(self, own: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Returns rows of integers that other processes have, and this one has not: mostly none, at 8 bytes."""
+        number = crc32(repr(own).encode())
+        if len(set(map(tuple, self.tell([number])))) == 1:
+            return []
+        return sorted(set().union(*self.tell_all(own)) - set(own))
 
     def table(self, rows: list[list[int]], device: torch.device) -> list[list[list[int]]]:
         """Returns a table of integers of every process; all have the same shape. The host waits for it."""
@@ -121,6 +173,10 @@ class Exchange:
                 for place, part in zip(places, parts, strict=True):
                     result[place].append(part.view(shapes[place][process]))
         return result
+
+
+def _has_gloo() -> bool:
+    return dist.is_gloo_available()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Epoch 0 computes and later ones reuse, but for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ class Epochs:
         self.refresh_cosine, self.probe_layer = refresh_cosine, probe_layer
         self.epoch, self.index = 0, 0
         self.cosine: Tensor | None = None  # of the last probe
+        self._products: Tensor | None = None  # ⟨stored, fresh⟩, ‖stored‖², ‖fresh‖² of it
+        self.agree: Callable[[Tensor | None], Tensor | None] = lambda products: products
+        """Gives, when an epoch closes, the sum of these over the processes that are to decide as one."""
         self._stale = False  # whether it asks this epoch to compute
         self._explicit = False  # whether the user announces epochs
 
@@ -88,11 +91,15 @@ class Epochs:
     def close_epoch(self) -> None:
         """Ends the epoch; looks at what was probed."""
         self.epoch, self.index = self.epoch + 1, 0
+        if self.refresh_cosine is not None:
+            total = self.agree(self._products)
+            if total is not self._products and total is not None:
+                self.cosine = total[0] / (total[1] * total[2]).sqrt()
         # NaN asks for nothing: the batch that was probed was not finite.
         self._stale = (
             self.cosine is not None and self.refresh_cosine is not None and bool(self.cosine < self.refresh_cosine)
         )
-        self.cosine = None
+        self.cosine = self._products = None
 
     def probing(self, layer: str) -> bool:
         """Whether stored factors of the layer are to be compared with fresh ones now, by `probe`."""
@@ -103,6 +110,7 @@ class Epochs:
     def probe(self, stored: Float[Tensor, " batch"], fresh: Float[Tensor, " batch"]) -> None:
         """Keeps the cosine of stored and fresh factors for the end of the epoch."""
         self.cosine = torch.nn.functional.cosine_similarity(stored, fresh, dim=0)
+        self._products = torch.stack([stored @ fresh, stored @ stored, fresh @ fresh])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place, and what the next epoch depends on; tensors are not copied."""
@@ -113,6 +121,7 @@ class Epochs:
             "steps_per_epoch": self.steps_per_epoch,
             "stale": self._stale,
             "cosine": self.cosine,
+            "products": self._products,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -120,3 +129,5 @@ class Epochs:
         self.epoch, self.index, self._explicit = state["epoch"], state["index"], state["explicit"]
         self._stale, cosine = state.get("stale", False), state.get("cosine")  # absent in states of version 0.1
         self.cosine = None if cosine is None else cosine.to(device, copy=True)
+        products = state.get("products")
+        self._products = None if products is None else products.to(device, copy=True)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fngd.distributed import world_size
+from fngd.groups import first_parameter
+from fngd.members import parameter_of
 from fngd.met import Met
 from fngd.natural import NaturalSGD
 from fngd.ngd import NGD
@@ -97,6 +99,25 @@ class FNGD(NaturalSGD):
         super().__init__(model, params, seed=seed, **options)
         self._met = Met(self._policy.exchange)
 
+    def _check_probe(self) -> None:
+        path = None if self._table is None else self._table.probe_layer
+        if path is None:
+            return
+        known = self._handle.layers
+        if path in known and self._chosen(path):
+            return
+        if path in self._handle.explain():
+            raise ValueError(
+                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
+                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
+            )
+        weight = parameter_of(self._model, path) if self._functions else None
+        if weight is None or weight.dim() != 2:
+            raise ValueError(
+                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
+                "function uses goes by its name"
+            )
+
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only.
 
@@ -157,7 +178,7 @@ class FNGD(NaturalSGD):
         # Where probes decide, one process may compute while another does not.
         due = table.epoch != epoch and (computing or table.refresh_cosine is not None)
         if due and table.share == "sample" and world_size(self._group) > 1:
-            self._met.merge(table.state_dict()["rows"])
+            self._met.merge(table.rows, first_parameter(self.param_groups).device)
 
     def _own_state(self) -> dict[str, Any]:
         met = self._met.ids()

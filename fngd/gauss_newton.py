@@ -23,17 +23,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from fngd.checks import RATE, Checked, Kind, check_options
 from fngd.damping import Adaptive, Damping, damping_of
+from fngd.forms import COUNT, NUMBER, Maybe, Where, check_form
 from fngd.jacobian import flatten
 from fngd.line_search import FACTOR, Found, Ray, geometric_search
 from fngd.linear_model import FormOptions, LinearModel, finite_or_error
 from fngd.residuals import Residuals, check_weights, read_residuals
+from fngd.states import TORCH, check_shapes, whole_or_not
 from fngd.systems import SketchOptions
 
 RETRIES = 4
@@ -65,7 +69,13 @@ class StepInfo:
     """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
 
 
-class GaussNewton(Optimizer):
+LAMBDA = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
+START = Where(NUMBER, lambda value: 0 < value <= 1, "a number > 0, at most 1")
+FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(LAMBDA)}}
+"""Of what a state has besides torch's part."""
+
+
+class GaussNewton(Checked, Optimizer):
     """Damped Gauss–Newton with SPRING momentum and a line search; a `torch.optim.Optimizer` for residuals.
 
     `opt.step(closure)` minimises L = ½ Σ_g w_g·mean_b r_gb² over the residual groups g that the closure returns: one
@@ -113,6 +123,9 @@ class GaussNewton(Optimizer):
     True
     """
 
+    _kinds = MappingProxyType({"lr": RATE, "damping": Kind("checked by damping_of")})
+    _models_as_params = True
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -129,8 +142,6 @@ class GaussNewton(Optimizer):
         sketch: SketchOptions | None = None,
         check: bool = True,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}; it must be in [0, 1)")
         form = FormOptions(gram, chunk_size, solve, max_samples, sketch or SketchOptions(), check)
         check_weights(weights)
         self.damping = damping_of(damping)
@@ -145,8 +156,7 @@ class GaussNewton(Optimizer):
         """Adds a group, as any optimiser does. Raises ValueError for lr ≤ 0 or parameters that are not real."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not 0 < group["lr"] < math.inf:
-            raise ValueError(f"lr={group['lr']}; it must be > 0 (1 is the full Gauss–Newton step)")
+        check_options({"lr": group["lr"]}, self._kinds)
         kinds = {(p.dtype, p.device) for each in self.param_groups for p in each["params"]}
         if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
             raise ValueError(
@@ -273,13 +283,23 @@ class GaussNewton(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""
-        scalars = {"steps": self._steps, "start": self._start, "damping": self._adapted}
-        return {**super().state_dict(), "gauss_newton": scalars}
+        return {**super().state_dict(), "gauss_newton": self._scalars()}
+
+    def _scalars(self) -> dict[str, Any]:
+        return {"steps": self._steps, "start": self._start, "damping": self._adapted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError for the state of another kind of optimiser."""
+        check_form(state_dict, {}, "")
         if "gauss_newton" not in state_dict:
             raise ValueError("the state has no 'gauss_newton': it was not saved by GaussNewton")
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        scalars = state_dict["gauss_newton"]
+        check_form(state_dict, {**TORCH, **FORM}, "")
+        check_shapes(state_dict, self.param_groups)
+        for group in state_dict["param_groups"]:
+            check_form(group, {"lr": RATE}, "parameter group")
+        with whole_or_not(self, self._scalars, self._take):
+            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            self._take(state_dict["gauss_newton"])
+
+    def _take(self, scalars: Mapping[str, Any]) -> None:
         self._steps, self._start, self._adapted = scalars["steps"], scalars["start"], scalars["damping"]

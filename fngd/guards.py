@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from fngd.groups import first_parameter
+from fngd.members import parameter_of
+from persample import Reweighting
 
 _REDUCTIONS = {1: "mean", 2: "sum"}
 """What torch's loss functions keep as `reduction` in their node of the graph."""
@@ -90,6 +93,24 @@ def _entries(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
+def check_probe(path: str, handle: Reweighting, chosen: Callable[[str], bool], model: nn.Module | None) -> None:
+    """Raises ValueError where the layer that is to be probed never will be; `model`: if functions are layers, too."""
+    known = handle.layers
+    if path in known and chosen(path):
+        return
+    if path in handle.explain():
+        raise ValueError(
+            f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
+            f"be probed. Choose one of {[each for each in known if chosen(each)]}"
+        )
+    weight = None if model is None else parameter_of(model, path)
+    if weight is None or weight.dim() != 2:
+        raise ValueError(
+            f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
+            "function uses goes by its name"
+        )
+
+
 def warn_of_more_passes(layer: str, passes: int, index: int) -> None:
     """Warns that a step makes more backward passes than when its coefficients were computed, which were `passes`."""
     warnings.warn(
@@ -137,7 +158,11 @@ def reduction_of(loss: Tensor) -> str | None:
     >>> reduction_of(nn.functional.mse_loss(torch.zeros(3, requires_grad=True), torch.ones(3)))
     'mean'
     """
-    node = loss.grad_fn
+    return node_reduction(loss.grad_fn)
+
+
+def node_reduction(node: Any) -> str | None:
+    """Returns the same of a loss's node."""
     if node is None:
         return None
     if node.name() in ("MeanBackward0", "SumBackward0"):

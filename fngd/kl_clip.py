@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fngd.distributed import mean_over_processes
+from fngd.distributed import mean_over_processes, world_size
 
 
 def squared_length(inner: Iterable[Tensor], rates: Iterable[Any]) -> Tensor:
@@ -32,15 +32,19 @@ def kl_clip_factor(inner: list[Tensor], rates: list[Any], kappa: float) -> Tenso
     return (kappa / squared_length(inner, rates).abs()).sqrt().clamp(max=1.0)
 
 
-def kl_clip_bound(passes: Iterable[list[tuple[Any, Tensor]]], kappa: float, group: Any = None) -> Tensor:
+def kl_clip_bound(
+    passes: Iterable[list[tuple[Any, Tensor]]], kappa: float, group: Any = None, device: torch.device | None = None
+) -> Tensor:
     """Returns a lower bound of ν for the sum of several directions; passes hold (lr_l, ⟨d_l, g_l⟩) of each.
 
     Of several backward passes and processes, whose directions are added, only their own inner products are known.
     As ⟨Σd, Σg⟩ ≤ (Σ_i √⟨d_i, g_i⟩)² where they share a metric, that bound is taken: ν is never too large, and
-    exact for one pass in one process. `group`: the process group.
+    exact for one pass in one process. `group`: the process group, in which a process may have no directions of its own;
+    `device`: of its parameters.
     """
     lengths = [squared_length([value for _, value in layers], [rate for rate, _ in layers]) for layers in passes]
-    root = torch.stack(lengths).clamp_min(0).sqrt().sum()
+    root = torch.stack(lengths).clamp_min(0).sqrt().sum() if lengths else torch.zeros((), device=device)
+    root = root.double() if world_size(group) > 1 else root  # one precision everywhere, whatever the layers have
     return (kappa**0.5 / mean_over_processes(root, group)).clamp(max=1.0)  # 0 ≤ root: x/0 = inf is clamped
 
 
@@ -50,7 +54,7 @@ def by_pass(inner: Mapping[str, list[Tensor]], rates: Mapping[str, Any]) -> list
     >>> by_pass({"a": [torch.ones(()), torch.zeros(())], "b": [torch.ones(())]}, {"a": 0.1, "b": 0.2})
     [[(0.1, tensor(1.)), (0.2, tensor(1.))], [(0.1, tensor(0.))]]
     """
-    count = max(len(values) for values in inner.values())
+    count = max((len(values) for values in inner.values()), default=0)
     return [
         [(rates[layer], values[number]) for layer, values in inner.items() if number < len(values)]
         for number in range(count)

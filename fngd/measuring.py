@@ -5,6 +5,7 @@ The rule and the model are in `fngd.adaptive`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fngd.adaptive import AdaptiveDamping
 from fngd.directions import Pair
 from fngd.distributed import mean_over_processes
 from fngd.guards import CheckedLoss
-from fngd.members import Part, by_parameter, covered, members
+from fngd.members import Members, Part, by_parameter, covered, members
 from fngd.method import Method
 from fngd.policy import Policy
 from fngd.states import not_compiled
@@ -94,9 +95,7 @@ class Measuring(CheckedLoss):
         return ratio
 
     def _check_where_it_matters(self, loss: Any) -> None:
-        method = self._method
-        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
-        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
+        if isinstance(loss, Tensor) and (self._method.needs_scale or self._adaptive is not None):
             self.check_loss(loss)
 
     def _check_adapted(self) -> None:
@@ -106,21 +105,29 @@ class Measuring(CheckedLoss):
                 "step: if opt.measuring: opt.adapt(loss, the same loss computed again)"
             )
 
-    def _before(self) -> dict[Tensor, Tensor]:
-        """Copies of the parameters, where this step's change of the loss is to be predicted."""
-        if not self._policy.models:
-            return {}
+    def _elsewhere(self, layers: Iterable[str]) -> list[Members]:
+        raise NotImplementedError(f"{type(self).__name__} defines _elsewhere")
+
+    def _before(self) -> tuple[dict[Tensor, Tensor], list[Members]]:
+        """Copies of the parameters, where this step's change of the loss is to be predicted.
+
+        With them the layers of which other processes alone have a model: they have run them, and this one has not.
+        """
+        own = [path for model in self._policy.models.values() for path in model.plain]
+        elsewhere = self._elsewhere(own) if self._policy.measuring else []
+        if not own and not elsewhere:
+            return {}, []
         moving = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         if any(hasattr(param, "to_local") for param in moving):
             raise ValueError("adapt_damping needs whole parameters, but these are sharded (FSDP); leave it out")
-        return {param: param.detach().clone() for param in moving}
+        return {param: param.detach().clone() for param in moving}, elsewhere
 
-    def _predict(self, before: dict[Tensor, Tensor]) -> Tensor:
-        """M(δ) − M(0) of the step that led away from `before`."""
+    def _predict(self, before: dict[Tensor, Tensor], elsewhere: list[Members]) -> Tensor:
+        """M(δ) − M(0) of the step that led away from `before`; the loss does not depend on layers `elsewhere`."""
         tables = {id(each.weight) for each in self._model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)}
         change = torch.zeros((), dtype=torch.float64, device=next(iter(before)).device)
         places = {path: members(self._handle, path) for model in self._policy.models.values() for path in model.plain}
-        inside = by_parameter(places.values())
+        inside = by_parameter([*places.values(), *elsewhere])
         for model in self._policy.models.values():
             delta: dict[str, Pair] = {}
             for path, plain in model.plain.items():
@@ -142,7 +149,7 @@ class Measuring(CheckedLoss):
                 continue
             products = param.grad.double() * (param - old)
             if param in inside:  # rows that no layer has
-                products = products[~covered(inside[param])]
+                products = products * ~covered(inside[param])
             change += products.sum().to(change.device)
         return change
 

@@ -10,15 +10,17 @@ Functions are known from the first forward pass on, the parameters of attention 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fngd.distributed import Exchange
 from persample.parts import Part, Parts
 from persample.reweight import Reweighting
 
 __all__ = [
-    "Members", "Part", "attention_parameters", "by_parameter", "covered", "members", "parameter_of",
+    "Members", "Part", "attention_parameters", "by_parameter", "covered", "elsewhere", "members", "parameter_of",
     "parameters", "scaled_rows", "unseen",
 ]  # fmt: skip
 
@@ -106,8 +108,7 @@ def scaled_rows(grad: Tensor, parts: Iterable[Part], factor: Tensor) -> Tensor:
     listed = list(parts)
     if any(part.whole for part in listed):
         return _times(grad, factor)
-    rows = covered(listed)
-    return torch.where(rows.view(-1, *(1,) * (grad.dim() - 1)), grad * factor, grad)
+    return torch.where(covered(listed), grad * factor, grad)
 
 
 def by_parameter(layers: Iterable[Members]) -> dict[Tensor, list[Part]]:
@@ -120,14 +121,28 @@ def by_parameter(layers: Iterable[Members]) -> dict[Tensor, list[Part]]:
     return found
 
 
+def elsewhere(
+    exchange: Exchange, groups: Iterable[dict[str, Any]], handle: Reweighting, layers: Iterable[str]
+) -> list[Members]:
+    """Returns the rows of parameters that layers of other processes are made of, and none of these `layers`."""
+    params = [param for group in groups for param in group["params"]]
+    numbers = {id(param): number for number, param in enumerate(params)}
+    places = [part for layer in layers for part in members(handle, layer) if part is not None]
+    own = sorted((numbers[id(part.param)], part.start, part.stop) for part in places if id(part.param) in numbers)
+    return [(Part(params[number], start, stop), None) for number, start, stop in exchange.others(own)]
+
+
 def covered(parts: Iterable[Part]) -> Tensor:
-    """Returns for each row of a parameter whether it is in one of the parts."""
+    """Returns for each entry of a parameter whether it is in one of the parts; axes of one entry stand for all."""
     listed = list(parts)
     param = listed[0].param
-    rows = torch.zeros(len(param), dtype=torch.bool, device=param.device)
+    if any(part.axis for part in listed):
+        entries = torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+    else:
+        entries = torch.zeros((len(param), *(1,) * (param.dim() - 1)), dtype=torch.bool, device=param.device)
     for part in listed:
-        rows[part.start : part.stop] = True
-    return rows
+        entries.narrow(part.axis, part.start, part.stop - part.start).fill_(True)
+    return entries
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:

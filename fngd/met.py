@@ -6,7 +6,7 @@ what they have found out in it; where two have met the same sample, the others t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fngd.distributed import Exchange, world_size
 
-Rows = Mapping[tuple[str, int], Float[Tensor, " samples"]]
+Rows = MutableMapping[tuple[str, int], Float[Tensor, " samples"]]
 
 
 class Met:
@@ -28,16 +28,22 @@ class Met:
         if world_size(self._exchange.group) > 1:
             self._ids.append(ids.detach().clone())
 
-    def merge(self, rows: Rows) -> None:
+    def merge(self, rows: Rows, device: torch.device) -> None:
         """Adds what others have computed to `rows`, in place, and forgets the epoch; every process has to call it.
 
-        rows: by layer a factor for each sample, NaN where it is unknown.
+        rows: by layer a factor for each sample, NaN where it is unknown; layers that others alone have run are added,
+            on `device`.
         """
         ids = self.ids()
         self._ids = self._ids[:1]
-        layers = sorted(self._exchange.common(layer for layer, _ in rows))
+        own = {layer: (row.dtype, len(row)) for (layer, _), row in rows.items()}
+        everyone = {layer: kind for each in self._exchange.everyone_says(own) for layer, kind in each.items()}
+        layers = sorted(everyone)
         if not layers:
             return
+        for layer in set(layers) - set(own):  # this process has not run it, and may get samples of one that has
+            dtype, samples = everyone[layer]
+            rows[layer, 0] = torch.full((samples,), torch.nan, dtype=dtype, device=device)
         table = torch.stack([rows[layer, 0] for layer in layers])
         known = torch.zeros_like(table, dtype=torch.bool)
         known[:, ids.to(table.device)] = True

@@ -11,20 +11,32 @@ from torch import Tensor, nn
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
+from fngd.coverage import Coverage, told
+from fngd.distributed import world_size
 from fngd.first_order import first_order_step
+from fngd.forms import COUNT, NUMBER, Table, Where, check_form
 from fngd.groups import (
     check_group,
     check_scaler,
     completed_group,
     first_order_groups,
     first_parameter,
-    refuse_parameters,
     sgd_options,
 )
-from fngd.guards import Unchanged
+from fngd.guards import Unchanged, check_probe
 from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
-from fngd.members import attention_parameters, by_parameter, members, parameter_of, parameters, scaled_rows, unseen
+from fngd.members import (
+    Members,
+    Part,
+    attention_parameters,
+    by_parameter,
+    elsewhere,
+    members,
+    parameters,
+    scaled_rows,
+    unseen,
+)
 from fngd.method import Method
 from fngd.policy import NETWORK, Policy
 from fngd.sampling import Sampling
@@ -32,6 +44,12 @@ from fngd.sharing import CoefficientTable
 from fngd.states import OwnState, check_layers, check_state, not_compiled
 from persample import Reweighting, reweight
 from persample.reweight import BatchAxis
+
+FORM = {
+    "adaptive?": {"factor": Where(NUMBER, lambda value: value > 0, "a number > 0"), "completed": COUNT},
+    "sampling?": Tensor, "met?": Where(Tensor, lambda value: value.dtype == torch.long, "integers"),
+}  # fmt: skip
+"""Of what a state has besides torch's part and the coefficients."""
 
 
 class NaturalSGD(Sampling, Measuring, Copied, OwnState):
@@ -69,7 +87,6 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
         method = Method(
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,
@@ -104,7 +121,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             joint=joint,
             outputs=fisher == "improved",
             functions=functions,
+            follow=self._policy.meeting.follow if gram == "global" else None,
         )
+        self._policy.meeting.handle = handle
         defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, foreach=foreach)
         try:
             chosen = {param for path in handle.explain() for param in parameters(handle, path)}
@@ -113,30 +132,13 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
             super().__init__(groups, defaults)
             self._find_groups()
-            self._check_probe()
+            self._coverage = Coverage(type(self).__name__, model)
+            self._coverage.begin(self.param_groups, other)
+            if self._table is not None and self._table.probe_layer is not None:
+                check_probe(self._table.probe_layer, handle, self._chosen, model if functions else None)
         except BaseException:
             handle.remove()  # a constructor that fails leaves the model alone
             raise
-
-    def _check_probe(self) -> None:
-        """Raises ValueError where the layer that is to be probed never will be."""
-        path = None if self._table is None else self._table.probe_layer
-        if path is None:
-            return
-        known = self._handle.layers
-        if path in known and self._chosen(path):
-            return
-        if path in self._handle.explain():
-            raise ValueError(
-                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
-                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
-            )
-        weight = parameter_of(self._model, path) if self._functions else None
-        if weight is None or weight.dim() != 2:
-            raise ValueError(
-                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
-                "function uses goes by its name"
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does."""
@@ -144,6 +146,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         check_group(self.param_groups[-1])
         if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()
+            self._coverage.add(self.param_groups[-1:])
 
     def _find_groups(self) -> None:
         """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
@@ -206,14 +209,24 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         return self._policy.exchange.bytes_sent
 
+    def _preconditioned(self) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+        """What is, and why a parameter is not."""
+        return told(self._model, self._handle, self.explain(), functions=self._functions)
+
+    def _elsewhere(self, layers: Iterable[str]) -> list[Members]:
+        """The layers that this step has met in other processes, where these are others than here."""
+        exchange = self._policy.exchange
+        return elsewhere(exchange, self.param_groups, self._handle, layers) if exchange.world > 1 else []
+
     def _clipped(self) -> dict[Tensor, Tensor]:
         """The gradients of preconditioned layers times ν, by parameter; empty without a KL clip."""
         inner = self._policy.inner
-        if self._method.kl_clip is None or not inner:
+        if self._method.kl_clip is None or not (inner or world_size(self._group) > 1):
             return {}
         rates = {layer: self._option(layer, "lr", 0.0) for layer in inner}
-        scale = kl_clip_bound(by_pass(inner, rates), self._method.kl_clip, self._group)
-        parts = by_parameter(members(self._handle, layer) for layer in inner)
+        passes, device = by_pass(inner, rates), first_parameter(self.param_groups).device
+        scale = kl_clip_bound(passes, self._method.kl_clip, self._group, device)
+        parts = by_parameter([*(members(self._handle, layer) for layer in inner), *self._elsewhere(inner)])
         return {param: scaled_rows(param.grad, rows, scale) for param, rows in parts.items() if param.grad is not None}
 
     @not_compiled
@@ -228,14 +241,17 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         self._check_adapted()
         self._unchanged.look(self.param_groups)
         counts = self._policy.met_batch or not self._only_makes_state()
+        if counts:
+            self._coverage.look(self._preconditioned)
+            self._policy.look_at_scale(type(self).__name__)
         clipped = self._clipped()
-        before = self._before()
+        before, elsewhere = self._before()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
                 first_order_step(group, params, [clipped.get(param, param.grad) for param in params], self.state)
         if before:
-            self._predicted = self._predict(before)
+            self._predicted = self._predict(before, elsewhere)
         if counts:
             self._completed += 1
             self._end_batch()
@@ -247,7 +263,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. A batch whose step was skipped (by a GradScaler that met inf) ends here.
 
-        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear, first.
+        Gradients that are no batch's (a GAN's generator's) are for the model's own zero_grad() to clear, first. A batch
+        whose backward pass has raised an exception does not end: it is to be run again. To go on without it call
+        `start_epoch()` of `FNGD` in every epoch, by which later ones keep their places.
         """
         if self._policy.met_batch and self._policy.end_unstepped():
             self._end_batch()
@@ -295,8 +313,10 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
                 "torch.distributed.checkpoint, which keeps nothing but 'state' and 'param_groups'. Save what "
                 "state_dict() returns as it is"
             )
-        check_state(state, self.param_groups)
+        check_form(state, FORM, "")
+        check_state(state, self.param_groups, self.defaults)
         if self._table is not None:
+            check_form(state["coefficients"], {"rows": Table(tuple, Tensor)}, "coefficients")
             layers = {layer for layer, _ in state["coefficients"]["rows"]} - {NETWORK}
             check_layers(self._model, layers, "coefficients")
             self._table.check_state(state["coefficients"])
@@ -339,6 +359,8 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
                 reason = "plain: its weight is in no parameter group of this optimiser"
             elif reason.startswith("reweighted") and not self._chosen(path):
                 reason = "plain: its weight is in a group with precondition=False"
+            elif reason.startswith("reweighted") and self._table is not None:
+                reason = self._table.explained(reason, NETWORK if self._method.gram == "network" else path)
             result[path] = reason
         return result | unseen(self._model, list(result), functions=self._functions)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from fngd.accumulation import Passes, joined_gradients
 from fngd.adaptive import Model
 from fngd.diagnostics import Recorder, Solve
 from fngd.directions import Pair, coefficient_factors, dot, relative_damping, scaled
-from fngd.discarded import FirstPass
+from fngd.discarded import FirstPass, accumulates
 from fngd.distributed import Exchange
 from fngd.drawn import Drawn
+from fngd.groups import first_parameter
 from fngd.guards import warn_of_skipped
+from fngd.loss_scale import FirstScale
+from fngd.meeting import Joint, Meeting
 from fngd.members import members
 from fngd.method import Method
 from fngd.sharing import CoefficientTable
@@ -58,22 +62,35 @@ class Policy:
     ) -> None:
         self._method, self._table, self._chosen, self._scaler = method, table, chosen, scaler
         self.exchange = Exchange(process_group)
+        self.meeting = Meeting(self.exchange, trains=self._trains, chosen=chosen, place=self._place)
         self.recorder = Recorder() if diagnostics else None
         self.damping_factor = 1.0
         self.measuring = False  # whether to keep quadratic models of the loss
         self.models: dict[str, Model] = {}
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
+        self._heard = -1
+        self._under_way: set[int] = set()  # backward passes that have begun and not ended: they run, or have raised
         self._first, self._groups, self._warned = FirstPass(), groups, False
         if table is not None:
             table.restarts = self._restarts
+            if method.gram == "global":
+                table.agree = self.meeting.total
+        self._first_scale: FirstScale | None = FirstScale(method.reduction, scaler)
         self._drawing = False
         self._passes, self._drawn = Passes(), Drawn(method)
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
 
+    def look_at_scale(self, name: str) -> None:
+        """In the first step of the optimiser of that name: warns where the loss has another scale than it was told."""
+        if self._first_scale is not None:
+            self._first_scale.look(self._groups(), name)
+            self._first_scale = None
+
     def end_batch(self) -> None:
         """Ends a batch: a step was made, or skipped."""
         self.clear()
+        self._under_way.clear()
         if self._table is not None:
             self._table.advance()
 
@@ -82,6 +99,15 @@ class Policy:
         self.met_batch = False
         for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
+
+    def _hear(self) -> None:
+        """A backward pass is under way, perhaps one that is known."""
+        task = torch._C._current_graph_task_id()
+        if task != self._heard and task >= 0:
+            self._heard = task
+            self._under_way.add(task)
+            # Of a pass that raises it is not called.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._under_way.discard, task))
 
     def _begin(self, layer: str) -> None:
         self.met_batch = True
@@ -101,13 +127,24 @@ class Policy:
             self._table.restart()
 
     def end_unstepped(self) -> bool:
-        """Forgets passes that no step follows; returns whether they were a batch's: their gradients are still there."""
-        if self._first.gone(self._groups()):
+        """Forgets passes that no step follows; returns whether they were a batch's.
+
+        They were none if their gradients are gone, or if one has raised: the batch is then to be run again.
+        """
+        if self._under_way or self._first.gone(self._groups()):
             self._restart()
+            self._under_way.clear()
             return False
         if self._table is not None and not self._warned:
             self._warned = warn_of_skipped(self._groups())
         return True
+
+    def _trains(self) -> bool:
+        return any(accumulates(param) for group in self._groups() for param in group["params"])
+
+    def _place(self) -> tuple[torch.device, bool]:
+        param = first_parameter(self._groups())
+        return param.device, hasattr(param, "to_local")
 
     def _weight(self, layer: str) -> Tensor | None:
         weight = members(self.handle, layer)[0]
@@ -133,6 +170,7 @@ class Policy:
         table = self._table
         if table is None or self._drawing or self.measuring:
             return None
+        self._hear()
         if self.met_batch:
             ready = table.ready(layer, batch)
             if ready is not None:
@@ -154,6 +192,7 @@ class Policy:
     def of_all(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
         """The policy where layers are asked together."""
         method = self._method
+        self._hear()
         if grads and not self.met_batch:
             self._begin(next(iter(grads)))
         elif grads:
@@ -170,6 +209,8 @@ class Policy:
         if self._drawing:
             self._drawn.keep(key, batch, grads, self.handle)
             return dict.fromkeys(grads, (None, None))
+        if self._first_scale is not None and (method.needs_scale or self.measuring):
+            self._first_scale.see(next(iter(grads.values())), self._groups())
         factors: Tensor | None = None
         solve: Solve | None
         if method.fisher == "true":
@@ -214,7 +255,8 @@ class Policy:
         if stored is not None:
             assert table is not None, "it has just answered"
             if table.probing(key):
-                table.probe(stored, self._solve(grads, self._right_hand_side(batch), [batch])[0])
+                fresh = self._solve(grads, self._right_hand_side(batch), [batch], probing=True)[0]
+                table.probe(stored, fresh)
             if joint and self._compares():
                 grads = joined_gradients(self._passes, key, batch, grads, self.handle)
                 stored = self._passes.vector(key, stored)
@@ -235,18 +277,20 @@ class Policy:
         return {name: None if value is None else value * self.damping_factor for name, value in given.items()}
 
     def _solve(
-        self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int]
+        self, grads: dict[str, LayerGrads], rhs: Tensor | None, passes: list[int], *, probing: bool = False
     ) -> tuple[Tensor, Tensor, Solve]:
-        method, first = self._method, next(iter(grads.values()))
+        method = self._method
         batch, mean = sum(passes), method.reduction == "mean"
         sizes, mine, share = [batch], slice(None), 1.0
-        if method.gram == "global":
-            sizes, mine = self.exchange.sizes(batch, first.device)
-            rhs = None if rhs is None else self.exchange.gather(rhs)
-            grads = self.handle.joined(self.exchange.gather)
+        joint: Joint | None = None
+        if method.gram == "global" and self.exchange.world > 1:
+            joint = self.meeting.ask(next(iter(grads)), rhs, probing=probing)
+        if joint is not None:
+            gram, sizes, mine, rhs = joint.gram, joint.sizes, joint.mine, joint.rhs
             share = len(sizes) * batch / sum(sizes) if mean else 1.0  # DDP and FSDP average means of batches
-        one, *others = (each.gram() for each in grads.values())
-        gram = sum(others, one)
+        else:
+            one, *others = (each.gram() for each in grads.values())
+            gram = sum(others, one)
         if mean:  # the samples' own gradients are B times their shares, B the size of the batch they were in
             own = torch.cat([gram.new_full((size,), size) for size in sizes])
             gram, rhs = gram * (own[:, None] * own), None if rhs is None else rhs * own**2

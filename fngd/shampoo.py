@@ -14,17 +14,19 @@ most `block` entries along each dimension. The blocks of one parameter are graft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fngd.distributed import sharded_like, whole_tensor
-from fngd.groups import positive, sgd_options, whole
+from fngd.forms import COUNT, REMEDY, Table, check_form
+from fngd.groups import sgd_options
 from fngd.kfac import symmetric_eigen
+from fngd.members import Part
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_state
 
@@ -128,7 +130,7 @@ class Shampoo(Preconditioned):
         self,
         params: Iterable[Any],
         *,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -141,13 +143,6 @@ class Shampoo(Preconditioned):
         graft: bool = True,
         preset: str | None = None,
     ) -> None:
-        if isinstance(params, nn.Module):
-            raise TypeError(f"Shampoo needs no model: give model.parameters(); got {type(params).__name__}")
-        for name, count in (("block", block), ("statistics_every", statistics_every), ("inverse_every", inverse_every)):
-            whole(name, count)
-        positive("epsilon", epsilon)
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay}; it must be greater than 0 and at most 1")
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         self._block, self._epsilon, self._decay, self._graft, self._preset = block, epsilon, decay, graft, preset
@@ -167,6 +162,16 @@ class Shampoo(Preconditioned):
                 if len(shape) >= 2:
                     result[param] = self._direction(param, shape)
         return result
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+        return [Part(param, 0, len(param)) for param in directions], lambda name, param: self._why_plain(param)
+
+    def _why_plain(self, param: Tensor) -> str:
+        if param.grad is not None and param.grad.is_sparse:
+            return "its gradient is sparse"
+        if param.is_complex():
+            return "it is complex"
+        return f"block={self._block} merges it into fewer than two axes"
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
         shape = tuple(param.shape)
@@ -225,16 +230,20 @@ class Shampoo(Preconditioned):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         own, params = checked_state(state, type(self).__name__), self._parameters()
-        for number, blocks in own["moments"].items():
+        check_form(own, dict.fromkeys(("moments", "roots"), Table(COUNT, [[Tensor]])), "preconditioner")
+        everything = [*own["moments"].items(), *own["roots"].items()]
+        if own["moments"].keys() != own["roots"].keys():
+            raise ValueError(f"the state has moments and roots of different parameters. {REMEDY}")
+        for number, blocks in everything:
             shape = self._shape(params[number]) if number < len(params) else ()
-            sizes = [[moment.shape[0] for moment in block] for block in blocks]
-            expected = [[s.stop - s.start for s in where] for where in block_slices(shape, self._block)]
+            sizes = [[tuple(moment.shape) for moment in block] for block in blocks]
+            expected = [[(s.stop - s.start,) * 2 for s in where] for where in block_slices(shape, self._block)]
             if sizes != expected:
                 raise ValueError(
                     f"the state's moments of parameter {number} do not fit its shape {list(shape)} and "
                     f"block={self._block}. Construct the optimiser as the saved one was."
                 )
-        check_state(state, self.param_groups)
+        check_state(state, self.param_groups, self.defaults)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         own, params = state["preconditioner"], self._parameters()

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.epochs import Epochs
+from fngd.forms import COUNT, REMEDY, Maybe, Table, Where, check_form
 from fngd.guards import warn_of_more_passes, warn_of_same_samples
 
 SHARES = ("position", "sample", None)
@@ -64,6 +65,7 @@ class CoefficientTable(Epochs):
         self._warned = False
         self.restarts: Callable[[str], bool] = lambda layer: False
         """Asked in a layer's later backward passes since the last step: whether earlier ones do not count."""
+        self._latest: dict[str, Tensor] = {}  # by layer, what was looked up by sample in its latest backward pass
         self._asked = False  # whether a layer has used the latest ids
         self._announced: list[Tensor] = []  # ids of each backward pass since the last step
         self._asks: dict[str, tuple[int, int]] = {}  # of each layer since then: how many, the latest one's pass
@@ -72,6 +74,11 @@ class CoefficientTable(Epochs):
         self._lengths: dict[tuple[str, int], list[int]] = {}
         self._bad: dict[tuple[str, int], Tensor] = {}
         self._ready: dict[str, tuple[int, Tensor]] | None = None  # see `make_ready`
+
+    @property
+    def rows(self) -> dict[tuple[str, int], Tensor]:
+        """The factors by layer and backward pass within the step: [steps, longest batch], or [samples]."""
+        return self._rows
 
     def has(self, layer: str) -> bool:
         """Whether `lookup` would find factors for the layer's next backward pass, or raise."""
@@ -189,6 +196,17 @@ class CoefficientTable(Epochs):
             self._announced[-1] = ids  # announced again before any layer has asked
         self._asked = False
 
+    def explained(self, reason: str, layer: str) -> str:
+        """Returns why a layer is reweighted, or that its latest batch was not, as its samples were never met."""
+        factors = self._latest.get(layer)
+        unmet = 0 if factors is None else int(factors.isnan().sum())
+        if factors is None or not unmet:
+            return reason
+        how = "were not met, or were not finite, when coefficients were computed (share='sample')"
+        if unmet == len(factors):
+            return f"plain in the latest batch: its {unmet} samples {how}"
+        return f"{reason}, but for {unmet} of the {len(factors)} samples of the latest batch, which {how}"
+
     def advance(self) -> None:
         """Ends a step: the next backward pass belongs to the next batch."""
         self.restart()
@@ -215,12 +233,25 @@ class CoefficientTable(Epochs):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if a state was saved with another steps_per_epoch, share or samples."""
+        check_form(state, FORM, "coefficients")
         for name in ("steps_per_epoch", "share", "samples"):
             own = getattr(self, name)
             if state.get(name, own) != own:  # states of version 0.1 have no samples
                 raise ValueError(
                     f"the saved state has {name}={state[name]!r}, this optimiser {own!r}: "
                     "coefficients would meet other samples. Construct the optimiser as the saved one was."
+                )
+        for key, rows in state["rows"].items():
+            shape = [self.samples] if self.share == "sample" else [self.steps_per_epoch, *rows.shape[1:2]]
+            lengths, bad = state["lengths"].get(key), state["bad"].get(key)
+            fits = list(rows.shape) == shape and rows.is_floating_point()
+            if fits and self.share == "position":
+                fits = lengths is not None and bad is not None and len(lengths) == len(rows) == bad.numel()
+                fits = fits and bad.dtype == torch.bool and max(lengths) <= rows.shape[1]
+            if not fits:
+                raise ValueError(
+                    f"the state's coefficients of layer '{key[0]}' are of shape {list(rows.shape)}, with lengths "
+                    f"{lengths}; they must be of shape {shape}, with a length for each batch. {REMEDY}"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -260,9 +291,10 @@ class CoefficientTable(Epochs):
             raise ValueError(f"next_batch got {len(ids)} sample ids, but layer '{layer}' has a batch of {batch}")
         self._asked = True
         if self.computing or (layer, 0) not in self._rows:
+            self._latest.pop(layer, None)
             return None
         rows = self._rows[layer, 0]
-        factors = rows[ids.to(rows.device)]
+        factors = self._latest[layer] = rows[ids.to(rows.device)]
         # Samples that were never met take the plain gradient.
         return torch.where(factors.isnan(), 1.0, factors)
 
@@ -288,6 +320,16 @@ class CoefficientTable(Epochs):
         for key, bad in self._bad.items():
             for index in bad.nonzero().flatten().tolist():
                 self._lengths[key][index] = 0
+
+
+KEY = Where(tuple, lambda key: len(key) == 2 and isinstance(key[0], str), "a pair (layer, backward pass)")
+FORM = {
+    "epoch": COUNT, "index": COUNT, "explicit": bool, "steps_per_epoch": int, "stale?": bool, "cosine?": Maybe(Tensor),
+    "products?": Maybe(Where(Tensor, lambda value: value.shape == (3,), "three numbers")), "share?": str,
+    "samples?": Maybe(int), "random": Tensor, "rows": Table(KEY, Tensor), "lengths": Table(KEY, [COUNT]),
+    "bad": Table(KEY, Tensor),
+}  # fmt: skip
+"""Of `CoefficientTable.state_dict()`; states of version 0.1 have less."""
 
 
 def _check(steps_per_epoch: object, share: object, samples: object, refresh_epochs: object, control: object) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +12,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from fngd.distributed import whole_tensor
+from fngd.forms import NUMBER, REMEDY, Maybe, Table, Where, check_form
+from fngd.groups import check_group
 from fngd.members import parameter_of
 
-OPTIONS = ("decoupled_weight_decay", "lr", "momentum", "nesterov", "weight_decay")
-"""What every parameter group of these optimisers has."""
+OPTIONS = (
+    "damping", "decoupled_weight_decay", "lr", "momentum", "nesterov", "precondition", "rule", "weight_decay",
+)  # fmt: skip
+"""What every parameter group of these optimisers has, where it is among their defaults."""
+ADAMW_ONLY = ("betas", "eps")
+"""What parameter groups with rule="adamw" have besides the optimiser's defaults."""
 
 # Of an optimiser Dynamo traces reads of attributes, and drops what is assigned to them: a step would not count.
 not_compiled = torch.compiler.disable(reason="fngd counts its steps, which torch.compile of an optimiser does not")
@@ -64,43 +72,109 @@ class OwnState(Optimizer):
             own.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; raises ValueError, before anything is loaded, if it does not fit."""
+        """Restores what `state_dict` returned; raises ValueError if it does not fit: then nothing has been loaded."""
         given: dict[str, Any] = {}
 
         def check(_: Optimizer, state: dict[str, Any]) -> None:
+            check_form(state, TORCH, "")
             self._check_state(state)
             given.update(state)
 
+        check_form(state_dict, {}, "")
         hooks = (
             self.register_load_state_dict_pre_hook(check),  # after those of the user
             self.register_load_state_dict_post_hook(lambda _: self._load_own_state(given), prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with whole_or_not(self, self._own_state, self._load_own_state):
+                super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def check_state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+TORCH = {"state": Table((int, str), Table(str, object)), "param_groups": [{"params": [(int, str)]}]}
+"""The form of torch's part of a state; distributed checkpoints name parameters in place of numbers."""
+_SCALAR = Where((*NUMBER, Tensor), lambda value: not isinstance(value, Tensor) or not value.dim(), "a number")
+_GROUP = {
+    "lr": _SCALAR, "momentum": _SCALAR, "weight_decay": _SCALAR, "nesterov": bool, "decoupled_weight_decay": bool,
+    "foreach?": Maybe(bool), "precondition?": bool, "rule?": str, "eps?": NUMBER,
+    "betas?": Where([NUMBER], lambda value: len(value) == 2, "two numbers"),
+}  # fmt: skip
+_MOMENTS = {"step": Where(Tensor, lambda value: not value.dim(), "one number"), "exp_avg": Tensor, "exp_avg_sq": Tensor}
+
+
+@contextmanager
+def whole_or_not(
+    optimizer: Optimizer, own: Callable[[], dict[str, Any]], restore: Callable[[dict[str, Any]], None]
+) -> Iterator[None]:
+    """Within it a state is loaded; after an exception the optimiser is as it was.
+
+    What stands in a state and fits in form only is noticed where it is used: that is a ValueError as well.
+    """
+    torchs, kept = {"state": optimizer.state, "param_groups": optimizer.param_groups}, own()
+    try:
+        yield
+    except Exception as error:
+        optimizer.__dict__.update(torchs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            restore(kept)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"the state cannot be read ({type(error).__name__}: {first_line(error)}). {REMEDY}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an exception says."""
+    return next(iter(str(error).splitlines()), "")
+
+
+def check_state(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
     """Raises ValueError where the part of a state that is torch's does not fit these parameter groups.
 
     What torch refuses itself, other numbers of groups and parameters, it is left to refuse.
+
+    Arguments:
+        defaults: the optimiser's.
     """
     saved = state_dict["param_groups"]
-    missing = sorted({name for group in saved for name in OPTIONS if name not in group})
+    expected = [name for name in OPTIONS if name in defaults]
+    wanted = [(group, [*expected, *(ADAMW_ONLY if group.get("rule") == "adamw" else ())]) for group in saved]
+    missing = {name for group, names in wanted for name in names if name not in group}
     if missing:
         raise ValueError(
-            f"the state's parameter groups have no {missing}: another kind of optimiser saved it. Load what its "
-            "own state_dict() returned; to go on from other training, load the model's state alone"
+            f"the state's parameter groups have no {sorted(missing)}: another kind of optimiser saved it. Load what "
+            "its own state_dict() returned; to go on from other training, load the model's state alone"
         )
+    for number, group in enumerate(saved):
+        check_form(group, _GROUP, f"param_groups[{number}]")
+        try:
+            check_group(group)
+        except ValueError as error:
+            raise ValueError(f"the state's parameter group {number} has {first_line(error)}. {REMEDY}") from error
+    check_shapes(state_dict, groups)
+
+
+def check_shapes(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where what a state has of a parameter does not fit it."""
+    saved = state_dict["param_groups"]
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         return
     params = [param for group in groups for param in group["params"]]
-    numbers = [number for group in saved for number in group["params"]]
-    for place, (number, param) in enumerate(zip(numbers, params, strict=True)):
-        for name, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
+    numbers = [(number, group.get("rule")) for group in saved for number in group["params"]]
+    if foreign := sorted(map(str, set(state_dict["state"]) - {number for number, _ in numbers})):
+        raise ValueError(f"the state has entries {foreign} of parameters that its groups have not. {REMEDY}")
+    for place, ((number, rule), param) in enumerate(zip(numbers, params, strict=True)):
+        entries = state_dict["state"].get(number, {})
+        check_form(entries, _MOMENTS if rule == "adamw" and entries else {}, f"entry of parameter {place}")
+        for name, value in entries.items():
+            if name == "step":
+                continue
+            check_form(value, Maybe(Tensor), f"{name} of parameter {place}")
+            if value is not None and value.shape != param.shape:
                 raise ValueError(
                     f"the state's {name} of parameter {place} has shape {list(value.shape)}, but that parameter has "
                     f"{list(param.shape)}: the state is that of another model, or of parameters in another order"
@@ -126,7 +200,9 @@ def check_sizes(model: nn.Module, layer: str, factors: Mapping[str, Tensor], *, 
     param = parameter_of(model, layer)
     assert param is not None, "check_layers has been called"
     inputs, outputs = factors["inputs"].shape[-1], factors["outputs"].shape[0] * factors["outputs"].shape[-1]
-    if inputs - param[0].numel() not in (0, 1) or not (rows or outputs == len(param)):
+    # A function may have been given the transpose.
+    own = (param[0].numel(), len(param)) if rows else (param[0].numel(),)
+    if all(inputs - each not in (0, 1) for each in own) or not (rows or outputs == len(param)):
         raise ValueError(
             f"the state's factors of layer '{layer}' are of {inputs} inputs (1 may be the bias) and {outputs} outputs, "
             f"but its weight has shape {list(param.shape)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from persample.besides import Telling
 from persample.layer_sum import Parameters
 from persample.layers import LayerGrads, UnreadGrads
-from persample.taps import Pass, Uses
+from persample.taps import Pass, Uses, upcoming
 from persample.weights import Layer
 
 Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
@@ -24,12 +25,17 @@ Policy = Callable[..., Any]
 Known = Callable[[str, int, torch.device], Tensor | None]
 """(layer path, batch size, device) → factors [B] that do not depend on the gradients, or None."""
 
+Follow = Callable[[int | None], Callable[[], None]]
+"""(batch size of a forward pass) → what to call when a backward pass reaches the model's output in it."""
+
 
 class Asker:
     """Knows the policy, and while that runs, what it is asked about."""
 
-    def __init__(self, policy: Policy, known: Known | None, joint: bool) -> None:
-        self._policy, self._known, self.joint = policy, known, joint
+    def __init__(self, policy: Policy, known: Known | None, joint: bool, follow: Follow | None = None) -> None:
+        self._policy, self._known, self.joint, self.follow = policy, known, joint, follow
+        self.followed: WeakSet[Uses] = WeakSet()
+        """With `follow`: the uses of layers in every forward pass whose graph is there."""
         self._asked: tuple[Pass, dict[str, Part]] | None = None
 
     @contextmanager
@@ -54,20 +60,22 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None:  # found out after some of its calls
             return layer.plain(uses, needed)
+        if uses.forward.question is not None:
+            uses.forward.question()
         met, unread = uses.found, None
         try:
-            found = layer.check(uses)
+            found, axis = layer.check(uses)
         except ValueError as error:
-            unread = UnreadGrads(layer.module, met, needed, error.with_traceback(None))
+            unread = UnreadGrads(layer.operation, met, needed, error.with_traceback(None))
         if unread is not None:
             return self._answered(layer, uses, unread, {})
         if self._known is not None:
-            z, axis = found[0][1], layer.axis or 0
+            z = found[0][1]
             factors = self._known(layer.path, z.shape[axis], z.device)
             if factors is not None:
                 layer.check_factors(factors, z.shape[axis])
-                return layer.sum(found, needed, factors)
-        part: Part = layer.module, found, needed, layer.axis or 0
+                return layer.sum(found, needed, axis, factors)
+        part: Part = layer.operation, found, needed, axis
         return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
 
     def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
@@ -84,6 +92,8 @@ class Asker:
 
     def of_all(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
+        if group[0].forward.question is not None:
+            group[0].forward.question()
         result: list[Tensor | None] = [None] * (2 * len(group))
         parts: dict[str, Part] = {}
         grads: dict[str, LayerGrads] = {}
@@ -96,10 +106,11 @@ class Asker:
                 met.append((own, layer))
                 found = uses.found
                 try:
-                    part: Part = layer.module, layer.check(uses), needed[own], layer.axis or 0
+                    read, axis = layer.check(uses)
                 except ValueError as error:
-                    grads[layer.path] = UnreadGrads(layer.module, found, needed[own], error.with_traceback(None))
+                    grads[layer.path] = UnreadGrads(layer.operation, found, needed[own], error.with_traceback(None))
                 else:
+                    part: Part = layer.operation, read, needed[own], axis
                     parts[layer.path], grads[layer.path] = part, LayerGrads(*part)
         if not met:
             return result
@@ -113,6 +124,10 @@ class Asker:
             result[own] = layer.combine(grads[layer.path], answers.get(layer.path))
             layer.left_out = isinstance(grads[layer.path], UnreadGrads)
         return result
+
+    def upcoming(self) -> list[str]:
+        """Returns what `Reweighting.upcoming` does."""
+        return sorted(uses.layer.path for uses in self.followed if upcoming(uses))
 
     @property
     def output_grad(self) -> Tensor | None:

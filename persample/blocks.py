@@ -17,9 +17,8 @@ Factors keep the precision they were captured in; reductions accumulate half pre
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -27,21 +26,13 @@ from torch import Tensor
 
 from persample.convolution import ConvSpec
 
-Kind = TypeVar("Kind", bound="Block")
-
 
 class Block:
     """Base of all blocks: `batch` rows, each of the parameter's `shape`."""
 
-    def at(self: Kind, samples: slice | Tensor) -> Kind:
+    def at(self, samples: slice | Tensor) -> Block:
         """The rows of some samples: every tensor that a block holds counts them along dimension 0."""
-        held: dict[str, Any] = vars(self)
-        chosen = {
-            name: value[samples] if isinstance(value, Tensor) else value.at(samples)
-            for name, value in held.items()
-            if isinstance(value, Tensor | Block)
-        }
-        return replace(self, **chosen)  # type: ignore[type-var]
+        return with_factors(self, lambda factor: factor[samples])
 
     @property
     def batch(self) -> int:
@@ -78,6 +69,15 @@ class Block:
     def nbytes(self) -> int:
         """Bytes held by the factors."""
         return sum(factor.nbytes for factor in self.factors)
+
+
+def with_factors(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
+    """Returns the block with other tensors for its factors."""
+    if isinstance(block, Pulled):
+        return replace(block, inner=with_factors(block.inner, change))
+    held = {each.name: getattr(block, each.name) for each in fields(block)}  # type: ignore[arg-type]
+    tensors = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
+    return replace(block, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

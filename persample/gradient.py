@@ -30,7 +30,7 @@ class Gradient:
 
     def zeros(self, *leading: int) -> Tensor:
         """Zeros [*leading, *shape] in the precision of the results."""
-        return full_precision(self.parameter.new_zeros(*leading, *self.parameter.shape))
+        return full_precision(self.parameter.new_zeros((*leading, *self.parameter.shape)))
 
     def materialise(self, out: Tensor | None = None) -> Tensor:
         """g_b, [B, *shape]."""

@@ -129,8 +129,10 @@ class LayerGrads:
         """Of the weight and of the bias: a block each."""
         return [(block,) for block in (self._weight, self._bias) if block is not None]
 
-    def gram(self) -> Float[Tensor, "batch batch"]:
+    def gram(self, other: LayerGrads | None = None) -> Float[Tensor, "batch other"]:
         """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`.
+
+        other: the gradients h_b of the same layer on other samples, from `with_uses`: then K_ab = ⟨g_a, h_b⟩.
 
         >>> model, seen = nn.Linear(2, 1, bias=False), {}
         >>> with persample.reweight(model, lambda layer, grads: seen.update({layer: grads.gram()})):
@@ -140,7 +142,24 @@ class LayerGrads:
                 [ 4.,  1.]])
         """
         self._form()
-        return sums.add([sums.gram(uses, uses) for uses in self._parts])
+        ours = self._parts
+        pairs = zip(ours, ours if other is None else other._parts, strict=True)
+        return sums.add([sums.gram(*pair) for pair in pairs])
+
+    def with_uses(self, uses: Sequence[tuple[Tensor, Tensor]]) -> LayerGrads:
+        """Returns the gradients of the same layer for other uses of it: (x, z) of each call, samples on axis 0.
+
+        >>> model, seen = nn.Linear(2, 1, bias=False), {}
+        >>> def policy(layer, grads):
+        ...     elsewhere = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]), torch.ones(3, 1)  # other samples
+        ...     seen[layer] = grads.gram(grads.with_uses([elsewhere]))
+        >>> with persample.reweight(model, policy):
+        ...     model(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+        >>> seen[""]
+        tensor([[8., 3., 0.],
+                [2., 0., 0.]])
+        """
+        return LayerGrads(self._module, uses, self._needed, 0)
 
     def norms(self) -> Float[Tensor, " batch"]:
         """Returns ‖g_b‖.

@@ -15,6 +15,7 @@ from persample.backends import Capture
 from persample.blocks import Block
 from persample.cancellation import lengths
 from persample.explanation import Explanation, explained
+from persample.factors import held, owned, portable, watched
 from persample.gradient import Gradient
 from persample.precision import full_precision
 from persample.reductions import overwrites
@@ -30,11 +31,7 @@ def reduction(method: Method) -> Method:
 
     @wraps(method)
     def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
-        if any(factor._version != version for factor, version in self._versions):
-            raise RuntimeError(
-                "a tensor that these per-sample gradients are formed from was modified in place after they were "
-                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
-            )
+        self._require()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
@@ -53,24 +50,36 @@ class PerSampleGrads:
     (torch.Size([2]), 2, 'outputs')
     """
 
-    def __init__(self, capture: Capture, parameters: Mapping[str, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        parameters: Mapping[str, Tensor],
+        backend: str,
+        caller: frozenset[int] = frozenset(),
+    ) -> None:
+        """`caller`: the `persample.unchanged.addresses` of tensors that others may write to."""
         self.losses: Float[Tensor, " batch"] = capture.losses
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
         self._apart: dict[str, Tensor] = {}
         """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
+        uses = owned(capture.uses, caller)
         self._gradients = {
-            name: Gradient(parameter, capture.uses.get(name, ()), capture.losses)
-            for name, parameter in parameters.items()
+            name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
         }
-        self._versions = [
-            (factor, factor._version)
-            for gradient in self._gradients.values()
-            for block in gradient.blocks
-            for factor in block.factors
-            if not factor.is_inference()
-        ]
+        self._unchanged = watched(self._gradients.values(), caller)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, pickled and saved: the factors, and of the parameters their shapes."""
+        self._require()
+        gradients = portable(self._gradients)
+        parameters = {name: gradient.parameter for name, gradient in gradients.items()}
+        return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._unchanged = watched(self._gradients.values(), frozenset())
 
     def __repr__(self) -> str:
         held = sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
@@ -180,10 +189,7 @@ class PerSampleGrads:
                 [ 4.,  1.]])
         """
         if other is not None and not isinstance(other, PerSampleGrads):
-            raise ValueError(
-                f"other must be what per_sample returned for another batch, without chunk_size; got "
-                f"{type(other).__name__}. For inner products with given vectors there is dot(vectors)"
-            )
+            return _transposed(refuse_other(other).gram(per, self))
         self._condense()
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
@@ -195,6 +201,7 @@ class PerSampleGrads:
         if other is None:
             matrices = self._each(lambda _, gradient: gradient.gram(gradient))
         else:
+            other._require()
             theirs = other._held()
             matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
         return _total(self._group(matrices, per, (self.batch, right.batch)), per)
@@ -245,6 +252,8 @@ class PerSampleGrads:
         if unknown:
             raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
         for name, vector in vectors.items():
+            if not isinstance(vector, Tensor):
+                raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
             if vector.shape != self._parameters[name].shape:
                 raise ValueError(
                     f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
@@ -316,9 +325,17 @@ class PerSampleGrads:
 
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
-        self._gradients = {name: gradient.condensed() for name, gradient in self._gradients.items()}
-        held = {id(factor) for gradient in self._gradients.values() for b in gradient.blocks for factor in b.factors}
-        self._versions = [(factor, version) for factor, version in self._versions if id(factor) in held]
+        before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
+        if any(self._gradients[name] is not each for name, each in before.items()):
+            self._unchanged.forget(held(self._gradients.values()))
+
+    def _require(self) -> None:
+        """Raises `RuntimeError` unless factors are as they were captured."""
+        if not self._unchanged.still():
+            raise RuntimeError(
+                "a tensor that these per-sample gradients are formed from was modified in place after they were "
+                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
+            )
 
     # --- all parameters -------------------------------------------------------------------------------------
 
@@ -326,6 +343,8 @@ class PerSampleGrads:
         if not isinstance(out, Mapping):
             raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
         for name, buffer in out.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
             if name not in self._parameters:
                 raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
             parameter = self._parameters[name]
@@ -404,6 +423,24 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def refuse_other(other: Any) -> Any:
+    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
+        raise ValueError(
+            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
+            "with given vectors there is dot(vectors)"
+        )
+    return other
+
+
+def _transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+
+
 def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
     return values[""] if per == "total" else values
 
@@ -412,7 +449,7 @@ def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
     try:
         positive = bool(max_norm > 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         positive = False
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")

@@ -137,6 +137,8 @@ def _whole(site: Site, weights: Tensor) -> Tensor:
 
 def weigh(z: Tensor, owner: Owner, weights: Tensor) -> Tensor:
     """z with each entry multiplied by its owner's weight."""
+    if not len(weights):
+        return z  # of an empty batch: zeros, for nobody's losses
     each = weights.to(z.dtype.to_real())[owner.ids.clamp(min=0)]  # entries of nobody are zero
     return z * (each if owner.axis is None else each.view([-1 if d == owner.axis else 1 for d in range(z.ndim)]))
 

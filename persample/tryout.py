@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +14,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from persample import trial
-from persample.folded import Reading
-from persample.provenance import Provenance
+from persample.folded import Reading, usual
+from persample.output_graph import Calls, OutputGraph
+from persample.precision import full_precision
+from persample.provenance import Provenance, tensors_of
+from persample.taps import Pass, Uses
+from persample.time_first import Ends, Question, by_model
 from persample.weights import Layer
 
 _REMEMBERED = 1000
+_OUTPUT = "output"
+"""Stands for a layer: the model's output."""
 
 
 class Tryout:
@@ -30,12 +38,15 @@ class Tryout:
     def __init__(self, model: nn.Module, watching: Callable[[], AbstractContextManager[None]]) -> None:
         self._model, self._watching = model, watching
         self._unsure: dict[trial.Key, list[Reading]] = {}
+        self._outputs: set[Reading] = set()  # how trials have told to read what the model returns
         self._calls: Counter[trial.Key] = Counter()
         self._signature: Any = None  # of the running pass
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
+        self.axis: int | None = None
+        """The axis of the first tensor that counts samples, where it is known: 1 in models that take time first."""
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
-        self.running: dict[Layer, list[tuple[trial.Shape, Tensor]]] | None = None
+        self.running: dict[Any, list[tuple[trial.Shape, Tensor]]] | None = None
         """While the model is tried out: shapes and marks of the outputs of each layer."""
 
     def begin(self, args: tuple, kwargs: dict) -> None:
@@ -63,26 +74,50 @@ class Tryout:
             self._unsure[layer, shape] = candidates
             self._calls[layer, shape] += 1
 
-    def end(self, args: tuple, kwargs: dict, batch: int | None, *, first: bool) -> None:
-        """The pass ends: tries the model out if need be.
+    def end(
+        self,
+        args: tuple,
+        kwargs: dict,
+        output: Any,
+        uses: Mapping[Layer, Uses],
+        forward: Pass,
+        shape: trial.Shape,
+        *,
+        first: bool,
+    ) -> None:
+        """The pass ends: reads the graph behind the output if the shapes are new, and tries the model out if need be.
 
         Arguments:
             args, kwargs: of the model.
-            batch: how many samples it was called with.
+            output: of the model.
+            uses: of the layers that the pass has met.
+            forward: the pass.
+            shape: of the first tensor that the model was given.
             first: whether it was the first pass.
         """
+        readable = {layer: each for layer, each in uses.items() if layer.provable}
+        if self.new and readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
+            self._look_at_time(output, readable, forward, shape)
+        batch = forward.batch
+        behind = OutputGraph.behind(output, batch, self.axis or 0) if self.new and batch and batch > 1 else None
+        ways = {} if behind is None else behind.ways(readable)
         if self.new:  # a pass that raised will be new again
             if len(self._met) == _REMEMBERED:  # a number that counts steps, say
                 self._met.clear()
             self._met.add(self._signature)
         # As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
         # one sample at a time, with as many positions.
+        settled = _settle(next(iter(ways.values())), batch or 0, {}) if len(ways) == 1 else set()
         unsure = {
             key: each
             for key, each in self._unsure.items()
-            if len(each) > 1 or not each[0].ordinary or key[0].selected or (batch and self._calls[key] % batch == 0)
+            if key not in settled
+            and (len(each) > 1 or not each[0].ordinary or key[0].selected or (batch and self._calls[key] % batch == 0))
         }
-        if unsure and _together(self._model):
+        doubtful: dict[trial.Key, list[Reading]] = {}
+        if behind is not None and behind.doubtful is not None and len(ways) > 1:
+            doubtful[_OUTPUT, behind.doubtful[0]] = behind.doubtful[1]
+        if (unsure or doubtful) and _together(self._model):
             # Every process must run the model as often as the others: only what depends on no batch is tried.
             tried = {key: each for key, each in unsure.items() if first and not _one_axis(each)}
             for layer, _ in unsure.keys() - tried.keys():
@@ -90,24 +125,73 @@ class Tryout:
                     "it was not tried out with other samples, because processes share a forward pass (FSDP, DDP, "
                     "SyncBatchNorm), and only their first one is sure to be alike in all"
                 )
-            unsure = tried
-        self._unsure = unsure
-        if unsure and batch is not None:
-            confirmed = {key: key[0].usual(each) for key, each in unsure.items() if key[0].readings}
+            unsure, doubtful = tried, doubtful if first else {}
+        self._unsure = unsure | doubtful
+        if self._unsure and batch is not None:
+            confirmed = {
+                key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings
+            }
+            confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
             selected = {key: _rounding(key[0]) for key in unsure if key[0].selected}
-            found = trial.readings(self._model, self.rehearse, args, kwargs, unsure, batch, confirmed, selected)
+            found = trial.readings(self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected)
+            for key in doubtful:
+                told = found.get(key)
+                if told is not None and told in ways:
+                    settled |= _settle(ways[told], batch, found)
+                    self._outputs.add(told)
             for layer, shape in unsure:
                 layer.note = "a trial with other samples did not tell how to read its rows"
-                if (layer, shape) in found:
+                if (layer, shape) in found and (layer, shape) not in settled:
                     layer.settle(shape, batch, found[layer, shape])
         self.forget()
 
-    def rehearse(self, args: tuple, kwargs: dict) -> dict[Layer, list[tuple[trial.Shape, Tensor]]]:
+    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> None:
+        """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow."""
+        steps, samples, *_ = shape
+        ends = Ends.of(output, (steps, samples)) if min(steps, samples) > 1 else None
+        if ends is None:
+            return
+        answer = by_model(ends)
+        if answer is None:
+            forward.question = partial(self._ask_losses, forward, Question(ends, uses), shape)
+        elif not answer:
+            self.axis = 0
+        else:
+            self._time_first(uses, forward, samples)
+            self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._unsure}
+            self._unsure = {key: each for key, each in self._unsure.items() if each}
+
+    def _time_first(self, layers: Iterable[Layer], forward: Pass, samples: int) -> None:
+        self.axis, forward.batch = 1, samples
+        for layer in layers:
+            layer.forget()
+
+    def _ask_losses(self, forward: Pass, question: Question, shape: trial.Shape) -> None:
+        """In the first backward pass."""
+        forward.question = None
+        proven = question.answer() if self.axis is None else None
+        self.axis = self.axis or 0
+        if proven is not None:
+            steps, samples = shape[:2]
+            self._time_first(proven, forward, samples)
+            _settle(proven, samples, {})
+            warnings.warn(
+                f"The losses of this batch are [{samples}], one for each entry of axis 1 of the model's input, "
+                f"{list(shape)}, and its axis 0 is their mean or sum: these {samples} are taken for the samples from "
+                f"now on, and not the {steps} of axis 0 (persample.reweight). Say which by batch_axis=1, or "
+                "batch_axis=0, and this warning goes",
+                stacklevel=2,
+            )
+
+    def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[trial.Shape, Tensor]]]:
         """Runs the model; shapes and marks of outputs by layer."""
         self.running = {}
         try:
             with self._watching():
-                self._model(*args, **kwargs)
+                output = self._model(*args, **kwargs)
+            for each in tensors_of(output):
+                if (_OUTPUT, tuple(each.shape)) in self._unsure:
+                    self.running.setdefault(_OUTPUT, []).append((tuple(each.shape), full_precision(each)))
             return self.running
         finally:
             self.running = None
@@ -118,6 +202,33 @@ class Tryout:
         noted = self.running.setdefault(layer, [])
         if output is not None and (layer, tuple(output.shape)) in self._unsure:
             noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
+
+
+def _settle(proven: Mapping[Layer, Calls], batch: int, tried: Mapping[trial.Key, Reading | None]) -> set[trial.Key]:
+    """Settles the outputs of which it is proven what they hold, and returns them.
+
+    Arguments:
+        proven: by layer.
+        batch: number of samples B.
+        tried: what a trial has told. Where it is something else, the rows lie in another order than in the output.
+    """
+    settled: set[trial.Key] = set()
+    for layer, calls in proven.items():
+        readings: dict[trial.Shape, set[Reading | None]] = {shape: set() for shape in calls.shapes.values()}
+        for number, shape in calls.shapes.items():
+            each = calls.proven.get(number)
+            readings[shape].add(None if each is None else each.reading)
+        parts = any(each.count != batch for each in calls.proven.values())
+        if parts or any(len(each - {None}) > 1 for each in readings.values()):
+            layer.settle_segments(batch, calls.number, calls.proven)
+            settled |= {(layer, shape) for shape in readings}
+            continue
+        for shape, found in readings.items():
+            reading = next(iter(found))
+            if len(found) == 1 and reading is not None and tried.get((layer, shape), reading) == reading:
+                layer.settle(shape, batch, reading)
+                settled.add((layer, shape))
+    return settled
 
 
 def _aten(names: str) -> frozenset[Any]:
