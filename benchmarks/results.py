@@ -8,17 +8,13 @@ entry     status, difference from ours, calls, rounds, wall and process seconds,
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from persample.machine import environment
 from persample.measure import Ratio
 
 FORMAT = 1
@@ -28,41 +24,9 @@ CLOCKS = ("wall", "process")
 Results = dict[str, Any]
 
 
-def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Which of the packages are installed, None for those that are not."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on besides the code; names no machine and no user."""
-    found = {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "versions": versions(PACKAGES),
-    }
-    if device.startswith("cuda"):
-        found["gpu"], found["cuda"] = torch.cuda.get_device_name(device), torch.version.cuda
-    return found
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
 def new(settings: Mapping[str, Any], device: str) -> Results:
     """Results without a model."""
-    return {"format": FORMAT, "settings": dict(settings), "environment": environment(device), "models": {}}
+    return {"format": FORMAT, "settings": dict(settings), "environment": environment(device, PACKAGES), "models": {}}
 
 
 def load(path: Path) -> Results:

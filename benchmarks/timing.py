@@ -6,14 +6,11 @@ time and the processor time of the process are both kept: the second hardly depe
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import random
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.models import Problem
 from benchmarks.variants import OURS, STEPS, VARIANTS, Step, Variant, rows_nbytes
+from persample.machine import quiet
 
 SHORTEST = 0.02
 """Seconds: shorter steps are repeated within a repetition until they take about that long."""
@@ -138,20 +136,6 @@ def fill_speed(device: str, nbytes: int = 2**29, repeats: int = 5) -> dict[str, 
 def load() -> float | None:
     """Mean number of running processes in the last minute, where the system tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of other libraries, and no garbage collection in the middle of a step."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _first(step: Step, times: Times, variant: Variant) -> Any:

@@ -57,8 +57,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import environment as machine
-from benchmarks.results import versions
+from persample.machine import environment as machine
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
@@ -255,7 +254,7 @@ def open_record(experiment: Experiment, scale: str, device: str, settings: Setti
 
 def surroundings(device: str) -> dict[str, Any]:
     """What figures depend on besides the code and the settings; names no machine and no user."""
-    return {**machine(device), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
+    return {**machine(device, PACKAGES), "threads": torch.get_num_threads()}
 
 
 def revision() -> str | None:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks.timing import quiet
 from experiments.fresh import Show, in_fresh_process
 from experiments.models import Transformer
 from experiments.record import Context, Experiment, Result, Settings
@@ -37,6 +36,7 @@ from experiments.step_time_ratios import shares
 from experiments.step_time_report import draw, report
 from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
 from fngd.models import build_model
+from persample.machine import quiet
 
 METHODS = ("sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd")
 MODELS = ("resnet32", "resnet110", "resnet18", "resnet34", "transformer")

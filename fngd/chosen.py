@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fngd.distributed import Exchange
 from fngd.members import Part, attention_parameters, members, unseen
-from fngd.sharers import conflicts, never_preconditioned
+from fngd.sharers import NO_FACTORS, conflicts, is_transposed, never_preconditioned
+from persample import LayerGrads
 from persample.reweight import Reweighting
 
 Groups = list[dict[str, Any]]
@@ -25,7 +26,7 @@ class Chosen:
     handle: Reweighting
 
     def __init__(self, model: nn.Module, *, functions: bool) -> None:
-        self._model, self._with_functions = model, functions
+        self._model, self.functions = model, functions
         self._plain = never_preconditioned(model)
         self.modules: dict[str, nn.Module] = {
             path: module
@@ -41,7 +42,7 @@ class Chosen:
 
     def parameters(self) -> set[Tensor]:
         """Returns the parameters that are known to belong to layers."""
-        found = set(attention_parameters(self._model)) if self._with_functions else set()
+        found = set(attention_parameters(self._model)) if self.functions else set()
         for module in self.modules.values():
             found.update(param for param in module._parameters.values() if param is not None)
         return found
@@ -78,6 +79,12 @@ class Chosen:
             self._met.add(layer)
             self._changed = True
 
+    def has_factors(self, layer: str, grads: LayerGrads) -> bool:
+        """Whether Kronecker factors are kept for it; of a function its gradients tell."""
+        if layer not in self.modules and is_transposed(grads):
+            self._plain[layer] = NO_FACTORS
+        return layer not in self._plain
+
     def look(self) -> None:
         """Notes what the layers met are, and which of them share parameters."""
         if not self._changed:
@@ -87,6 +94,8 @@ class Chosen:
         if self._functions:
             used = {path: members(self.handle, path) for path in sorted(self._met)}
             self._plain |= conflicts(self._model, used, self._functions)
+        for path, users in self.handle.besides().items():
+            self._plain.setdefault(path, f"its weight is used besides calling it, by {users}")
 
     def agree(self, exchange: Exchange) -> tuple[str, ...]:
         """Returns the layers that every process can precondition, in the same order in each of them.
@@ -118,5 +127,7 @@ class Chosen:
                 reason = "plain: its bias is no parameter, nor rows of one"
             elif reason.startswith("reweighted") and self.members(path, groups) is None:
                 reason = "plain: its weight is in no group with precondition=True"
-            result[path] = reason.replace("reweighted", "preconditioned")
-        return result | unseen(self._model, list(result), functions=self._with_functions)
+            if reason.startswith("reweighted"):
+                reason = "preconditioned" + reason.removeprefix("reweighted")
+            result[path] = reason
+        return result | unseen(self._model, list(result), functions=self.functions)

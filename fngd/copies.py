@@ -10,8 +10,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fngd.checks import Checked
 
-class Copied:
+
+class Copied(Checked):
     """Part of an optimiser whose constructor takes `params`: `copy.deepcopy` and `pickle`, best with the model.
 
     >>> import copy
@@ -26,8 +28,8 @@ class Copied:
     state_dict: Callable[[], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Keeps what the constructor is given."""
-        self = super().__new__(cls)
+        """Checks and keeps what the constructor is given."""
+        self = super().__new__(cls, *args, **kwargs)
         self._given = args, kwargs
         return self
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fngd.coefficients import is_number
+
 ADAPTIVE = "adaptive"
 
 
@@ -83,8 +85,8 @@ def damping_of(given: Damping) -> float | Callable[[int], float] | Adaptive:
         return Adaptive()
     if isinstance(given, Adaptive) or callable(given):
         return given
-    if not 0 <= given < math.inf:
+    if not is_number(given) or not 0 <= given < math.inf:
         raise ValueError(
-            f"damping={given}; it must be ≥ 0 and finite (1e-8 is a start for float64, 1e-3 for noisy data)"
+            f"damping={given!r}; it must be ≥ 0 and finite (1e-8 is a start for float64, 1e-3 for noisy data)"
         )
     return float(given)

@@ -12,17 +12,18 @@ inputs do not vary; the public code averages both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fngd.groups import fraction, sgd_options
 from fngd.joint import Found, Ranks, joined_sums
 from fngd.layerwise import LayerPreconditioned, State
+from fngd.options import LayerOptions, showing
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -33,7 +34,6 @@ from fngd.statistics import (
     sample_count,
     summed_samples,
 )
-from persample.reweight import BatchAxis
 
 PRESETS = (None, "eva")
 PRESET_SAMPLES = 16
@@ -133,49 +133,19 @@ class Eva(LayerPreconditioned):
     >>> opt.zero_grad()
     """
 
+    @showing(LayerPreconditioned.__init__)
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        damping: float = 0.03,
         average: float | None = None,
         statistics_every: int = 1,
-        kl_clip: float | None = 1e-3,
-        reduction: str = "mean",
-        other: str = "sgd",
-        other_options: Mapping[str, Any] | None = None,
-        scaler: Any = None,
         preset: str | None = None,
-        process_group: Any = None,
-        batch_axis: BatchAxis | None = None,
-        functions: bool = True,
+        **options: Unpack[LayerOptions],
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         if average is None:
             average = 0.95 if preset is None else 0.05
-        fraction("average", average)
-        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
-        super().__init__(
-            model,
-            params,
-            MeanVectors(average, preset),
-            defaults,
-            statistics_every=statistics_every,
-            inverse_every=statistics_every,
-            kl_clip=kl_clip,
-            reduction=reduction,
-            other=other,
-            other_options=other_options,
-            scaler=scaler,
-            seed=0,
-            process_group=process_group,
-            batch_axis=batch_axis,
-            functions=functions,
-        )
+        super().__init__(model, params, MeanVectors(average, preset), statistics_every, statistics_every, **options)

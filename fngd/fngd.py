@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from fngd.distributed import world_size
 from fngd.groups import first_parameter
+from fngd.members import parameter_of
 from fngd.met import Met
 from fngd.natural import NaturalSGD
 from fngd.ngd import NGD
@@ -97,6 +98,25 @@ class FNGD(NaturalSGD):
             )
         super().__init__(model, params, seed=seed, **options)
         self._met = Met(self._policy.exchange)
+
+    def _check_probe(self) -> None:
+        path = None if self._table is None else self._table.probe_layer
+        if path is None:
+            return
+        known = self._handle.layers
+        if path in known and self._chosen(path):
+            return
+        if path in self._handle.explain():
+            raise ValueError(
+                f"probe_layer={path!r} takes the plain gradient or is another layer's second name, and would never "
+                f"be probed. Choose one of {[each for each in known if self._chosen(each)]}"
+            )
+        weight = parameter_of(self._model, path) if self._functions else None
+        if weight is None or weight.dim() != 2:
+            raise ValueError(
+                f"probe_layer={path!r} is no layer of the model. Its layers are {list(known)}; a weight that a "
+                "function uses goes by its name"
+            )
 
     def next_batch(self, sample_ids: Tensor) -> None:
         """Announces which samples the coming backward pass sees, integers [B]; with share="sample" only.

@@ -23,12 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from fngd.checks import RATE, Checked, Kind, check_options
 from fngd.damping import Adaptive, Damping, damping_of
 from fngd.forms import COUNT, NUMBER, Maybe, Where, check_form
 from fngd.jacobian import flatten
@@ -67,13 +69,13 @@ class StepInfo:
     """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
 
 
-RATE = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
+LAMBDA = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
 START = Where(NUMBER, lambda value: 0 < value <= 1, "a number > 0, at most 1")
-FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(RATE)}}
+FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(LAMBDA)}}
 """Of what a state has besides torch's part."""
 
 
-class GaussNewton(Optimizer):
+class GaussNewton(Checked, Optimizer):
     """Damped Gauss–Newton with SPRING momentum and a line search; a `torch.optim.Optimizer` for residuals.
 
     `opt.step(closure)` minimises L = ½ Σ_g w_g·mean_b r_gb² over the residual groups g that the closure returns: one
@@ -121,6 +123,9 @@ class GaussNewton(Optimizer):
     True
     """
 
+    _kinds = MappingProxyType({"lr": RATE, "damping": Kind("checked by damping_of")})
+    _models_as_params = True
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -137,8 +142,6 @@ class GaussNewton(Optimizer):
         sketch: SketchOptions | None = None,
         check: bool = True,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}; it must be in [0, 1)")
         form = FormOptions(gram, chunk_size, solve, max_samples, sketch or SketchOptions(), check)
         check_weights(weights)
         self.damping = damping_of(damping)
@@ -153,8 +156,7 @@ class GaussNewton(Optimizer):
         """Adds a group, as any optimiser does. Raises ValueError for lr ≤ 0 or parameters that are not real."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not 0 < group["lr"] < math.inf:
-            raise ValueError(f"lr={group['lr']}; it must be > 0 (1 is the full Gauss–Newton step)")
+        check_options({"lr": group["lr"]}, self._kinds)
         kinds = {(p.dtype, p.device) for each in self.param_groups for p in each["params"]}
         if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
             raise ValueError(

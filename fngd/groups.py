@@ -6,10 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fngd.coefficients import is_number
+from fngd.checks import check_options
 from fngd.first_order import ADAMW, RULES
+
+GROUPED = (
+    "lr", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "precondition", "damping", "betas", "eps",
+)  # fmt: skip
+"""Options that a parameter group may have of its own."""
 
 
 def first_order_groups(
@@ -29,6 +34,7 @@ def first_order_groups(
     unknown = sorted(set(given) - set(ADAMW))
     if unknown:
         raise ValueError(f"other_options has {unknown}; AdamW takes {list(ADAMW)}")
+    check_options(given)
     listed = list(params)
     if not listed:
         raise ValueError("there are no parameters to optimise: the model has none, or params= is empty")
@@ -52,15 +58,6 @@ def first_order_groups(
         if outside:
             result.append({**group, **ADAMW, **given, "params": outside, "rule": "adamw", "precondition": False})
     return result
-
-
-def refuse_parameters(model: Any, method: str) -> None:
-    """Raises TypeError where something else than a model was given, as other optimisers want it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{method} looks at the layers of a model: give the model itself, {method}(model, lr=...), not its "
-            f"parameters; got {type(model).__name__}. To optimise some parameters alone name them by params="
-        )
 
 
 def sgd_options(
@@ -90,40 +87,18 @@ def first_parameter(groups: Iterable[Mapping[str, Any]]) -> Tensor:
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError for a parameter group with an option out of range."""
-    for name in ("lr", "momentum", "weight_decay"):
-        if not is_number(group[name]) or not group[name] >= 0:
-            raise ValueError(f"{name}={group[name]!r}; it must be at least 0")
+    check_options({name: group[name] for name in GROUPED if name in group})
+    if group.get("foreach") is not None:
+        check_options({"foreach": group["foreach"]})
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0")
-    if not isinstance(group["precondition"], bool):
-        raise ValueError(f"precondition={group['precondition']!r}; it must be True or False")
     if group["rule"] not in RULES:
         raise ValueError(f"rule={group['rule']!r} is unknown; choose one of {list(RULES)}")
-    if "damping" in group:
-        positive("damping", group["damping"])
-        if group["damping"] == math.inf:
-            raise ValueError("damping=inf makes every step 0; for the plain gradient give precondition=False")
+    if group.get("damping") == math.inf:
+        raise ValueError("damping=inf makes every step 0; for the plain gradient give precondition=False")
 
 
 def check_scaler(scaler: Any) -> None:
     """Raises ValueError unless it is a GradScaler, or None."""
     if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("scale", "is_enabled")):
         raise ValueError(f"scaler={type(scaler).__name__}; it must be the GradScaler that scales the loss, or None")
-
-
-def positive(name: str, value: Any) -> None:
-    """Raises ValueError unless the value is a number > 0 (NaN is none)."""
-    if not is_number(value) or not value > 0:
-        raise ValueError(f"{name}={value!r}; it must be a number > 0")
-
-
-def whole(name: str, value: Any) -> None:
-    """Raises ValueError unless the value is a whole number ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
-
-
-def fraction(name: str, value: Any) -> None:
-    """Raises ValueError unless 0 ≤ value < 1."""
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r}; it must be at least 0 and less than 1")

@@ -158,7 +158,11 @@ def reduction_of(loss: Tensor) -> str | None:
     >>> reduction_of(nn.functional.mse_loss(torch.zeros(3, requires_grad=True), torch.ones(3)))
     'mean'
     """
-    node = loss.grad_fn
+    return node_reduction(loss.grad_fn)
+
+
+def node_reduction(node: Any) -> str | None:
+    """Returns the same of a loss's node."""
     if node is None:
         return None
     if node.name() in ("MeanBackward0", "SumBackward0"):

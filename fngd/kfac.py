@@ -15,17 +15,18 @@ layer are treated as those of a convolution. A convolution with groups has a pai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fngd.groups import fraction, sgd_options
 from fngd.joint import Found, Ranks, joined_sums
 from fngd.layerwise import LayerPreconditioned, State
+from fngd.options import LayerOptions, showing
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -36,7 +37,6 @@ from fngd.statistics import (
     sample_count,
     second_moments,
 )
-from persample.reweight import BatchAxis
 
 INVERSES = ("eigen", "cholesky")
 PRESETS = (None, "kfac-pytorch")
@@ -221,8 +221,8 @@ class KFAC(LayerPreconditioned):
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.joint`), gradients are as DDP or FSDP2 deliver them.
         batch_axis: see `persample.reweight`.
-        functions: the projections of `nn.MultiheadAttention` and weights given to `F.linear` count as linear layers;
-            as for `NGD`.
+        functions: the projections of `nn.MultiheadAttention` and parameters in products with data (`F.linear`, `x @ w`,
+            `torch.addmm`, `F.conv2d`, …) count as layers; as for `NGD`.
 
     Raises:
         ValueError: an argument out of range, or a model that is reweighted already.
@@ -240,51 +240,22 @@ class KFAC(LayerPreconditioned):
     >>> opt.zero_grad()
     """
 
+    @showing(LayerPreconditioned.__init__)
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        damping: float = 0.03,
         average: float = 0.95,
         statistics_every: int = 1,
         inverse_every: int = 10,
         inverse: str = "eigen",
-        kl_clip: float | None = 1e-3,
-        reduction: str = "mean",
-        other: str = "sgd",
-        other_options: Mapping[str, Any] | None = None,
-        scaler: Any = None,
         preset: str | None = None,
-        process_group: Any = None,
-        batch_axis: BatchAxis | None = None,
-        functions: bool = True,
+        **options: Unpack[LayerOptions],
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"inverse={inverse!r} is unknown; choose one of {list(INVERSES)}")
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
-        fraction("average", average)
-        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
-        super().__init__(
-            model,
-            params,
-            KroneckerFactors(average, inverse, preset),
-            defaults,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-            kl_clip=kl_clip,
-            reduction=reduction,
-            other=other,
-            other_options=other_options,
-            scaler=scaler,
-            seed=0,
-            process_group=process_group,
-            batch_axis=batch_axis,
-            functions=functions,
-        )
+        method = KroneckerFactors(average, inverse, preset)
+        super().__init__(model, params, method, statistics_every, inverse_every, **options)

@@ -6,7 +6,7 @@ gradients to the method. Gradients are preconditioned layer by layer, and scaled
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,13 +15,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fngd.chosen import Chosen
+from fngd.coverage import told
 from fngd.discarded import FirstPass
 from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
 from fngd.forms import REMEDY, Table, Where, check_form
-from fngd.groups import check_scaler, first_order_groups, first_parameter, positive, refuse_parameters, whole
+from fngd.groups import (
+    check_scaler,
+    first_order_groups,
+    first_parameter,
+    sgd_options,
+)
 from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
+from fngd.loss_scale import FirstScale
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_layers, check_sizes, check_state, not_compiled
@@ -70,25 +77,25 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         model: nn.Module,
         params: Iterable[Any] | None,
         method: Method,
-        defaults: dict[str, Any],
-        *,
         statistics_every: int,
         inverse_every: int,
-        kl_clip: float | None,
-        reduction: str,
-        other: str,
-        other_options: Mapping[str, Any] | None,
-        scaler: Any,
-        seed: int,
-        process_group: Any,
-        batch_axis: BatchAxis | None,
-        functions: bool,
+        seed: int = 0,
+        *,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        damping: float = 0.03,
+        kl_clip: float | None = 1e-3,
+        reduction: str = "mean",
+        other: str = "sgd",
+        other_options: Mapping[str, Any] | None = None,
+        scaler: Any = None,
+        process_group: Any = None,
+        batch_axis: BatchAxis | None = None,
+        functions: bool = True,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
-        whole("statistics_every", statistics_every)
-        whole("inverse_every", inverse_every)
-        if kl_clip is not None:
-            positive("kl_clip", kl_clip)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
         check_scaler(scaler)
@@ -98,6 +105,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
         self._first = FirstPass()
+        self._scale: FirstScale | None = FirstScale(reduction, scaler)
         self._random = torch.Generator().manual_seed(seed)
         self._drawn_from = self._random.get_state()
         self._process_group, self._exchange = process_group, Exchange(process_group)
@@ -105,7 +113,8 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._chosen = Chosen(model, functions=functions)
         chosen = self._chosen.parameters()
         groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
-        super().__init__(groups, defaults)
+        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
+        super().__init__(groups, defaults, model, other)
         # Last: nothing that can raise may come after the hooks are in place.
         self._handle = self._chosen.handle = reweight(model, self._observe, batch_axis=batch_axis, functions=functions)
 
@@ -116,11 +125,11 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
     def _observe(self, layer: str, grads: LayerGrads) -> None:
         """The policy: looks, and asks for the plain gradient."""
         self._chosen.meet(layer)
-        if not grads.batch_size:
-            return
         found = None if self._completed % self._statistics_every else self._chosen.members(layer, self.param_groups)
-        if found is None:
+        if found is None or not grads.batch_size or not self._chosen.has_factors(layer, grads):
             return
+        if self._scale is not None:
+            self._scale.see(grads, self.param_groups)
         _, _, bias = found
         factors = grads.factors()
         if self._scaler is not None:
@@ -133,12 +142,15 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         if not self._pending:
             self._first.begin(weight)
             self._drawn_from = self._random.get_state()
-        convolution = not isinstance(self._chosen.modules.get(layer), nn.Linear | None)
+        convolution = factors[0][0].dim() > 4  # its patches have axes of the kernel
         new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
     def _directions(self) -> dict[Tensor, Tensor]:
+        if self._scale is not None:
+            self._scale.look(self.param_groups, type(self).__name__)
+            self._scale = None
         self._unchanged.look(self.param_groups)
         self._chosen.look()
         if world_size(self._process_group) > 1:
@@ -191,6 +203,9 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
                 direction = direction[..., :-1]
             _put(result, weight, direction)
         return result
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
+        return told(self._model, self._handle, self.explain(), functions=self._chosen.functions)
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -357,7 +372,9 @@ def _put(result: dict[Tensor, Tensor], part: Part, direction: Tensor) -> None:
     param = part.param
     rows = direction.reshape(part.of(param).shape).to(param.dtype)
     if part.whole:
-        result[param] = sharded_like(rows, param)
+        result[param] = sharded_like(rows.t() if part.axis else rows, param)
     else:
         assert param.grad is not None, "checked by the caller"
-        result.setdefault(param, param.grad.clone())[part.start : part.stop] = rows
+        if param not in result:
+            result[param] = param.grad.clone()
+        part.of(result[param]).copy_(rows)

@@ -95,9 +95,7 @@ class Measuring(CheckedLoss):
         return ratio
 
     def _check_where_it_matters(self, loss: Any) -> None:
-        method = self._method
-        free = method.damping is None and method.scale != "per_layer" and method.kl_clip is None
-        if isinstance(loss, Tensor) and not (free and method.fisher == "empirical" and self._adaptive is None):
+        if isinstance(loss, Tensor) and (self._method.needs_scale or self._adaptive is not None):
             self.check_loss(loss)
 
     def _check_adapted(self) -> None:
@@ -151,7 +149,7 @@ class Measuring(CheckedLoss):
                 continue
             products = param.grad.double() * (param - old)
             if param in inside:  # rows that no layer has
-                products = products[~covered(inside[param])]
+                products = products * ~covered(inside[param])
             change += products.sum().to(change.device)
         return change
 

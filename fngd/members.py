@@ -108,8 +108,7 @@ def scaled_rows(grad: Tensor, parts: Iterable[Part], factor: Tensor) -> Tensor:
     listed = list(parts)
     if any(part.whole for part in listed):
         return _times(grad, factor)
-    rows = covered(listed)
-    return torch.where(rows.view(-1, *(1,) * (grad.dim() - 1)), grad * factor, grad)
+    return torch.where(covered(listed), grad * factor, grad)
 
 
 def by_parameter(layers: Iterable[Members]) -> dict[Tensor, list[Part]]:
@@ -134,13 +133,16 @@ def elsewhere(
 
 
 def covered(parts: Iterable[Part]) -> Tensor:
-    """Returns for each row of a parameter whether it is in one of the parts."""
+    """Returns for each entry of a parameter whether it is in one of the parts; axes of one entry stand for all."""
     listed = list(parts)
     param = listed[0].param
-    rows = torch.zeros(len(param), dtype=torch.bool, device=param.device)
+    if any(part.axis for part in listed):
+        entries = torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+    else:
+        entries = torch.zeros((len(param), *(1,) * (param.dim() - 1)), dtype=torch.bool, device=param.device)
     for part in listed:
-        rows[part.start : part.stop] = True
-    return rows
+        entries.narrow(part.axis, part.start, part.stop - part.start).fill_(True)
+    return entries
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:

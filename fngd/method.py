@@ -59,6 +59,12 @@ class Method:
         """The scale of the coefficients; grafting takes any and rescales the direction."""
         return "absorb" if self.scale == "graft" else self.scale
 
+    @property
+    def needs_scale(self) -> bool:
+        """Whether the step depends on the scale of the loss: a sum, a mean, or what a GradScaler makes of it."""
+        free = self.damping is None and self.scale != "per_layer" and self.kl_clip is None
+        return not free or self.fisher != "empirical"
+
     def check_sharing(self, refresh_cosine: Any, probe_layer: str | None) -> None:
         """Raises ValueError where coefficients of an earlier epoch cannot serve, or would never be probed."""
         if self.gram == "network" and probe_layer is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fngd.adaptive import AdaptiveDamping
 from fngd.copies import Copied
+from fngd.coverage import Coverage, told
 from fngd.distributed import world_size
 from fngd.first_order import first_order_step
 from fngd.forms import COUNT, NUMBER, Table, Where, check_form
@@ -21,7 +22,6 @@ from fngd.groups import (
     completed_group,
     first_order_groups,
     first_parameter,
-    refuse_parameters,
     sgd_options,
 )
 from fngd.guards import Unchanged, check_probe
@@ -29,6 +29,7 @@ from fngd.kl_clip import by_pass, kl_clip_bound
 from fngd.measuring import Measuring
 from fngd.members import (
     Members,
+    Part,
     attention_parameters,
     by_parameter,
     elsewhere,
@@ -87,7 +88,6 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         foreach: bool | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_parameters(model, type(self).__name__)
         method = Method(
             alpha=alpha, damping=damping, scale=scale, reduction=reduction, fisher=fisher, gram=gram,
             accumulate=accumulate, kl_clip=kl_clip, output_axis=output_axis,
@@ -133,6 +133,8 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             groups = first_order_groups(model.parameters() if params is None else params, chosen, other, other_options)
             super().__init__(groups, defaults)
             self._find_groups()
+            self._coverage = Coverage(type(self).__name__, model)
+            self._coverage.begin(self.param_groups, other)
             if self._table is not None and self._table.probe_layer is not None:
                 check_probe(self._table.probe_layer, handle, self._chosen, model if functions else None)
         except BaseException:
@@ -145,6 +147,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         check_group(self.param_groups[-1])
         if hasattr(self, "_group_of"):  # torch's constructor calls this, too
             self._find_groups()
+            self._coverage.add(self.param_groups[-1:])
 
     def _find_groups(self) -> None:
         """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
@@ -224,6 +227,10 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         return self._policy.exchange.bytes_sent
 
+    def _preconditioned(self) -> tuple[list[Part], Callable[[Tensor], str]]:
+        """What is, and why a parameter is not."""
+        return told(self._model, self._handle, self.explain(), functions=self._functions)
+
     def _elsewhere(self, layers: Iterable[str]) -> list[Members]:
         """The layers that this step has met in other processes, where these are others than here."""
         exchange = self._policy.exchange
@@ -252,6 +259,9 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         self._check_adapted()
         self._unchanged.look(self.param_groups)
         counts = self._policy.met_batch or not self._only_makes_state()
+        if counts:
+            self._coverage.look(self._preconditioned)
+            self._policy.look_at_scale(type(self).__name__)
         clipped = self._clipped()
         before, elsewhere = self._before()
         for group in self.param_groups:

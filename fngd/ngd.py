@@ -55,8 +55,9 @@ class NGD(NaturalSGD):
         process_group: of gram="global" and kl_clip; default: all processes.
         diagnostics: keep figures for the property `diagnostics`; costs one more weight gradient a layer.
         batch_axis: see `persample.reweight`.
-        functions: the projections of `nn.MultiheadAttention` and weights given to `F.linear` count as linear layers
-            ("attn.in_proj_weight", "attn.out_proj", …, see `explain()` after the first forward pass). With
+        functions: the projections of `nn.MultiheadAttention` and parameters in products with data (`F.linear`, `x @ w`,
+            `torch.addmm`, `torch.einsum`, `F.conv2d`, …) count as layers ("attn.in_proj_weight", "attn.out_proj", …,
+            see `explain()` after the first forward pass). With
             other="adamw" only those of attention do, unless parameter groups say otherwise: the rest is not known
             when groups are made. False leaves them the plain gradient, and keeps a model whose own modules have
             matrices in one graph under torch.compile. Not for sharded weights (FSDP), which take the plain gradient.

@@ -1,4 +1,4 @@
-"""The options that NGD and FNGD have in common, for type checkers, and signatures that show them."""
+"""Options that NGD and FNGD, or KFAC, SKFAC and Eva, share: for type checkers, and for signatures that show them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ class Options(TypedDict, total=False):
     batch_axis: BatchAxis | None
     functions: bool
     foreach: bool | None
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments that `KFAC`, `SKFAC` and `Eva` share; `KFAC` explains them, `LayerPreconditioned` defaults."""
+
+    lr: float | Tensor
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decoupled_weight_decay: bool
+    damping: float
+    kl_clip: float | None
+    reduction: str
+    other: str
+    other_options: Mapping[str, Any] | None
+    scaler: Any
+    process_group: Any
+    batch_axis: BatchAxis | None
+    functions: bool
 
 
 def showing(options_of: Callable[..., Any]) -> Callable[[Function], Function]:

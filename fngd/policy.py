@@ -22,6 +22,7 @@ from fngd.distributed import Exchange
 from fngd.drawn import Drawn
 from fngd.groups import first_parameter
 from fngd.guards import warn_of_skipped
+from fngd.loss_scale import FirstScale
 from fngd.meeting import Joint, Meeting
 from fngd.members import members
 from fngd.method import Method
@@ -75,9 +76,16 @@ class Policy:
             table.restarts = self._restarts
             if method.gram == "global":
                 table.agree = self.meeting.total
+        self._first_scale: FirstScale | None = FirstScale(method.reduction, scaler)
         self._drawing = False
         self._passes, self._drawn = Passes(), Drawn(method)
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
+
+    def look_at_scale(self, name: str) -> None:
+        """In the first step of the optimiser of that name: warns where the loss has another scale than it was told."""
+        if self._first_scale is not None:
+            self._first_scale.look(self._groups(), name)
+            self._first_scale = None
 
     def end_batch(self) -> None:
         """Ends a batch: a step was made, or skipped."""
@@ -201,6 +209,8 @@ class Policy:
         if self._drawing:
             self._drawn.keep(key, batch, grads, self.handle)
             return dict.fromkeys(grads, (None, None))
+        if self._first_scale is not None and (method.needs_scale or self.measuring):
+            self._first_scale.see(next(iter(grads.values())), self._groups())
         factors: Tensor | None = None
         solve: Solve | None
         if method.fisher == "true":

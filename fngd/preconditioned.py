@@ -10,26 +10,34 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fngd.copies import Copied
+from fngd.coverage import Coverage
 from fngd.first_order import first_order_step
 from fngd.forms import COUNT, check_form
 from fngd.groups import check_group, completed_group
+from fngd.members import Part
 from fngd.states import OwnState, not_compiled
 
 
 class Preconditioned(Copied, OwnState):
     """Base: `_directions` gives preconditioned gradients, every other parameter takes the plain one."""
 
-    def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, groups: Iterable[Any], defaults: dict[str, Any], model: nn.Module | None = None, other: str = "sgd"
+    ) -> None:
         self._completed = 0
         super().__init__(groups, defaults)
+        self._coverage = Coverage(type(self).__name__, model)
+        self._coverage.begin(self.param_groups, other)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; as in `torch.optim.Optimizer`, with the options checked."""
         super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
+        if hasattr(self, "_coverage"):  # torch's constructor calls this, too
+            self._coverage.add(self.param_groups[-1:])
 
     @not_compiled
     @torch.no_grad()
@@ -42,6 +50,8 @@ class Preconditioned(Copied, OwnState):
             self._look_at(loss)
         counts = not self._only_makes_state()
         directions = self._directions() if counts else {}
+        if counts:
+            self._coverage.look(lambda: self._preconditioned(directions))
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
@@ -54,6 +64,10 @@ class Preconditioned(Copied, OwnState):
 
     def _look_at(self, loss: Any) -> None:
         """Raises ValueError where a closure's loss is none that the directions are right for."""
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
+        """What is, and why a parameter is not."""
+        raise NotImplementedError(f"{type(self).__name__} defines _preconditioned")
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """Preconditioned gradients by parameter."""

@@ -14,18 +14,19 @@ most `block` entries along each dimension. The blocks of one parameter are graft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fngd.distributed import sharded_like, whole_tensor
 from fngd.forms import COUNT, REMEDY, Table, check_form
-from fngd.groups import positive, sgd_options, whole
+from fngd.groups import sgd_options
 from fngd.kfac import symmetric_eigen
+from fngd.members import Part
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_state
 
@@ -129,7 +130,7 @@ class Shampoo(Preconditioned):
         self,
         params: Iterable[Any],
         *,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -142,13 +143,6 @@ class Shampoo(Preconditioned):
         graft: bool = True,
         preset: str | None = None,
     ) -> None:
-        if isinstance(params, nn.Module):
-            raise TypeError(f"Shampoo needs no model: give model.parameters(); got {type(params).__name__}")
-        for name, count in (("block", block), ("statistics_every", statistics_every), ("inverse_every", inverse_every)):
-            whole(name, count)
-        positive("epsilon", epsilon)
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay}; it must be greater than 0 and at most 1")
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         self._block, self._epsilon, self._decay, self._graft, self._preset = block, epsilon, decay, graft, preset
@@ -168,6 +162,16 @@ class Shampoo(Preconditioned):
                 if len(shape) >= 2:
                     result[param] = self._direction(param, shape)
         return result
+
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
+        return [Part(param, 0, len(param)) for param in directions], self._why_plain
+
+    def _why_plain(self, param: Tensor) -> str:
+        if param.grad is not None and param.grad.is_sparse:
+            return "its gradient is sparse"
+        if param.is_complex():
+            return "it is complex"
+        return f"block={self._block} merges it into fewer than two axes"
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
         shape = tuple(param.shape)

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from fngd.members import Members
+from persample import LayerGrads
 
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+NO_FACTORS = "it is a transposed convolution, for which no Kronecker factors are kept"
 
 
 def never_preconditioned(model: nn.Module) -> dict[str, str]:
@@ -17,13 +19,18 @@ def never_preconditioned(model: nn.Module) -> dict[str, str]:
     result = {}
     for path, module in model.named_modules():
         if isinstance(module, TRANSPOSED):
-            result[path] = "it is a transposed convolution, for which no Kronecker factors are kept"
+            result[path] = NO_FACTORS
             continue
         for name in ("bias", "weight"):
             param = module._parameters.get(name)
             if param is not None and len(owners[param]) > 1:
                 result[path] = f"its {name} is shared: {', '.join(owners[param])}"
     return result
+
+
+def is_transposed(grads: LayerGrads) -> bool:
+    """Whether they are those of a transposed convolution."""
+    return any(getattr(getattr(call, "spec", None), "transposed", False) for call in grads.calls)
 
 
 def conflicts(model: nn.Module, used: Mapping[str, Members], functions: Collection[str]) -> dict[str, str]:

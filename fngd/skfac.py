@@ -22,7 +22,7 @@ same result at less cost. For the T positions of a convolution there are three r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
-from fngd.groups import sgd_options, whole
 from fngd.joint import Found, Ranks, joined_rows
 from fngd.kfac import damped_inverse, on_device
 from fngd.layerwise import LayerPreconditioned, State
+from fngd.options import LayerOptions, showing
 from fngd.statistics import (
     Factors,
     Statistics,
@@ -45,7 +46,6 @@ from fngd.statistics import (
     some_positions,
     summed_positions,
 )
-from persample.reweight import BatchAxis
 
 POSITIONS = ("sum", "mean", "subsample")
 
@@ -222,49 +222,18 @@ class SKFAC(LayerPreconditioned):
     >>> opt.zero_grad()
     """
 
+    @showing(LayerPreconditioned.__init__)
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        damping: float = 0.03,
         positions: str = "sum",
         keep: int = 4,
         seed: int = 0,
         every: int = 1,
-        kl_clip: float | None = 1e-3,
-        reduction: str = "mean",
-        other: str = "sgd",
-        other_options: Mapping[str, Any] | None = None,
-        scaler: Any = None,
-        process_group: Any = None,
-        batch_axis: BatchAxis | None = None,
-        functions: bool = True,
+        **options: Unpack[LayerOptions],
     ) -> None:
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is unknown; choose one of {list(POSITIONS)}")
-        whole("keep", keep)
-        whole("every", every)
-        defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, damping=damping)
-        super().__init__(
-            model,
-            params,
-            LowRankFactors(positions, keep),
-            defaults,
-            statistics_every=every,
-            inverse_every=every,
-            kl_clip=kl_clip,
-            reduction=reduction,
-            other=other,
-            other_options=other_options,
-            scaler=scaler,
-            seed=seed,
-            process_group=process_group,
-            batch_axis=batch_axis,
-            functions=functions,
-        )
+        super().__init__(model, params, LowRankFactors(positions, keep), every, every, seed, **options)

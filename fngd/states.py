@@ -200,7 +200,9 @@ def check_sizes(model: nn.Module, layer: str, factors: Mapping[str, Tensor], *, 
     param = parameter_of(model, layer)
     assert param is not None, "check_layers has been called"
     inputs, outputs = factors["inputs"].shape[-1], factors["outputs"].shape[0] * factors["outputs"].shape[-1]
-    if inputs - param[0].numel() not in (0, 1) or not (rows or outputs == len(param)):
+    # A function may have been given the transpose.
+    own = (param[0].numel(), len(param)) if rows else (param[0].numel(),)
+    if all(inputs - each not in (0, 1) for each in own) or not (rows or outputs == len(param)):
         raise ValueError(
             f"the state's factors of layer '{layer}' are of {inputs} inputs (1 may be the bias) and {outputs} outputs, "
             f"but its weight has shape {list(param.shape)}"

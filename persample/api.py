@@ -9,13 +9,17 @@ from typing import Any
 
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS, Capture, Problem
 from persample.backends.outputs import capture_losses, hold_graph
 from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
-from persample.errors import CheckError, CoupledSamplesError, UnsupportedError
+from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph_result import GraphPerSampleGrads
 from persample.result import PerSampleGrads
+from persample.sharded import refuse_sharded
+from persample.unchanged import addresses
+from persample.watching import within_reach
 
 
 def per_sample(
@@ -58,7 +62,8 @@ def per_sample(
         CoupledSamplesError: samples influence each other; the message names the operation.
         UnsupportedError: the backend does not cover the model; the message names the layer.
         CheckError: the rows do not add up to the batch gradient.
-        PerSampleError: the losses do not require a gradient, as in `losses.sum().backward()`.
+        PerSampleError: no parameter requires a gradient, or the losses do not, as in `losses.sum().backward()`, or
+            they depend on none of the parameters.
         ValueError, TypeError: losses of another shape, unknown options.
 
     Example:
@@ -77,7 +82,7 @@ def per_sample(
     if chunk_size is not None and coupled == "rows":
         raise ValueError(
             "chunk_size and coupled='rows' exclude each other: where samples influence each other, the rows of a chunk "
-            "are not those of the whole batch. Leave one of them out"
+            "are not those of the whole batch. Leave one of them out; hold='graph' saves memory with coupled='rows' too"
         )
     if hold not in ("factors", "graph"):
         raise ValueError(f"hold must be 'factors' or 'graph'; got {hold!r}")
@@ -88,14 +93,18 @@ def per_sample(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "
             "For losses computed without a module use persample.grad(losses, params)"
         )
-    if not callable(loss_fn):
+    if not callable(loss_fn) or isinstance(loss_fn, type):
         raise TypeError(
             f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
             "A criterion of torch will do, with reduction='none'"
         )
+    if isinstance(inputs, PackedSequence):
+        inputs = (inputs,)  # by its type a tuple
     if isinstance(inputs, (dict, UserDict)):
         inputs = dict(inputs)  # torch's trees do not look into subclasses
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    refuse_sharded(model, parameters)
+    refuse_nothing(model, parameters)
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
 
@@ -104,9 +113,10 @@ def per_sample(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
         )
         if hold == "graph":
-            return GraphPerSampleGrads(hold_graph(problem), parameters, backend)
+            graph = hold_graph(problem)
+            return GraphPerSampleGrads(graph, parameters, backend, addresses(within_reach(problem)))
         name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
-        return PerSampleGrads(captured, parameters, name)
+        return PerSampleGrads(captured, parameters, name, addresses(within_reach(problem)))
 
     if chunk_size is not None:
         refuse_counts(model)
@@ -114,7 +124,18 @@ def per_sample(
     if chunk_size is None or batch is None or batch <= chunk_size:
         return capture(inputs, targets)
     together = whole(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
-    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, together)
+    return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, state_of(model), together)
+
+
+def refuse_nothing(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raises `PerSampleError` for a model without a parameter that can be trained: norms would be zeros."""
+    if not parameters:
+        there = sum(1 for _ in model.parameters())
+        raise PerSampleError(
+            f"no parameter of the model ({type(model).__name__}) requires a gradient"
+            + (f": all {there} are frozen. Call requires_grad_() on those to differentiate for" if there else "")
+            + ("" if there else ": it has none. For other tensors there is persample.grad(losses, params)")
+        )
 
 
 def refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
@@ -137,13 +158,19 @@ def refuse_meta(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
+def state_of(model: nn.Module) -> list[Tensor]:
+    """What the model computes with beside its inputs: parameters and buffers; not its counters."""
+    return [*model.parameters(), *(each for each in model.buffers() if each.is_floating_point() or each.is_complex())]
+
+
 def refuse_counts(model: nn.Module) -> None:
     """Raises `UnsupportedError` for tables whose gradients are divided by counts over the batch: chunks have others."""
     for path, module in model.named_modules():
         if getattr(module, "scale_grad_by_freq", False):
             raise UnsupportedError(
                 f"layer {path!r} has scale_grad_by_freq=True: its gradients are divided by how often an index is in "
-                "the batch, which a chunk does not know. Leave chunk_size out, or switch scale_grad_by_freq off"
+                "the batch, which a chunk does not know. Leave chunk_size out (hold='graph' saves "
+                "memory too), or switch scale_grad_by_freq off"
             )
 
 
@@ -183,10 +210,10 @@ def grad(
         check: as in `per_sample`.
 
     Returns:
-        One tensor [B, *shape] for each parameter; zeros where no loss depends on it.
+        One tensor [B, *shape] for each parameter; zeros where no loss depends on it, but on others.
 
     Raises:
-        PerSampleError: the losses do not require a gradient, so that there is no graph.
+        PerSampleError: the losses do not require a gradient, so that there is no graph, or depend on no parameter.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)
@@ -194,6 +221,8 @@ def grad(
         (tensor([[1., 2.],
                 [3., 4.]]),)
     """
+    if not isinstance(params, (Tensor, Iterable)):
+        raise TypeError(f"params must be tensors, such as model.parameters(); got {type(params).__name__}")
     wanted = [params] if isinstance(params, Tensor) else list(params)
     for position, parameter in enumerate(wanted):
         if not (isinstance(parameter, Tensor) and parameter.is_leaf and parameter.requires_grad):
@@ -203,6 +232,12 @@ def grad(
                 "model.parameters(), or tensors with requires_grad=True that no operation has computed"
             )
     names = {str(position): parameter for position, parameter in enumerate(wanted)}
+    if not names:
+        raise ValueError(
+            "params holds no tensor: give model.parameters(), or tensors that require a gradient. A generator that was "
+            "used before is empty"
+        )
+    refuse_sharded(None, {f"params[{position}]": parameter for position, parameter in enumerate(wanted)})
     refuse_gradient_hooks(names)
     refuse_meta(names)
     capture = capture_losses(losses, names, check=check)

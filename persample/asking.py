@@ -62,23 +62,25 @@ class Asker:
         layer: Layer = uses.layer
         if layer.shared is not None or self.paused:  # found out after some of its calls; a graph from before
             return layer.plain(uses, needed)
+        if uses.forward.question is not None:
+            uses.forward.question()
         met, unread = uses.found, None
         try:
             if self.joint and uses.forward.apart:
                 uses.found = []
                 raise called_apart(layer.path)
-            found = layer.check(uses)
+            found, axis = layer.check(uses)
         except ValueError as error:
-            unread = UnreadGrads(layer.module, met, needed, error.with_traceback(None))
+            unread = UnreadGrads(layer.operation, met, needed, error.with_traceback(None))
         if unread is not None:
             return self._answered(layer, uses, unread, {})
         if self._known is not None:
-            z, axis = found[0][1], layer.axis or 0
+            z = found[0][1]
             factors = self._known(layer.path, z.shape[axis], z.device)
             if factors is not None:
                 layer.check_factors(factors, z.shape[axis])
-                return layer.sum(found, needed, factors)
-        part: Part = layer.module, found, needed, layer.axis or 0
+                return layer.sum(found, needed, axis, factors)
+        part: Part = layer.operation, found, needed, axis
         return self._answered(layer, uses, LayerGrads(*part), {layer.path: part})
 
     def _answered(self, layer: Layer, uses: Uses, grads: LayerGrads, parts: dict[str, Part]) -> Parameters:
@@ -95,6 +97,8 @@ class Asker:
 
     def of_all(self, group: list[Uses], needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the gradients of [weight, bias] of each layer of the group, after asking the policy about all."""
+        if group[0].forward.question is not None:
+            group[0].forward.question()
         result: list[Tensor | None] = [None] * (2 * len(group))
         parts: dict[str, Part] = {}
         grads: dict[str, LayerGrads] = {}
@@ -107,10 +111,11 @@ class Asker:
                 met.append((own, layer))
                 found = uses.found
                 try:
-                    part: Part = layer.module, layer.check(uses), needed[own], layer.axis or 0
+                    read, axis = layer.check(uses)
                 except ValueError as error:
-                    grads[layer.path] = UnreadGrads(layer.module, found, needed[own], error.with_traceback(None))
+                    grads[layer.path] = UnreadGrads(layer.operation, found, needed[own], error.with_traceback(None))
                 else:
+                    part: Part = layer.operation, read, needed[own], axis
                     parts[layer.path], grads[layer.path] = part, LayerGrads(*part)
         if not met:
             return result

@@ -8,19 +8,21 @@ however much cancels in z. `LEVELS` powers tell that many samples apart; larger 
 digit, in base `LEVELS`, one extra backward pass for each digit.
 
 Exactness is asked of every entry, because with a tolerance a sample that dominates a sum would own what it shares.
-Where rounding intervenes all the same (numbers near the smallest of the format, sums in no fixed order), rows are
-compared within `TOLERANCE`, and an owner found so must also explain the gradients under `contrasts`.
+Where rounding intervenes all the same (numbers near the smallest of the format, sums in no fixed order), and where it
+alone could make a sum look like one sample's, `persample.support` decides. Entries that are not finite tell nothing:
+`persample.stand_ins`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from persample.precision import full_precision
@@ -28,9 +30,6 @@ from persample.precision import full_precision
 LEVELS = {torch.float16: 8}
 """Powers of two per probe by precision; float16 has no exponents to spare."""
 DEFAULT_LEVELS = 32
-TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, torch.complex64: 1e-3}
-"""Largest part of a row, in norm, that may come from elsewhere; half precision: `HALF_TOLERANCE`."""
-HALF_TOLERANCE = 5e-2
 PIECE = 2**20
 """Bytes of z that are compared at a time."""
 NOBODY = -1
@@ -61,8 +60,6 @@ class Owner:
     axis: int | None
     ids: Int[Tensor, " *size"]
     batch: int
-    exact: bool = True
-    """False where rows agreed within the tolerance only."""
 
     @cached_property
     def layout(self) -> str:
@@ -114,6 +111,12 @@ class Owner:
         rows = self.by_sample(tensor)
         return rows[:, 0] if self.layout == "identity" else rows.sum(1)
 
+    def of_entries(self, shape: Sequence[int]) -> Int[Tensor, " *size"]:
+        """The sample of each entry of z, which has this shape."""
+        if self.axis is None:
+            return self.ids
+        return self.ids.view([-1 if d == self.axis else 1 for d in range(len(shape))]).expand(tuple(shape))
+
     def mask(self, samples: slice) -> Tensor:
         """Boolean [n, *z.shape or broadcastable]: the entries of each sample of the slice."""
         numbers = torch.arange(self.batch, device=self.ids.device)[samples]
@@ -133,18 +136,10 @@ def probes(batch: int, dtype: torch.dtype, device: torch.device) -> list[Float[T
     number = torch.arange(batch, device=device)
     weights = []
     while True:
-        weights.append(_powers(number % levels - levels // 2, dtype))
+        weights.append(_powers(powers(levels, device)[number % levels], dtype))
         number = number // levels
         if batch <= levels ** len(weights):
             return weights
-
-
-def contrasts(batch: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, " batch"]]:
-    """Returns weights [B] such that of every two samples each is once far heavier than the other."""
-    high = LEVELS.get(dtype, DEFAULT_LEVELS) // 2 - 1
-    number = torch.arange(batch, device=device)
-    bits = [(number >> place) & 1 for place in range(max(1, (batch - 1).bit_length()))]
-    return [_powers((2 * bit - 1) * sign * high, dtype) for bit in bits for sign in (1, -1)]
 
 
 Visit = Callable[[int, Tensor], object]
@@ -156,16 +151,21 @@ def attribute(
     losses: Tensor,
     shapes: Sequence[Sequence[int] | None] | None = None,
     watch: Callable[[Tensor, Visit], None] | None = None,
+    *,
+    given: Callable[[int], Owner | None] | None = None,
+    finite: Callable[[Callable[[], object]], AbstractContextManager[object]] | None = None,
 ) -> tuple[list[Tensor | None], list[Owner | None]]:
     """Returns z and owner at each of several places; an owner of None marks mixed samples (or no gradient).
 
     Args:
         backward: `backward(v)` returns the gradients of Σ_b v_b ℓ_b at these places; None among them where there
-            is none. With `watch` it is called once, and 2 ⌈log₂ B⌉ times more if anything is in doubt.
+            is none. With `watch` it is called once.
         losses: [B].
         shapes: shape to give to each gradient; default: as it comes.
         watch: `watch(v, visit)` shows the same gradients one by one, and keeps none; by default those of `backward`.
             It is called ⌈log_`LEVELS` B⌉ times. Where samples lie in a regular pattern, nothing is kept here either.
+        given: the owner at a place, as far as it is known by other means; asked where z is not finite.
+        finite: `finite(run)`, a context in which passes are finite, see `persample.stand_ins`; `run` does one.
     """
     batch = losses.shape[0]
 
@@ -181,9 +181,8 @@ def attribute(
     zs = [shaped(place, z) for place, z in enumerate(backward(torch.ones_like(losses)))]
     present = [z.dtype for z in zs if z is not None] + [losses.dtype]
     lowest = min(present, key=lambda dtype: torch.finfo(dtype).max)
-    real = lowest.to_real()
     found = [None if z is None else _Found(z, batch) for z in zs]
-    for weights in probes(batch, real, losses.device):
+    for weights in probes(batch, lowest.to_real(), losses.device):
 
         def visit(place: int, probe: Tensor, weights: Tensor = weights) -> None:
             known, probe_there = found[place], shaped(place, probe)
@@ -193,13 +192,27 @@ def attribute(
         (all_at_once if watch is None else watch)(weights.to(losses.dtype), visit)
     levels = LEVELS.get(lowest, DEFAULT_LEVELS)
     owners = [None if known is None else known.owner(levels) for known in found]
-    if any(owner is not None and not owner.exact for owner in owners):
-        for weights in contrasts(batch, real, losses.device):
-            others = [shaped(place, z) for place, z in enumerate(backward(weights.to(losses.dtype)))]
-            for place, (z, owner, other) in enumerate(zip(zs, owners, others, strict=True)):
-                if z is not None and other is not None and owner is not None and not owner.exact:
-                    owners[place] = owner if _explains(owner, z, other, weights) else None
+    holes = [place for place, known in enumerate(found) if known is not None and known.holes]
+    for place in holes if given is not None else ():
+        owners[place] = given(place) or owners[place]
+    holes = [place for place in holes if owners[place] is not None and NOBODY in owners[place].ids]
+    if holes and finite is not None:
+        with finite(lambda: backward(torch.ones_like(losses))):
+            stand_ins, others = attribute(backward, losses, shapes, watch)
+        for place in holes:
+            owners[place] = _joined(zs[place], owners[place], stand_ins[place], others[place])
     return zs, owners
+
+
+def _joined(z: Tensor | None, owner: Owner | None, other: Tensor | None, others: Owner | None) -> Owner | None:
+    """The owner of z, where it is zero or not finite that of the other gradient; None where that does not tell."""
+    if z is None or owner is None or other is None or others is None:
+        return None
+    ids = torch.where(other != 0, others.of_entries(z.shape), NOBODY)
+    ids = torch.where(z.isfinite() & (z != 0), owner.of_entries(z.shape), ids)
+    joined = _arranged(ids, owner.batch) if bool((ids != NOBODY).any()) else None
+    lost = joined is None or bool(((joined.of_entries(z.shape) == NOBODY) & ~z.isfinite()).any())
+    return None if lost else joined
 
 
 class _Found:
@@ -213,6 +226,8 @@ class _Found:
         self._layouts = list(_regular(z, batch))
         self._weights: list[Tensor] = []
         self._probes: list[Tensor] = []
+        self.holes = False
+        """Whether z is not finite everywhere; such entries are nobody's."""
 
     def add(self, probe: Tensor, weights: Tensor) -> None:
         """Compares another probe."""
@@ -228,6 +243,7 @@ class _Found:
         """Whom each entry belongs to, or None where samples mix."""
         if self._layouts and self._weights:
             return self._layouts[0]
+        self.holes = self._batch > 1 and not bool(self._z.isfinite().all())
         return locate(self._z, self._probes, self._batch, levels)
 
     def _explained(self, probe: Tensor, weights: Tensor, layout: Owner) -> bool:
@@ -269,13 +285,22 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
     if batch <= 1:
         return Owner(None, torch.zeros((), dtype=torch.long, device=z.device), batch)
     ids = _of_entries(z, probed, batch, levels)
-    if ids is None:
-        return _within_tolerance(z, probed, batch, levels)
-    for axis in likely_axes(z.shape, batch):
-        along = _of_axis(ids, axis)
+    return None if ids is None else _arranged(ids, batch, whole=bool(z.isfinite().all()))
+
+
+def _arranged(ids: Int[Tensor, " *size"], batch: int, *, whole: bool = True) -> Owner:
+    """The owner of entries whose samples are known; silent rows follow the others' pattern where z is `whole`."""
+    for axis in likely_axes(ids.shape, batch):
+        along = along_axis(ids, axis)
         if along is not None:
-            return Owner(axis, fill(along, batch), batch)
+            return Owner(axis, fill(along, batch) if whole else along, batch)
     return Owner(None, ids, batch)
+
+
+def powers(levels: int, device: torch.device) -> Int[Tensor, " levels"]:
+    """The exponents of the weights by digit. None is zero: what a weight leaves as it is is no number."""
+    digits = torch.arange(levels, device=device) - levels // 2
+    return digits + (digits >= 0)
 
 
 def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,78 +328,21 @@ def _of_entries(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) ->
     wrong = torch.zeros(z.shape, dtype=torch.bool, device=z.device)
     for place, probe in enumerate(probed):
         other, raised = torch.frexp(full_precision(probe))
-        digit = raised - exponent + levels // 2
-        wrong |= (other != mantissa) | (digit < 0) | (digit >= levels)
+        power = raised - exponent
+        digit = power + levels // 2 - (power > 0).to(power.dtype)
+        wrong |= (other != mantissa) | (power == 0) | (digit < 0) | (digit >= levels)
         ids += digit.long() * levels**place
     ids[silent] = NOBODY
     return None if bool(((wrong & ~silent) | (ids >= batch)).any()) else ids
 
 
-def _of_axis(ids: Int[Tensor, " *size"], axis: int) -> Int[Tensor, " axis"] | None:
+def along_axis(ids: Int[Tensor, " *size"], axis: int) -> Int[Tensor, " axis"] | None:
     """The sample at each index of the axis, where no index has two; None otherwise."""
     if ids.numel() == 0:
         return ids.new_full((ids.shape[axis],), NOBODY)
     flat = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
     most = flat.amax(1)
     return most if bool(((flat == most[:, None]) | (flat == NOBODY)).all()) else None
-
-
-def _within_tolerance(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int) -> Owner | None:
-    """The owner by rows of an axis, or by entries, allowing for rounding; to be confirmed."""
-    tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
-    for axis in (*likely_axes(z.shape, batch), None):
-        rows = [_rows(t, axis) for t in (z, *probed)]
-        ids = _identify(rows[0], rows[1:], batch, levels, tolerance)
-        if ids is not None and bool((ids != NOBODY).any()):
-            filled = ids.view(z.shape) if axis is None else fill(ids, batch)
-            return Owner(axis, filled, batch, exact=False)
-    return None
-
-
-def _rows(tensor: Tensor, axis: int | None) -> Tensor:
-    """The tensor as [rows, entries]: one row for each index of the axis, or for each entry."""
-    return tensor.reshape(-1, 1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
-
-
-def _explains(owner: Owner, z: Tensor, other: Tensor, weights: Tensor) -> bool:
-    """Whether the gradient under other weights is that of each row's owner alone, within tolerance."""
-    tolerance = TOLERANCE.get(z.dtype, HALF_TOLERANCE)
-    rows, scaled = _rows(z, owner.axis), _rows(other, owner.axis)
-    scale = weights.to(z.real.dtype)[owner.ids.reshape(-1).clamp(min=0)][:, None]
-    keep = rows.isfinite() & (rows != 0)
-    miss = torch.linalg.vector_norm(torch.where(keep, scaled / scale - rows, 0), dim=1)
-    return bool((miss <= tolerance * torch.linalg.vector_norm(torch.where(keep, rows, 0), dim=1)).all())
-
-
-def _identify(
-    z: Float[Tensor, "row entry"] | Complex[Tensor, "row entry"],
-    probed: Sequence[Tensor],
-    batch: int,
-    levels: int,
-    tolerance: float,
-) -> Int[Tensor, " row"] | None:
-    """The sample of each row, `NOBODY` for rows of zeros, or None if a row has no single sample."""
-    scale = z.abs().amax(1) if z.shape[1] else torch.zeros(z.shape[0], dtype=z.real.dtype, device=z.device)
-    silent, finite = scale == 0, scale.isfinite()
-    # rows of NaN or infinity carry no ratio; like silent ones they are left to the pattern of the others
-    known = ~silent & finite
-    unit = z / torch.where(known, scale, 1.0)[:, None]
-    energy = torch.linalg.vector_norm(unit, dim=1).square()
-    ids = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)
-    for position, probe in enumerate(probed):
-        other = probe / torch.where(known, scale, 1.0)[:, None]
-        ratio = (other * unit.conj()).sum(1).real / energy
-        usable = known & (ratio > 0) & ratio.isfinite()
-        digit = torch.log2(torch.where(usable, ratio, 1.0)).round().long()
-        power = torch.ldexp(torch.ones_like(energy), digit)
-        miss = torch.linalg.vector_norm(other / power[:, None] - unit, dim=1) / energy.sqrt()
-        digit = digit + levels // 2
-        good = usable & (miss <= tolerance) & (digit >= 0) & (digit < levels)
-        if not bool((good | ~known).all()):
-            return None
-        ids += digit * levels**position
-    ids[~known] = NOBODY
-    return None if bool((ids >= batch).any()) else ids
 
 
 def fill(ids: Tensor, batch: int) -> Tensor:

@@ -28,17 +28,23 @@ def batch_size(args: tuple, kwargs: dict, *, first: bool = False) -> int | None:
     >>> batch_size((), {"positions": torch.zeros(1, 7), "tokens": torch.zeros(4, 7)}, first=True)
     1
     """
-    if args and isinstance(args[0], Tensor) and args[0].dim() and args[0].shape[0] != 1:
-        return args[0].shape[0]
+    if args and isinstance(args[0], Tensor) and args[0].dim() and args[0].size(0) != 1:
+        return args[0].size(0)  # of nested tensors there is no shape
+    shape = batch_shape(args, kwargs, first=first)
+    return None if shape is None else shape[0]
+
+
+def batch_shape(args: tuple, kwargs: dict, *, first: bool = False) -> tuple[int, ...] | None:
+    """Returns the shape of that tensor; of packed sequences, how many there are.
+
+    >>> batch_shape((torch.zeros(4, 7),), {})
+    (4, 7)
+    """
     shapes = _shapes((args, kwargs))
     front = next(shapes, None)
-    if front is None:
-        return None
-    if front[0] == 1 and not first:
-        for shape in shapes:
-            if shape[0] > 1 and _shared(front, shape):
-                return shape[0]
-    return front[0]
+    if front is not None and front[0] == 1 and not first:
+        return next((shape for shape in shapes if shape[0] > 1 and _shared(front, shape)), front)
+    return front
 
 
 def _shared(front: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -51,7 +57,7 @@ def _shapes(tree: Any) -> Iterator[tuple[int, ...]]:
     for leaf in tree_leaves(tree, is_leaf=lambda each: isinstance(each, PackedSequence)):
         if isinstance(leaf, Tensor):
             if leaf.dim():
-                yield (leaf.shape[0],) if leaf.is_nested else tuple(leaf.shape)
+                yield (leaf.size(0),) if leaf.is_nested else tuple(leaf.shape)
         elif isinstance(leaf, PackedSequence):
             yield (int(leaf.batch_sizes[0]),)
         elif isinstance(leaf, Mapping):

@@ -1,8 +1,9 @@
 """Weights that a model uses besides calling their layers: `reweight` reweights the calls, and nothing else.
 
-A tied autoencoder calls `self.enc(x)`, and `F.linear(h, self.enc.weight.t())` after it. All that the calls contribute
-to the gradient goes through a Tap (`persample.taps`), so whoever walks back from the model's output and passes the
-Taps by on their other side meets such a weight only where something else uses it. One walk, in the first batch:
+A tied autoencoder calls `self.enc(x)`, and `F.linear(h, self.enc.weight.t())` after it, which counts as a call with
+functions=True alone. All that the calls contribute to the gradient goes through a Tap (`persample.taps`), so whoever
+walks back from the model's output and passes the Taps by on their other side meets such a weight only where something
+else uses it. One walk, in the first batch:
 
     weight ──▶ Tap ◀── output of the layer     not followed: Tap ▶ weight
       │                                        followed: everything else
@@ -107,7 +108,7 @@ class Telling:
                 f"the weight of layer '{path}' is used besides calling the layer (by {name} in the graph): what its "
                 "calls contribute to the gradient is reweighted, what the other use contributes stays as it is, and "
                 "the two are added. Call the layer in both places, or untie them with a weight for each; with "
-                "functions=True F.linear(x, weight) is recognised, of the weight itself. Or leave the layer out: "
+                "functions=True F.linear(x, weight.t()) and x @ weight are recognised. Or leave the layer out: "
                 "a policy that returns None for it, in fngd a parameter group with precondition=False.",
                 UserWarning,
                 stacklevel=2,

@@ -17,7 +17,7 @@ Factors keep the precision they were captured in; reductions accumulate half pre
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -29,6 +29,10 @@ from persample.convolution import ConvSpec
 
 class Block:
     """Base of all blocks: `batch` rows, each of the parameter's `shape`."""
+
+    def at(self, samples: slice | Tensor) -> Block:
+        """The rows of some samples: every tensor that a block holds counts them along dimension 0."""
+        return with_factors(self, lambda factor: factor[samples])
 
     @property
     def batch(self) -> int:
@@ -65,6 +69,15 @@ class Block:
     def nbytes(self) -> int:
         """Bytes held by the factors."""
         return sum(factor.nbytes for factor in self.factors)
+
+
+def with_factors(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
+    """Returns the block with other tensors for its factors."""
+    if isinstance(block, Pulled):
+        return replace(block, inner=with_factors(block.inner, change))
+    held = {each.name: getattr(block, each.name) for each in fields(block)}  # type: ignore[arg-type]
+    tensors = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
+    return replace(block, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

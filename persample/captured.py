@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from persample.backends import Captured
 from persample.blocks import Block, Dense, Outer, Pulled
 from persample.graph import Route
 from persample.precision import full_precision
+from persample.saved import saved_by
 from persample.uses import Use
 
 
@@ -31,6 +33,12 @@ def pulled(block: Block, path: Route) -> Block:
     if isinstance(block, Dense):
         return Dense(path.pull(block.values))
     return Pulled(block, path.pull, shape, path.isometric)
+
+
+def saved_on_the_way(block: Block) -> list[Tensor]:
+    """The tensors that operations between the parameter and its use read again when rows are pulled back."""
+    path = getattr(block.pull, "__self__", None) if isinstance(block, Pulled) and not block.isometric else None
+    return saved_by(path.nodes) if isinstance(path, Route) else []
 
 
 def merged(uses: list[Captured]) -> tuple[Captured, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -10,11 +11,14 @@ from torch import Tensor
 from persample.backends import Captured
 from persample.blocks import Block
 from persample.errors import CheckError, PerSampleError
+from persample.graph import Graph, trace
 from persample.reductions import full_precision, weighted_sum
 
 # What rounding may explain: a part of the largest sum in the model, and a part of the batch gradient itself.
 _ROUNDING = {torch.float64: (1e-13, 1e-8), torch.float32: (1e-6, 2e-3)}
 _HALF_ROUNDING = (1e-3, 5e-2)
+STEPS = 16
+"""And so many times the smallest number of the format in each entry: what is as small has no digits to scale."""
 PIECE = 2**20
 """Bytes of a sum that are compared at a time."""
 
@@ -27,14 +31,16 @@ def check_losses(losses: object) -> Tensor:
         ValueError: another shape or dtype; the message says what to change in the loss function.
     """
     if not isinstance(losses, Tensor):
-        raise TypeError(f"loss_fn must return a tensor with one loss per sample, [B]; got {type(losses).__name__}")
+        got = f"{type(losses).__name__}: {_tensor(losses)}"
+        raise TypeError(f"loss_fn must return a tensor with one loss per sample, [B]; got {got}")
     if losses.ndim != 1:
         remedy = (
             "it is already reduced over the batch: pass reduction='none' to the criterion and reduce every "
             "dimension but the first; a model that computes its loss from labels among its inputs returns the mean: "
             "leave the labels out, and compute the losses from its outputs"
             if losses.ndim == 0
-            else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1)"
+            else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1). For a "
+            "gradient of every entry there is persample.grad(losses.flatten(), params)"
         )
         raise ValueError(f"loss_fn must return one loss per sample, shape [B]; got {tuple(losses.shape)}: {remedy}")
     if not losses.is_floating_point():
@@ -42,20 +48,57 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
-def check_graph(losses: Tensor, parameters: Collection[object]) -> None:
-    """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does.
+def _tensor(losses: object) -> str:
+    """How to return a tensor in place of something else."""
+    if losses is None:
+        return "let it end with 'return losses'"
+    if isinstance(losses, (list, tuple, Mapping)):
+        return "return the losses alone; torch.stack makes a tensor of a list of them"
+    return "compute it by operations of torch; what .item() or NumPy return has no gradient"
 
-    A parameter that no loss depends on has a gradient of zero; losses that depend on nothing at all are a mistake.
+
+def several_losses(samples: int | None, losses: int) -> str:
+    """What to say of several losses for each sample, as of tokens or outputs; "" where there is one."""
+    if not samples or losses <= samples or losses % samples:
+        return ""
+    return (
+        f"There are {losses} losses for {samples} samples, by dimension 0 of the inputs: {losses // samples} for each, "
+        "as of its tokens or outputs. For the gradient of every one of them there is persample.grad(losses, params); "
+        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample are "
+        "neighbours"
+    )
+
+
+def check_graph(losses: Tensor, parameters: Mapping[str, Tensor], graph: Graph | None = None) -> None:
+    """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does, or none but zeros.
+
+    A parameter that no loss depends on has a gradient of zero; losses that depend on none of them are a mistake.
+
+    Args:
+        losses: [B].
+        parameters: to differentiate for.
+        graph: of the losses, where it is there already.
 
     Raises:
-        PerSampleError: the losses have no graph, and there are parameters to differentiate for.
+        PerSampleError: the losses have no graph, or one without the parameters.
     """
-    if parameters and not losses.requires_grad:
+    if not parameters:
+        return
+    if not losses.requires_grad:
         raise PerSampleError(
             f"the losses do not require a gradient: {tuple(losses.shape)} numbers without a graph, though the "
             f"parameters to differentiate for ({len(parameters)}) do. Compute them from the model's output with "
             "gradients enabled: no torch.no_grad, .detach(), .item() or conversion to NumPy on the way; and let "
             "parameters require a gradient that the model uses"
+        )
+    leaves = {id(losses)} if losses.is_leaf else (trace(losses) if graph is None else graph).leaves
+    if not any(id(parameter) in leaves for parameter in parameters.values()):
+        names = ", ".join(map(repr, [*parameters][:3])) + (", ..." if len(parameters) > 3 else "")
+        raise PerSampleError(
+            f"the losses depend on none of the parameters to differentiate for ({len(parameters)}: {names}), but on "
+            f"{len(leaves)} other tensors that require a gradient: every row would be zero. Did you wrap or copy the "
+            "model, so that the losses are computed with other parameters? Give those; or let parameters require a "
+            "gradient that the model uses"
         )
 
 
@@ -88,7 +131,7 @@ class SumCheck:
         self._weights = weights
         self._gradient = batch_gradient
         self._names = list(batch_gradient)
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._largest = torch.zeros((), dtype=torch.float64)
 
     def add(self, name: str, uses: Sequence[Block | Captured]) -> None:
@@ -114,10 +157,11 @@ class SumCheck:
         for name in list(self._gradient):  # those without a block
             self._meet(name, None)
         absolute, relative = _ROUNDING.get(precision, _HALF_ROUNDING)
+        smallest = torch.finfo(precision).tiny * torch.finfo(precision).eps
         missed = {}
         for name in self._names:
-            miss, norm = self._found.get(name, (0.0, 0.0))
-            if not bool(miss <= absolute * self._largest + relative * norm):
+            miss, norm, entries = self._found.get(name, (0.0, 0.0, 0))
+            if not bool(miss <= absolute * self._largest + relative * norm + STEPS * smallest * sqrt(entries)):
                 missed[name] = float(miss), float(norm)
         return missed
 
@@ -134,7 +178,7 @@ class SumCheck:
             return  # NaN in a sample's loss: its row is NaN, the others are right
         miss = norm if total is None else distance(total, expected).cpu()
         self._largest = torch.maximum(self._largest, norm)
-        self._found[name] = miss, norm
+        self._found[name] = miss, norm, expected.numel()
 
 
 def distance(found: Tensor, expected: Tensor) -> Tensor:

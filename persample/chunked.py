@@ -10,7 +10,7 @@ numbers are drawn, it takes two more, without chance (`persample.still`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,17 +24,24 @@ from persample import memory
 from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.batches import batch_size
-from persample.checks import check_losses
+from persample.checks import check_losses, several_losses
+from persample.cutting import part_of
 from persample.errors import CheckError, PerSampleError
 from persample.explanation import Explanation
 from persample.precision import coarsest
 from persample.provenance import tensors_of
-from persample.result import Per, PerSampleGrads
+from persample.result import Per, PerSampleGrads, refuse_other
 from persample.still import Still, random_state
-from persample.unchanged import Unchanged
+from persample.unchanged import Unchanged, require
+
+JITTERS, ROUNDINGS = 3, 32
+"""Times that the inputs are rounded in another way, and how many times the largest change in a loss is allowed."""
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
+
+
+INSTEAD = "Or leave chunk_size out: hold='graph' saves memory too, and does not cut the batch"
 
 
 class ChunkedPerSampleGrads:
@@ -47,22 +54,24 @@ class ChunkedPerSampleGrads:
         targets: Any,
         chunk_size: int,
         batch: int,
+        state: Sequence[Tensor],
         whole: Whole | None = None,
     ) -> None:
         if whole is not None and len(whole.losses) != batch:
             raise ValueError(
                 f"chunk_size cuts along dimension 0, which of the first tensor of the inputs has {batch} entries; but "
-                f"there are {len(whole.losses)} samples, by the losses; the batch must lie there, or chunk_size be "
-                "left out"
+                f"there are {len(whole.losses)} samples, by the losses{_remedy(batch, len(whole.losses))}"
             )
         self.batch = batch
         self._whole = whole
         self._capture = capture
-        self._data = (inputs, targets)
+        self._data, self._state = (inputs, targets), state
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
         self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._losses: dict[int, Tensor] = {}
-        self._unchanged: Unchanged | None = None
+        self._read_again: Unchanged | None = None
+        self._parts_unchanged = [Unchanged(_strided(self._part(i))) for i in range(len(self._slices))]
+        self._data_unchanged = Unchanged(_others(self._data), tensors_of(self._data))
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
         self._explanation = first.explain()
@@ -71,6 +80,12 @@ class ChunkedPerSampleGrads:
         return (
             f"ChunkedPerSampleGrads(batch={self.batch}, chunks={len(self._slices)} of {self._slices[0].stop}, "
             f"backend={self.backend!r})"
+        )
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "per-sample gradients with chunk_size cannot be copied, pickled or saved: they hold the model and the "
+            "batch, and are formed when they are asked for. Leave chunk_size out, or keep what the reductions return"
         )
 
     @property
@@ -83,6 +98,7 @@ class ChunkedPerSampleGrads:
 
     def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """See `PerSampleGrads.grads`."""
+        self._check_buffers({} if out is None else out)
         result = dict(out or {})
         for i, part in enumerate(self._slices):
             psg = self._chunk(i)
@@ -103,6 +119,8 @@ class ChunkedPerSampleGrads:
         self, per: Per = "total", other: PerSampleGrads | ChunkedPerSampleGrads | None = None
     ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
         """See `PerSampleGrads.gram`; `other` may be chunked too."""
+        if other is not None:
+            refuse_other(other)
         grid: list[list[Any]] = []
         for i in range(len(self._slices)):
             left = self._chunk(i)
@@ -119,10 +137,9 @@ class ChunkedPerSampleGrads:
     def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.weighted_sum`."""
         for layer, values in c.items() if isinstance(c, Mapping) else [("all", c)]:
-            if tuple(values.shape) != (self.batch,):
-                raise ValueError(
-                    f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {tuple(values.shape)}"
-                )
+            if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
         parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
         return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
 
@@ -134,20 +151,24 @@ class ChunkedPerSampleGrads:
         """See `PerSampleGrads.clipped_sum`."""
         return _sum(self._chunk(i).clipped_sum(max_norm) for i in range(len(self._slices)))
 
+    def _check_buffers(self, out: Mapping[str, Tensor]) -> None:
+        """Raises unless each buffer is a tensor of all samples; the rest is seen when a chunk is written there."""
+        if not isinstance(out, Mapping):
+            raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
+        for name, buffer in out.items():
+            if not isinstance(buffer, Tensor) or buffer.ndim == 0 or len(buffer) != self.batch:
+                got = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+                raise ValueError(f"out[{name!r}] must be a tensor with B = {self.batch} rows; got {got}")
+
     def explain(self) -> list[Explanation]:
         """See `PerSampleGrads.explain`; of the first chunk."""
         return self._explanation
 
     def _chunk(self, i: int) -> PerSampleGrads:
         """The capture of chunk i, with the random numbers of its first capture."""
-        if self._unchanged is not None:
-            self._unchanged.require("chunk_size")
-        part = self._slices[i]
-        inputs, targets = tree_map(
-            lambda leaf: _cut(leaf, part) if _holds_samples(leaf, self.batch) else leaf,
-            self._data,
-            is_leaf=lambda node: _lists_samples(node, self.batch),
-        )
+        for data in (self._data_unchanged, self._parts_unchanged[i]):
+            require(self._read_again, data, way="chunk_size")
+        part, (inputs, targets) = self._slices[i], self._part(i)
         if i not in self._random:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             self._random[i] = torch.get_rng_state(), cuda
@@ -161,7 +182,7 @@ class ChunkedPerSampleGrads:
         if psg.batch != part.stop - part.start:
             raise ValueError(
                 f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
-                f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there"
+                f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there. {INSTEAD}"
             )
         if (
             self._whole is not None
@@ -172,25 +193,35 @@ class ChunkedPerSampleGrads:
                 f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
                 f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
                 "0, and one of them may hold no samples (then give it a first dimension of one), or the model's state "
-                "or padding depends on the whole batch (then leave chunk_size out). check=False turns this check off"
+                f"or padding depends on the whole batch. {INSTEAD}. check=False turns this check off"
             )
         self._losses[i] = psg.losses
-        if self._unchanged is None:
-            self._unchanged = Unchanged(psg._parameters.values(), tensors_of(self._data))
+        if self._read_again is None:
+            self._read_again = Unchanged(self._state)
         else:
-            self._unchanged.remember()  # the model may change them itself: max_norm of an embedding
+            self._read_again.remember()  # the model may change them itself: max_norm of an embedding
         return psg
+
+    def _part(self, i: int) -> Any:
+        """Inputs and targets of chunk i."""
+        return part_of(self._data, self._slices[i], self.batch)
 
     def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
         try:
             return self._capture(inputs, targets)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             if self._whole is None or isinstance(error, (PerSampleError, torch.OutOfMemoryError)):
                 raise
             raise ValueError(
                 f"the model runs on the whole batch and not on a part of it: {error}. chunk_size cuts every tensor of "
-                f"inputs and targets with {self.batch} entries along dimension 0 alone; the batch must lie there"
+                f"inputs and targets with {self.batch} entries along dimension 0 alone; the batch must lie there. "
+                f"{INSTEAD}"
             ) from error
+
+
+def _remedy(entries: int, losses: int) -> str:
+    several = several_losses(entries, losses)
+    return f". {several}" if several else f"; the batch must lie there. {INSTEAD}"
 
 
 @dataclass(frozen=True)
@@ -210,7 +241,26 @@ class Whole:
                 return True
             losses = alone
         precision = computed_in(self.losses, self.problem.parameters.values())
-        return _agree(losses, self.losses[part], self.losses, precision)
+        expected = self.losses[part]
+        return _agree(losses, expected, self.losses, precision) or self._rounded(losses, expected, inputs, targets)
+
+    def _rounded(self, losses: Tensor, expected: Tensor, inputs: Any, targets: Any) -> bool:
+        """Whether the difference is no more than rounding the inputs makes of losses: they may be what is left of
+        large numbers that cancel."""
+        generator, largest = torch.Generator().manual_seed(0), torch.zeros_like(losses)
+
+        def jittered(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.layout != torch.strided:
+                return leaf
+            signs = 2 * torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8) - 1
+            return leaf * (1 + torch.finfo(leaf.dtype).eps * signs.to(leaf))
+
+        before, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=self.still)
+        for _ in range(JITTERS if before is not None else 0):
+            other = replace(self.problem, inputs=tree_map(jittered, inputs), targets=targets)
+            after, _ = losses_without_graph(other, still=self.still)
+            largest = largest.maximum((after - before).abs()) if after is not None else largest
+        return bool(((losses - expected).abs() <= ROUNDINGS * largest.max()).all()) if len(losses) else True
 
 
 def whole(problem: Problem) -> Whole | None:
@@ -231,7 +281,7 @@ def losses_without_graph(problem: Problem, *, still: bool) -> tuple[Any, bool]:
     torch.backends.mha.set_fastpath_enabled(False)  # it treats padding in another way
     try:
         with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad(), Still() if still else nullcontext():
-            losses = problem.loss_fn(problem.outputs(), problem.targets)
+            losses = problem.losses()
             drawn = any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=False))
     except RuntimeError:
         return None, False
@@ -260,20 +310,12 @@ def batch_of(inputs: Any) -> int | None:
     return batch_size((inputs,), {})
 
 
-def _holds_samples(leaf: Any, batch: int) -> bool:
-    return _lists_samples(leaf, batch) or (isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch)
+def _strided(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is torch.strided]
 
 
-def _lists_samples(node: Any, batch: int) -> bool:
-    """Whether it is a list of something for each sample: its boxes and labels, its text."""
-    return type(node) is list and len(node) == batch and all(isinstance(each, (Mapping, str)) for each in node)
-
-
-def _cut(leaf: Any, part: slice) -> Any:
-    """Samples of a tensor or a list; a sparse tensor cannot be sliced."""
-    if isinstance(leaf, list) or leaf.layout is torch.strided:
-        return leaf[part]
-    return leaf.index_select(0, torch.arange(part.start, part.stop, device=leaf.device))
+def _others(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is not torch.strided]
 
 
 def _cat(parts: list[Any], dim: int = 0) -> Any:

@@ -8,7 +8,8 @@ With x [batch, in, *space], z [batch, out, *time] and g_b = Σ_t z_bt ⊗ patch_
                        = Σ_{t,s} (z_at·z_bs) (patch_at·patch_bs)         (the Hadamard form)
     sqnorms            K_bb                                              [batch]
 
-All are exact. float16 and bfloat16 inputs are accumulated, and returned, in float32.
+All are exact. float16 and bfloat16 inputs are accumulated, and returned, in float32. The Hadamard form loses digits
+where positions cancel (`persample.cancellation`); where looking at its result would halt the host, rows are formed.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from persample import memory, scratch
+from persample.cancellation import Terms
 from persample.convolution_algorithms import ALGORITHMS, ConvSpec, ordinary, patches, weight_gradient
 from persample.convolution_choice import BUDGET, CACHE, choose, choose_form, product_costs, ranges
 from persample.products import LONGEST, gram_of_rows
@@ -119,26 +121,34 @@ def per_sample_grads(
     return out
 
 
-def gram(x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def gram(
+    x: Tensor, z: Tensor, spec: ConvSpec, other: tuple[Tensor, Tensor] | None = None, terms: Terms | None = None
+) -> Tensor:
     """Inner products of per-sample weight gradients, [batch, batch'], with themselves or with those of `other`.
 
-    other: (x', z') of the same convolution. The form is chosen by cost; see `_form`.
+    other: (x', z') of the same convolution. The form is chosen by cost; see `choose_form`. terms: gets what the
+    Hadamard form adds up.
     """
     x, z, ordinary_spec = ordinary(x, z, spec)
     x2, z2 = (x, z) if other is None else ordinary(*other, spec)[:2]
-    form = _FORMS[choose_form(x, z, ordinary_spec, x2.shape[0] / (2 if other is None else 1))]
     result = x.new_zeros(x.shape[0], x2.shape[0])
-    if result.numel():
-        form(result, (x, z), None if other is None else (x2, z2), ordinary_spec)
+    first, second = (x, z), None if other is None else (x2, z2)
+    if not result.numel():
+        return result
+    if choose_form(x, z, ordinary_spec, x2.shape[0] / (2 if other is None else 1)) == "hadamard":
+        _add_hadamard(result, first, second, ordinary_spec, terms or Terms())
+    else:
+        _add_materialised(result, first, second, ordinary_spec)
     return result
 
 
-def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
-    """Squared norms of the per-sample weight gradients, [batch]."""
+def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec, terms: Terms | None = None) -> Tensor:
+    """Squared norms of the per-sample weight gradients, [batch]; `terms` gets what they are sums of."""
     x, z, spec = ordinary(x, z, spec)
     result = x.new_empty(x.shape[0])
     if not x.shape[0]:
         return result
+    diagonals = torch.empty_like(result)
     hadamard = choose_form(x, z, spec, None) == "hadamard"
     time, pixels = math.prod(z.shape[2:]), math.prod(x.shape[2:])
     per_sample = spec.groups * (2 * time**2 + pixels**2) if hadamard else math.prod(spec.weight_shape)
@@ -149,11 +159,35 @@ def sqnorms(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
             products = _position_products(images, None, spec, tuple(z.shape[2:]))
             products *= torch.bmm(rows.mT, rows).view_as(products)
             result[part] = products.flatten(1).sum(1).view(-1, spec.groups).sum(1)
+            own = products.view(-1, time, time).diagonal(dim1=1, dim2=2)
+            diagonals[part] = own.sum(1).view(-1, spec.groups).sum(1)
         else:
             grads = per_sample_grads(x[part], z[part], spec, empty=scratch.empty).flatten(1)
             # Not vector_norm: it adds one after the other in float32, 1e-4 off for 2^21 elements; sum is pairwise.
             result[part] = grads.square_().sum(1)
+    if terms is not None and hadamard:
+        terms.add(diagonals)
     return result
+
+
+def squares_by_position(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
+    """Σ_t ‖z_bt‖² ‖patch_bt‖², [batch]: the squares of pixels, added up over channels, then by a kernel of ones."""
+    x, z, spec = ordinary(x, z, spec)
+    if not x.shape[0]:
+        return x.new_zeros(0)
+    per_sample = (x.numel() + z.numel()) // x.shape[0] * x.element_size()
+    return torch.cat([_squares_by_position(x[s], z[s], spec) for s in ranges(x.shape[0], per_sample, CACHE)])
+
+
+def _squares_by_position(x: Tensor, z: Tensor, spec: ConvSpec) -> Tensor:
+    pixels = x.unflatten(1, (spec.groups, -1)).square().sum(2).flatten(0, 1).unsqueeze(1)
+    positions = z.unflatten(1, (spec.groups, -1)).square().sum(2)
+    ones, nothing = x.new_ones(1, 1, *spec.kernel), [0] * len(spec.kernel)
+    covered = torch.convolution(pixels, ones, None, spec.stride, spec.padding, spec.dilation, False, nothing, 1)
+    # the ordinary form of a transposed convolution may have positions at its end that nothing came from
+    for axis, size in enumerate(positions.shape[2:], 2):
+        covered = covered.narrow(axis, 0, size)
+    return (covered.reshape(positions.shape) * positions).flatten(1).sum(1)
 
 
 def _position_products(x: Tensor, other: Tensor | None, spec: ConvSpec, time: tuple[int, ...]) -> Tensor:
@@ -208,13 +242,14 @@ def _pair_products(left: Tensor, right: Tensor | None) -> Tensor:
     return left.mT.reshape(-1, channels) @ right.mT.reshape(-1, channels).mT
 
 
-def _add_hadamard(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec) -> None:
+def _add_hadamard(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec, terms: Terms) -> None:
     (x, z), (x2, z2) = first, second or first
     shape, time = tuple(z.shape[2:]), math.prod(z.shape[2:])
     x, z, x2, z2 = (t.unflatten(1, (spec.groups, -1)) for t in (x, z, x2, z2))
     per_sample = x2.shape[0] * (2 * time**2 + math.prod(x.shape[3:]) ** 2) * result.element_size()
     # A symmetric matrix in four rows of blocks at least: what is mirrored is left out.
     budget = BUDGET if second else min(BUDGET, -(-result.shape[0] // 4) * per_sample)
+    diagonals, terms.of_two = result.new_zeros(result.shape[0]), terms.of_two or second is not None
     for group in range(spec.groups):
         for part in ranges(result.shape[0], per_sample, budget):
             end = z2.shape[0] if second else part.stop  # beyond it: mirrored
@@ -224,6 +259,10 @@ def _add_hadamard(result: Tensor, first: Pair, second: Pair | None, spec: ConvSp
             result[part, :end] += block
             if not second:
                 result[: part.start, part] += block[:, : part.start].mT
+                own = products.view(-1, end * time).diagonal(part.start * time)  # of positions, each with itself
+                diagonals[part] += own.view(-1, time).sum(1)
+    if not second:
+        terms.add(diagonals)
 
 
 def _add_materialised(result: Tensor, first: Pair, second: Pair | None, spec: ConvSpec) -> None:
@@ -246,6 +285,3 @@ def _partial_grads(
     z = z.unflatten(1, (spec.groups, -1))[:, group, part].flatten(1, 2)
     partial = replace(spec, weight_shape=(groups * out, *spec.weight_shape[1:]), groups=groups)
     return per_sample_grads(x, z, partial, empty=empty).flatten(1)
-
-
-_FORMS = {"materialise": _add_materialised, "hadamard": _add_hadamard}

@@ -127,7 +127,8 @@ def _fold(x: Tensor, z: Tensor, spec: ConvSpec, out: Tensor | None) -> Tensor:
     folded = replace(
         spec, weight_shape=(batch * spec.weight_shape[0], *spec.weight_shape[1:]), groups=batch * spec.groups
     )
-    grads = weight_gradient(x.reshape(1, -1, *x.shape[2:]), z.reshape(1, -1, *z.shape[2:]), folded)
+    # Flattened, then viewed: strides of axes of size one may look like channels last, which not every kernel takes.
+    grads = weight_gradient(x.reshape(-1).view(1, -1, *x.shape[2:]), z.reshape(-1).view(1, -1, *z.shape[2:]), folded)
     return _store(grads.reshape(batch, *spec.weight_shape), out)
 
 

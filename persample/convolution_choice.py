@@ -49,6 +49,8 @@ def choose_form(x: Tensor, z: Tensor, spec: ConvSpec, others: float | None) -> s
     forced = forced_among(FORMS)
     if forced is not None:
         return forced
+    if not z.is_cpu:
+        return "materialise"
     time, out = math.prod(z.shape[2:]), z.shape[1] // spec.groups
     rows = out * math.prod(spec.weight_shape[1:])
     materialise = time * rows + (0 if others is None else others * rows)

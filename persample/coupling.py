@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from persample.attribution import Output, Owner
-from persample.errors import CoupledSamplesError, UnderflowError
+from persample.checks import several_losses
+from persample.errors import CoupledSamplesError, UnsupportedError
 from persample.graph import Graph, Node
 from persample.provenance import Provenance
 
@@ -24,17 +25,12 @@ def row_owner(z: Tensor | Output, batch: int) -> Owner | None:
     return Owner(0, torch.arange(batch, device=z.device), batch)
 
 
-def underflow_error(name: str, zs: Sequence[Tensor | None]) -> UnderflowError:
-    """The error for parameter `name`, where z is so small that its digits are lost and samples cannot be told apart."""
-    present = [z for z in zs if z is not None]
-    largest = max(float(z.abs().nan_to_num(0.0, 0.0, 0.0).max()) for z in present if z.numel())
-    lowest = min((z.dtype for z in present), key=lambda dtype: torch.finfo(dtype).max)
-    other = " or compute in bfloat16" if lowest is torch.float16 else ""
-    return UnderflowError(
-        f"the gradients at the operation that uses {name!r} are so small ({largest:.1g} at most) that {lowest} keeps "
-        f"few digits of them (below {torch.finfo(lowest).tiny:.1g} it loses them one by one): too few to tell samples "
-        "apart, and too few for an exact result. Samples are apart where the losses are larger: multiply the losses by "
-        f"a power of two such as 2**16, as loss scaling does, and divide the gradients by it{other}"
+def not_finite_error(name: str) -> UnsupportedError:
+    """The error for parameter `name`, where z is not finite and samples cannot be told apart."""
+    return UnsupportedError(
+        f"the gradients at the operation that uses {name!r} are not finite for some sample, and whose they are cannot "
+        "be told: the samples influence each other, or operations keep their tensors where they cannot be read. Leave "
+        "the samples out that are not finite (losses.isfinite()), or call with each of them alone"
     )
 
 
@@ -46,12 +42,8 @@ def coupled_error(
     name: str,
     coupled: str,
     batch: int,
-    half: torch.dtype | None = None,
 ) -> CoupledSamplesError:
-    """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix.
-
-    `half`: the half precision that z has there, None for another one.
-    """
+    """The error for parameter `name`, used by `node`, with the first operation behind it at which samples mix."""
     behind, stack = set(), [node]
     while stack:
         current = stack.pop()
@@ -82,11 +74,23 @@ def coupled_error(
         else f"If the input of shape {tuple(shared.shape)} holds no samples but is shared by all of them (positions, a "
         f"mask, a grid), give it a first dimension of one: {(1, *shared.shape)}. "
     )
-    if half is not None:
-        hint += f"Where large terms cancel, rounding in {half} can look like that; the same model in float32 tells. "
-    return CoupledSamplesError(
-        f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. {hint}"
-        "Per-sample gradients exist where each loss depends on its own sample alone: put batch normalisation in "
-        "eval mode or use GroupNorm, and do not normalise a loss over the batch. coupled='rows' reads the rows of "
-        "each layer instead, as the FNGD paper does with batch normalisation."
+    several = several_losses(provenance.first_size(), batch)
+    told = f"the samples of this batch influence each other, {where}, so {name!r} has no gradient per sample. "
+    return CoupledSamplesError(told + (f"{several}." if several else hint + advice(where)))
+
+
+def advice(where: str) -> str:
+    """What to do about samples that influence each other at an operation."""
+    if "BatchNorm" in where:
+        there = "put batch normalisation in eval mode or use GroupNorm"
+    elif where.startswith("in the loss"):
+        there = (
+            "do not normalise a loss over the batch, and for one that compares samples (contrastive) take the gradient "
+            "of each loss, persample.grad(losses, params)"
+        )
+    else:
+        there = "let no operation of the model go across samples"
+    return (
+        f"Per-sample gradients exist where each loss depends on its own sample alone: {there}. coupled='rows' reads "
+        "the rows of each layer instead, as the FNGD paper does with batch normalisation."
     )

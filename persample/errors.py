@@ -33,17 +33,6 @@ class UnsupportedError(PerSampleError):
     """
 
 
-class UnderflowError(UnsupportedError):
-    """Gradients are so small that the precision has no digits left for them.
-
-    >>> model, loss = nn.Linear(3, 2).half(), lambda y, _: 1e-7 * y.float().square().sum(1)
-    >>> persample.per_sample(model, loss, torch.randn(4, 3).half())
-    Traceback (most recent call last):
-    ...
-    persample.errors.UnderflowError: ...multiply the losses...
-    """
-
-
 class CheckError(PerSampleError):
     """Per-sample gradients do not add up, or chunks have other losses than the batch: the result would have been wrong.
 

@@ -21,7 +21,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from persample.attribution import DEFAULT_LEVELS, LEVELS, NOBODY, Output, Owner, Visit, fill, likely_axes, probes
+from persample.attribution import (
+    DEFAULT_LEVELS,
+    LEVELS,
+    NOBODY,
+    Output,
+    Owner,
+    Visit,
+    fill,
+    likely_axes,
+    powers,
+    probes,
+)
 
 PIECE, PIECE_CUDA = 2**15, 2**20
 """Entries whose bits are multiplied at a time: on a CPU as many as its cache holds the 64-bit products of."""
@@ -92,10 +103,10 @@ class Fingerprints:
                 self._ids[axis] = torch.zeros(z.shape[axis], dtype=torch.long, device=z.device)
 
     def compare(self, probe: Tensor, levels: int) -> None:
-        """Takes the next probe, whose weights are 2^(digit - levels / 2); an axis that does not explain it is out."""
+        """Takes the next probe, weights by digit as `powers` has them; an axis that does not explain it is out."""
         unit = _BITS[probe.dtype.to_real()][2] if self._rows else 0
         for axis, (rows, weights) in list(self._rows.items()):
-            exponents = torch.arange(levels, device=probe.device) - levels // 2
+            exponents = powers(levels, probe.device)
             digit = torch.full_like(rows, NOBODY)
             there = fingerprint(probe, axis)
             for start in range(0, len(rows), ROWS):

@@ -15,7 +15,7 @@ g_b = Σ_{r of b} g_r, and the weighted sum is the ordinary one with c repeated,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import isqrt
 
@@ -85,6 +85,11 @@ class Reading:
         batch = tensor.shape[self.axis] // (self.before * self.after)
         return tensor.unflatten(self.axis, (self.before, batch, self.after)).movedim(self.axis + 1, 0)
 
+    def rows(self, values: Tensor, axes: int) -> Tensor:
+        """Returns values [batch] of the samples for a tensor of so many axes, to be multiplied with it."""
+        repeated = values.repeat_interleave(self.after).repeat(self.before)
+        return repeated.view(-1, *[1] * (axes - 1 - self.axis))
+
     def explain(self) -> str:
         """Where the samples are, in words."""
         each = f"samples of {self.after} consecutive rows each" if self.after != 1 else "samples"
@@ -129,6 +134,19 @@ def by_size(candidates: Sequence[Reading]) -> Reading | None:
     """
     ordinary = [each for each in candidates if each.ordinary]
     return ordinary[0] if len(ordinary) == 1 and (ordinary[0].axis == 0 or len(candidates) == 1) else None
+
+
+def usual(known: Set[Reading], candidates: Sequence[Reading]) -> Reading | None:
+    """The candidate that goes on as earlier batches were read: rows in sequence, or one after another, or the same.
+
+    None where they were read in several ways.
+    """
+    candidates = [each for each in candidates if {other.axis for other in known} == {each.axis}]
+    same = [each for each in candidates if known == {each}]
+    for kind in ("before", "after"):
+        if all(getattr(each, kind) == 1 for each in known):
+            same += [each for each in candidates if getattr(each, kind) == 1]
+    return same[0] if same else None
 
 
 def unfolded(

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from persample import trial
 from persample.asking import Asker
-from persample.batches import batch_size
+from persample.batches import batch_shape, batch_size
 from persample.besides import note_uses_besides
 from persample.folded import Folded, Reading
 from persample.function_layers import FunctionLayers, renewed
+from persample.linear_calls import Call
+from persample.selection import Watch
 from persample.taps import Gate, Pass, Uses, attach
-from persample.tryout import Tryout, Watch
+from persample.tryout import Tryout
 from persample.weights import Layer
 
 __all__ = ["ForwardHooks", "batch_size"]
@@ -50,7 +51,7 @@ class ForwardHooks:
         outputs: bool,
     ) -> None:
         self.asker, self.layers, self.outputs = asker, layers, outputs
-        self.functions = FunctionLayers(weights, self._linear, layers, axis_of)
+        self.functions = FunctionLayers(weights, self._function, layers, axis_of)
         self.forward = Pass()
         self.uses: dict[str, Uses] | None = None
         """Of the layers that the running pass has met, by path; None outside of it."""
@@ -97,6 +98,9 @@ class ForwardHooks:
         """How many samples the model is called with."""
         if not self._several:
             self._several = batch_size(args, kwargs, first=True) not in (None, 1)
+        if self._tryout.axis:
+            shape = batch_shape(args, kwargs, first=self._several)
+            return shape[self._tryout.axis] if shape is not None and len(shape) > self._tryout.axis else None
         return batch_size(args, kwargs, first=self._several)
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
@@ -139,6 +143,7 @@ class ForwardHooks:
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
         # From here on a layer runs on its own: in a checkpoint's recomputation, or called directly.
+        uses = {each.layer: each for each in (self.uses or {}).values() if each.taps}
         self.uses = self._token = None
         (args, kwargs), self._call = self._call, ((), {})
         self.functions.leave()
@@ -151,7 +156,8 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        self._tryout.end(args, kwargs, self.forward.batch, first=not self._met)
+        shape = batch_shape(args, kwargs, first=self._several) if self._tryout.new else None
+        self._tryout.end(args, kwargs, output, uses, self.forward, shape or (), first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
@@ -237,23 +243,24 @@ class ForwardHooks:
         """It ends."""
         self.functions.leave()
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, axis: int | None) -> Tensor:
-        """F.linear of a watched weight."""
+    def _function(self, call: Call, name: str, axis: int | None) -> Tensor:
+        """A linear function of a watched weight."""
+        x, weight, bias = call.x, call.weight, call.bias
         training = torch.is_grad_enabled() or self._tryout.running is not None
         if self._running is not None or not (training and weight.requires_grad):
-            return F.linear(x, weight, bias)
-        layer = self.functions.layer(name, weight, bias, self._used)
+            return call.run(weight, bias)
+        layer = self.functions.layer(name, call, self._used)
         if not self._has_rows(layer, x):
-            return F.linear(x, weight, bias)
+            return call.run(weight, bias)
         batch = self.forward.batch
         if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
             layer.settle((*x.shape[:-1], len(weight)), batch, Reading(1, 1, axis))
         if self._tryout.running is not None:
-            output = F.linear(x, weight, bias)
+            output = call.run(weight, bias)
             self._tryout.note(layer, output)
             return output
         layer.source = lambda: (weight, bias)
-        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        output = call.run(weight.detach(), None if bias is None else bias.detach())
         return self._tapped(layer, x, output, *layer.parameters())
 
     def _used(self, layer: Layer) -> bool:

@@ -13,8 +13,9 @@ from itertools import count
 from torch import Tensor, nn
 
 from persample.folded import Folded
-from persample.functional import Linear, Watcher, base_of
-from persample.parts import parts_of
+from persample.functional import Function, Watcher, base_of
+from persample.linear_calls import Call
+from persample.parts import part_of, parts_of
 from persample.weights import Layer
 
 
@@ -23,7 +24,7 @@ class FunctionLayers:
 
     Arguments:
         weights: parameters that functions may use → their names.
-        linear: what is called in place of `F.linear` with a watched weight.
+        function: what is called in place of a linear function with a watched weight.
         layers: by path, those of modules; functions are added as they are met.
         axis_of: path → the batch axis, or how rows are folded, that the user gave.
     """
@@ -31,14 +32,16 @@ class FunctionLayers:
     def __init__(
         self,
         weights: dict[nn.Parameter, str],
-        linear: Linear,
+        function: Function,
         layers: dict[str, Layer],
         axis_of: Callable[[str], int | Folded | None],
     ) -> None:
-        self.watcher = Watcher(weights, linear)
+        self.watcher = Watcher(weights, function)
         self.watched = list(weights)
         """What is watched for the whole of the model's forward."""
         self._layers, self._axis_of = layers, axis_of
+        self._kinds: dict[str, tuple[nn.Module | None, int]] = {}
+        """Of functions, by path: the geometry of a convolution, and along which axis of the parameter its rows are."""
         self._entered: list[list[nn.Parameter]] = []
 
     def enter(self, weights: list[nn.Parameter]) -> None:
@@ -65,16 +68,20 @@ class FunctionLayers:
         given = {id(weight) for layer in self._layers.values() if layer.module is None for weight in layer.owners}
         self.watched = [each for each in self.watched if id(each) not in called or id(each) in given]
 
-    def layer(self, name: str, weight: Tensor, bias: Tensor | None, used: Callable[[Layer], bool]) -> Layer:
+    def layer(self, name: str, call: Call, used: Callable[[Layer], bool]) -> Layer:
         """Returns the layer of a function's weight and bias; `used`: whether the pass that runs has met a layer."""
+        weight, bias = call.weight, call.bias
         owners = tuple(base_of(each) for each in (weight, bias) if each is not None)
+        part = part_of(weight, owners[0])
+        kind = call.geometry, 0 if part is None else part.axis  # a matrix and its transpose are two layers
         for number in count(1):
             path = name if number == 1 else f"{name} ({number})"
             layer = self._layers.get(path)
             if layer is None:
-                layer = self._layers[path] = Layer(path, None, self._axis_of(name), owners=owners)
+                layer = Layer(path, None, self._axis_of(name), owners=owners, geometry=call.geometry)
+                self._layers[path], self._kinds[path] = layer, kind
                 layer.source = lambda: (weight, bias)
-            if layer.module is None and _owned(layer, owners, used):
+            if layer.module is None and self._kinds[path] == kind and _owned(layer, owners, used):
                 layer.owners = owners
                 return layer
         raise AssertionError("count never ends")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 
 from torch import Tensor
 
-from persample import reductions
+from persample import reductions, sums
 from persample.backends import Captured
 from persample.blocks import Block, Conv, Dense, Outer
 from persample.kernels import FORMS, forced_among
 from persample.precision import full_precision
-from persample.reductions import real_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Gradient:
 
     def zeros(self, *leading: int) -> Tensor:
         """Zeros [*leading, *shape] in the precision of the results."""
-        return full_precision(self.parameter.new_zeros(*leading, *self.parameter.shape))
+        return full_precision(self.parameter.new_zeros((*leading, *self.parameter.shape)))
 
     def materialise(self, out: Tensor | None = None) -> Tensor:
         """g_b, [B, *shape]."""
@@ -55,33 +52,23 @@ class Gradient:
             return self
         return replace(self, uses=(replace(use, block=Dense(reductions.materialise(block))),))
 
-    def squared_norms(self) -> Tensor:
-        """‖g_b‖², [B]."""
-        if not self.blocks:
-            return self._no_numbers(self._batch)
-        if len(self.blocks) == 1 or _all_fast(self.blocks):
-            squares = [reductions.squared_norms(block) for block in self.blocks]
-            crosses = [2 * reductions.inner(a, b) for a, b in combinations(self.blocks, 2)]
-            return add([*squares, *crosses])
-        return real_rows(self.materialise()).square().sum(1)
+    def squared_norms(self) -> tuple[Tensor, Tensor | None]:
+        """‖g_b‖², [B], and the samples of which rows were formed for it; see `persample.sums`."""
+        return sums.squared_norms(self.blocks) if self.blocks else (self._no_numbers(self._batch), None)
+
+    def lengths_of(self, samples: Tensor) -> Tensor:
+        """‖g_b‖ of some samples, from their rows, [n]."""
+        return sums.lengths_of(self.blocks, samples) if self.blocks else self._no_numbers(len(samples))
 
     def gram(self, right: Gradient) -> Tensor:
         """⟨g_a, h_b⟩, [B, B'], with h the rows of `right`, which may be this gradient itself."""
-        ours, theirs = self.blocks, right.blocks
-        if not ours or not theirs:
+        if not self.blocks or not right.blocks:
             return self._no_numbers(self._batch, right._batch)
-        if (len(ours) == len(theirs) == 1) or _all_fast([*ours, *theirs]):
-            if right is self:
-                crosses = [reductions.gram(a, b) for a, b in combinations(ours, 2)]
-                return add([*(reductions.gram(a) for a in ours), *(k + k.T for k in crosses)])
-            return add([reductions.gram(a, b) for a in ours for b in theirs])
-        rows = real_rows(self.materialise())
-        return rows @ (rows if right is self else real_rows(right.materialise())).T
+        return sums.gram(self.blocks, right.blocks)
 
-    def weighted_sum(self, c: Tensor) -> Tensor:
-        """Σ_b c_b g_b, [*shape]."""
-        parts = [reductions.weighted_sum(block, c.to(block.device)) for block in self.blocks]
-        return add(parts) if parts else self.zeros()
+    def weighted_sum(self, c: Tensor, apart: Tensor | None = None) -> Tensor:
+        """Σ_b c_b g_b, [*shape]; `apart`: samples whose rows are formed for it."""
+        return sums.weighted_sum(self.blocks, c, apart) if self.blocks else self.zeros()
 
     def dot(self, vector: Tensor) -> Tensor:
         """⟨g_b, v⟩, [B]."""
@@ -96,16 +83,3 @@ class Gradient:
 
     def _no_numbers(self, *shape: int) -> Tensor:
         return self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
-
-
-def add(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of one tensor at least."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _all_fast(blocks: Sequence[Block]) -> bool:
-    """True where every pair of blocks has a form that materialises nothing."""
-    return all(reductions.has_pair_form(a, b) for a, b in combinations(blocks, 2))

@@ -119,6 +119,13 @@ def shape_of(meta: Any) -> tuple[int, ...]:
     return shape
 
 
+def refuse_nested(graph: Graph) -> None:
+    """Raises `UnsupportedError` for a graph with nested tensors in it."""
+    for node in graph.order:
+        for meta in () if hasattr(node, "variable") else node._input_metadata:
+            shape_of(meta)
+
+
 def nested_error() -> UnsupportedError:
     """The error for nested tensors, of either layout."""
     return UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from persample.backends import Capture, Captured
 from persample.backends.outputs import HeldGraph
 from persample.gradient import Gradient
 from persample.result import PerSampleGrads, T
-from persample.unchanged import Unchanged
+from persample.saved import saved_by
+from persample.unchanged import Unchanged, lies_in, require
 
 
 class GraphPerSampleGrads(PerSampleGrads):
@@ -20,11 +22,24 @@ class GraphPerSampleGrads(PerSampleGrads):
     pass. `blocks`, and being the `other` of a Gram matrix, need all factors at once.
     """
 
-    def __init__(self, graph: HeldGraph, parameters: Mapping[str, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        graph: HeldGraph,
+        parameters: Mapping[str, Tensor],
+        backend: str,
+        caller: frozenset[int] = frozenset(),
+    ) -> None:
         reading = graph.reading
         super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
         self._graph = graph
-        self._unchanged = Unchanged(parameters.values())
+        saved = [each for each in saved_by(reading.graph.order) if lies_in(each, caller)]
+        self._read_again = Unchanged(parameters.values()), Unchanged(saved)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "per-sample gradients with hold='graph' cannot be copied, pickled or saved: what they hold is autograd's "
+            "graph. Capture the batch with hold='factors', or keep what the reductions return"
+        )
 
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, graph held)"
@@ -35,7 +50,7 @@ class GraphPerSampleGrads(PerSampleGrads):
         return tuple(name for name in self._parameters if not self._graph.reading.uses.get(name))
 
     def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
-        self._unchanged.require("hold='graph'")
+        require(*self._read_again, way="hold='graph'")
         formed: dict[str, T] = {}
 
         def take(name: str, uses: tuple[Captured, ...]) -> None:

@@ -20,17 +20,18 @@ Meeting = tuple[Node, int, Node, int]
 """A node, the slot through which a parameter enters, and the edge (source, output) that feeds it."""
 
 
-def trusted(
-    node: Node, graph: Graph, owners: tuple[Owner | None, ...], provenance: Provenance | None, batch: int
-) -> bool:
-    """Whether separated samples at a node can be believed.
+def in_doubt(node: Node, graph: Graph, known: Separation, provenance: Provenance | None, batch: int) -> bool:
+    """Whether it is worth looking again at whether samples are apart at a node, see `separation.settle`.
 
-    An operation on parameters alone sums over samples. Where one sample's part is so large that the others' vanish
-    in rounding, the sum looks like that sample's own; a regular pattern over all samples cannot come about so.
+    An operation on parameters alone sums over samples. Where the others' parts vanish in the rounding of one that is
+    large, or numbers are few (whole ones), the sum can look like one sample's own: what seems apart there is looked at
+    again, unless the graph proves it. Of an operation that read data it is what seems mixed, before it is refused.
     """
-    if provenance is None or batch == 1 or node is graph.root or provenance.saw_data(node, batch):
-        return True
-    return all(owner is None or owner.layout in ("identity", "grouped", "tiled") for owner in owners)
+    if batch <= 1 or node is graph.root or not any(known.outputs[node]):
+        return False
+    if provenance is not None and provenance.saw_data(node, batch):
+        return not known.separated(node)
+    return known.separated(node) and not (known.proof is not None and known.proof.covers(node))
 
 
 def came_in_unseen(
@@ -73,14 +74,15 @@ def mixes_inside(
     for output, (z, owner) in enumerate(zip(zs, owners, strict=True)):
         if z is None or owner is None or owner.axis is None:
             continue
-        [alone] = owner.masked(z, slice(batch - 1, batch))
+        [alone] = owner.masked(torch.where(z.isfinite(), z, 1), slice(batch - 1, batch))
         with torch.no_grad():
             grads = call_node(node, [alone if k == output else None for k in range(len(zs))])
         others = owner.ids != batch - 1
         for grad, (source, _) in zip(grads, node.next_functions, strict=True):
             data = source is None or provenance.saw_data(source, batch)
             if data and isinstance(grad, Tensor) and grad.ndim >= z.ndim > 1 and grad.shape[owner.axis] == len(others):
-                mixed = mixed or bool(grad.movedim(owner.axis, 0)[others].any())
+                there = grad.movedim(owner.axis, 0)[others]
+                mixed = mixed or bool((there.isfinite() & (there != 0)).any())  # zero times NaN says nothing
     return mixed
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persample import reductions
+from persample import reductions, sums
 from persample.blocks import Block, Conv, Dense, Outer
 from persample.convolution_algorithms import patches
 from persample.convolution_blocks import conv_block
@@ -125,8 +125,9 @@ class LayerGrads:
         return tuple(self._calls)
 
     @property
-    def _blocks(self) -> list[Block]:
-        return [block for block in (self._weight, self._bias) if block is not None]
+    def _parts(self) -> list[sums.Uses]:
+        """Of the weight and of the bias: a block each."""
+        return [(block,) for block in (self._weight, self._bias) if block is not None]
 
     def gram(self, other: LayerGrads | None = None) -> Float[Tensor, "batch other"]:
         """Returns K_ab = ⟨g_a, g_b⟩, in float32 or better; keeps what it forms for `weighted_sum`.
@@ -141,11 +142,9 @@ class LayerGrads:
                 [ 4.,  1.]])
         """
         self._form()
-        if other is None:
-            first, *rest = (reductions.gram(block) for block in self._blocks)
-        else:
-            first, *rest = (reductions.gram(*pair) for pair in zip(self._blocks, other._blocks, strict=True))
-        return sum(rest, first)
+        ours = self._parts
+        pairs = zip(ours, ours if other is None else other._parts, strict=True)
+        return sums.add([sums.gram(*pair) for pair in pairs])
 
     def with_uses(self, uses: Sequence[tuple[Tensor, Tensor]]) -> LayerGrads:
         """Returns the gradients of the same layer for other uses of it: (x, z) of each call, samples on axis 0.
@@ -171,8 +170,7 @@ class LayerGrads:
         >>> seen[""]
         tensor([5., 1.])
         """
-        first, *rest = (reductions.squared_norms(block) for block in self._blocks)
-        return sum(rest, first).clamp_min(0).sqrt()
+        return sums.norms(self._parts)
 
     def weighted_sum(self, c: Float[Tensor, " batch"] | None = None) -> Parameters:
         """Returns Σ_b c_b g_b, weight and bias apart; None for one that needs no gradient. c: by default all ones.

@@ -12,11 +12,15 @@ neighbouring entries of it each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
+
+from persample.attribution import Owner
 from persample.graph import REARRANGING, Edge, Graph, Node, edge_shape
 
 
@@ -55,6 +59,8 @@ class Step:
     """Shape of the output."""
     entering: tuple[int, ...]
     """Shape of the input."""
+    output: int = 0
+    """Which output of the node it is."""
 
     def saved(self, name: str) -> Any:
         """A saved attribute of the node."""
@@ -208,6 +214,17 @@ def batch_norm(step: Step) -> Lying | None:
     return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
 
 
+@passage("CudnnRnn MiopenRnn MkldnnRnnLayer")
+def recurrent(step: Step) -> Lying | None:
+    """The sequence and the outputs at its steps have the batch on axis 0 or 1, states [layers, B, H] on axis 1."""
+    if len(step.entering) != 3 or len(step.shape) != 3 or step.saved("batch_sizes"):
+        return None  # weights, or a packed sequence
+    # Before oneDNN's operation torch transposes what is batch first.
+    sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
+    here, there = (1 if state else sequence for state in (step.output, step.slot))
+    return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
+
+
 def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
     """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
 
@@ -217,40 +234,41 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
         batch: number of samples B.
     """
     targets = set(cuts)
-    leads = _leading_to(graph, targets)
-    strides: dict[Edge, int] = {(graph.root, 0): 1}
-    found: dict[Edge, Lying] = {}
+    found = places(graph, targets, batch)
+    at_cuts = {edge: at for edge, at in found.items() if edge[0] in targets}
+    return None if None in at_cuts.values() else {edge: at for edge, at in at_cuts.items() if at is not None}
+
+
+def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lying | None]:
+    """Returns where samples lie at every output on the way from the losses to the nodes; None where no proof is."""
+    leads = leading_to(graph, set(nodes))
+    strides: dict[Edge, int | None] = {(graph.root, 0): 1}
+    found: dict[Edge, Lying | None] = {}
     for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
         count = 1 if hasattr(node, "variable") else len(node._input_metadata)
-        outputs = [(node, output) for output in range(count) if (node, output) in strides]
-        for edge in outputs:
-            shape = edge_shape(edge)
-            at = lying(strides[edge], shape, batch)
-            if at is None:
-                return None
-            if node in targets:
-                found[edge] = at
+        for edge in [(node, output) for output in range(count) if (node, output) in strides]:
+            shape, stride = edge_shape(edge), strides[edge]
+            at = found[edge] = None if stride is None else lying(stride, shape, batch)
             for slot, (source, output) in enumerate(node.next_functions):
                 if source is None or source not in leads:
                     continue
-                stride = _stride_before(node, slot, at, shape, edge_shape((source, output)), strides[edge])
-                if stride is None or strides.setdefault((source, output), stride) != stride:
-                    return None
+                step = None if at is None else Step(node, slot, at, shape, edge_shape((source, output)), edge[1])
+                before = None if step is None or stride is None else _stride_before(step, stride)
+                if strides.setdefault((source, output), before) != before:
+                    strides[source, output] = None
     return found
 
 
-def _stride_before(
-    node: Node, slot: int, at: Lying, shape: tuple[int, ...], entering: tuple[int, ...], stride: int
-) -> int | None:
-    function = PASSAGES.get(node.name())
+def _stride_before(step: Step, stride: int) -> int | None:
+    function = PASSAGES.get(step.node.name())
     if function is not None:
-        before = function(Step(node, slot, at, shape, entering))
-        return None if before is None else stride_of(before, entering)
+        before = function(step)
+        return None if before is None else stride_of(before, step.entering)
     # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
-    return stride if node.name() in REARRANGING and prod(shape) == prod(entering) else None
+    return stride if step.node.name() in REARRANGING and prod(step.shape) == prod(step.entering) else None
 
 
-def _leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
+def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
     """Nodes on a path from one of the targets to the losses, targets included."""
     found: set[Node] = set()
     stack = list(targets)
@@ -260,3 +278,32 @@ def _leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
             found.add(node)
             stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
     return found
+
+
+class Proof:
+    """Whose rows are whose as far as the graph alone proves it; made when it is first asked."""
+
+    def __init__(self, graph: Graph, batch: int) -> None:
+        self._graph, self._batch = graph, batch
+
+    def covers(self, node: Node) -> bool:
+        """Whether samples are proven to be apart at every output of a node that something consumes."""
+        return all(self._places.get((node, output)) is not None for output in self._graph.outputs(node))
+
+    def owner(self, node: Node, output: int) -> Owner | None:
+        """The owner of the gradient at an output, or None where there is no proof."""
+        place = self._places.get((node, output))
+        if place is None:
+            return None
+        meta = node._input_metadata[output]
+        return owner_at(place, edge_shape((node, output)), self._batch, meta.device)
+
+    @cached_property
+    def _places(self) -> dict[Edge, Lying | None]:
+        return places(self._graph, self._graph.order, self._batch)
+
+
+def owner_at(place: Lying, shape: Sequence[int], batch: int, device: torch.device) -> Owner:
+    """The owner of entries that lie so."""
+    ids = torch.arange(shape[place.axis], device=device) // place.inner % batch
+    return Owner(place.axis, ids, batch)

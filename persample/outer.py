@@ -4,6 +4,9 @@
     materialise    ⟨g_a, h_b⟩ from the rows g and h themselves, formed a few at a time and consumed in the cache
 
 A Gram matrix of a block with itself is symmetric, so both forms compute little more than half of it.
+
+The Hadamard form adds up numbers of the size of its terms, of which those with t = s are Σ_t ‖z_bt‖² ‖x_bt‖² for sample
+b: where positions cancel, its digits are lost (`persample.cancellation`), and to know that one must look at the result.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from persample import chunking
 from persample.blocks import Outer
+from persample.cancellation import Terms
 from persample.chunking import chunks, consumed_budget
 from persample.kernels import FORMS, forced_among
 from persample.precision import full_precision
@@ -25,11 +29,16 @@ BLOCKS = 8
 
 
 def norms_by_hadamard(a: Outer, b: Outer) -> bool:
-    """Whether ⟨g_b, h_b⟩ costs fewer multiplications in the Hadamard form: T T'(I + O) against (T + T') I O."""
+    """Whether ⟨g_b, h_b⟩ costs fewer multiplications in the Hadamard form: T T'(I + O) against (T + T') I O.
+
+    Never where looking at the result halts the host, but for one position, which loses nothing.
+    """
     forced = forced_among(FORMS)
     if forced is not None:
         return forced == "hadamard"
     (_, time, inp), time_b, out = a.x.shape, b.x.shape[1], a.z.shape[2]
+    if time * time_b > 1 and not a.z.is_cpu:
+        return False
     return time * time_b * (inp + out) <= (time if a is b else time + time_b) * inp * out
 
 
@@ -46,6 +55,8 @@ def gram_by_hadamard(a: Outer, b: Outer) -> bool:
     if forced is not None:
         return forced == "hadamard"
     (batch, time, inp), (other, time_b), out = a.x.shape, b.x.shape[:2], a.z.shape[2]
+    if time * time_b > 1 and not a.z.is_cpu:
+        return False
     e, m, w = (150, 1.6, 25) if widest(a.z) else (0, 1, 0)
     same = a is b
     pairs = batch * time * other * time_b / (2 if same else 1)
@@ -55,18 +66,21 @@ def gram_by_hadamard(a: Outer, b: Outer) -> bool:
     return pairs * (inp + out + e) <= (m * positions + w * rows + batch * other) * inp * out
 
 
-def inner(a: Outer, b: Outer) -> Float[Tensor, " batch"]:
-    """Returns ⟨g_b, h_b⟩, [B]."""
+def inner(a: Outer, b: Outer, terms: Terms | None = None) -> Float[Tensor, " batch"]:
+    """Returns ⟨g_b, h_b⟩, [B]; of a block with itself, `terms` gets what the result is a sum of."""
     (batch, time, inp), out = a.x.shape, a.z.shape[2]
     ax, az, bx, bz = (full_precision(factor) for factor in (a.x, a.z, b.x, b.z))
     if time == b.x.shape[1] == 1:
         return (ax * bx).sum((1, 2)) * (az * bz).sum((1, 2))
     size = ax.element_size()
     if norms_by_hadamard(a, b):
-        parts = [
-            (torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))).sum((1, 2))
-            for s in chunks(batch, 2 * time * b.x.shape[1] * size)
-        ]
+        parts, own = [], []
+        for s in chunks(batch, 2 * time * b.x.shape[1] * size):
+            products = torch.bmm(az[s], bz[s].transpose(1, 2)) * torch.bmm(ax[s], bx[s].transpose(1, 2))
+            parts.append(products.sum((1, 2)))
+            own.append(products.diagonal(dim1=1, dim2=2).sum(1))  # of positions, each with itself
+        if a is b and own and terms is not None:
+            terms.add(torch.cat(own))
     else:
         parts = []
         for s in chunks(batch, inp * out * size, consumed_budget(ax.device)):
@@ -76,19 +90,18 @@ def inner(a: Outer, b: Outer) -> Float[Tensor, " batch"]:
     return torch.cat(parts) if parts else ax.new_zeros(0)
 
 
-def gram(a: Outer, b: Outer) -> Float[Tensor, "batch other"]:
-    """Returns K_ij = ⟨g_i, h_j⟩, [B, B']."""
-    form = _by_hadamard if gram_by_hadamard(a, b) else _by_rows
-    return form(a, b)
+def gram(a: Outer, b: Outer, terms: Terms | None = None) -> Float[Tensor, "batch other"]:
+    """Returns K_ij = ⟨g_i, h_j⟩, [B, B']; `terms` as for `inner`."""
+    return _by_hadamard(a, b, terms or Terms()) if gram_by_hadamard(a, b) else _by_rows(a, b)
 
 
-def _by_hadamard(a: Outer, b: Outer) -> Tensor:
+def _by_hadamard(a: Outer, b: Outer, terms: Terms) -> Tensor:
     (batch, time, _), (other, time_b) = a.x.shape, b.x.shape[:2]
     ax, az, bx, bz = (full_precision(factor).flatten(0, 1) for factor in (a.x, a.z, b.x, b.z))
     same = a is b
     if time == time_b == 1:
         return gram_of_rows(az, None if same else bz) * gram_of_rows(ax, None if same else bx)
-    result = ax.new_zeros(batch, other)
+    result, own = ax.new_zeros(batch, other), ax.new_empty(batch * time)
     bytes_each = 2 * time * other * time_b * ax.element_size()
     for s in chunks(batch, bytes_each, _budget(batch, time, bytes_each) if same else None):
         end = s.stop if same else other  # beyond it: mirrored
@@ -98,6 +111,11 @@ def _by_hadamard(a: Outer, b: Outer) -> Tensor:
         result[s, :end] = block
         if same:
             result[: s.start, s] = block[:, : s.start].T
+            own[rows] = products.diagonal(s.start * time)  # of positions, each with itself
+    if same:
+        terms.add(own.view(batch, time).sum(1))
+    else:
+        terms.of_two = True
     return result
 
 

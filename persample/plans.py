@@ -15,12 +15,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from persample.attribution import Owner
 from persample.graph import Graph, Node, Route, edge_shape, shape_of
-from persample.layout import Lying, proven
+from persample.layout import Lying, owner_at, proven
 from persample.rules import RULES, Rule
 from persample.separation import Separation
 from persample.uses import Use
@@ -127,8 +126,7 @@ def _owner_at(place: Lying | None, shape: tuple[int, ...], batch: int, like: Own
     """The owner of entries that lie so, or None where not in a regular pattern."""
     if place is None:
         return None
-    ids = torch.arange(shape[place.axis], device=like.ids.device) // place.inner % batch
-    owner = Owner(place.axis, ids, batch)
+    owner = owner_at(place, shape, batch, like.ids.device)
     return owner if owner.layout in REGULAR else None
 
 

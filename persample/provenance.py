@@ -87,7 +87,8 @@ class Provenance(TorchDispatchMode):
         samples, read = self._samples(batch), self._read(node)
         if read & samples in (0, samples):
             return None
-        return next(t for place, t in enumerate(self._inputs) if read & samples & (FIRST << place))
+        found = next(t for place, t in enumerate(self._inputs) if read & samples & (FIRST << place))
+        return None if found.is_nested else found
 
     def may_be_data(self, tensor: Tensor) -> bool:
         """Whether the tensor may derive from an input: it does, or nobody saw where it came from."""
@@ -102,13 +103,17 @@ class Provenance(TorchDispatchMode):
         """The bits of the inputs that hold samples."""
         found = time_first = several = 0
         for place, tensor in enumerate(self._inputs):
-            bit, size = FIRST << place, tensor.shape[0] if tensor.ndim else 1
+            bit, size = FIRST << place, tensor.size(0) if tensor.ndim else 1
             # two rows of integers are the edges of a graph rather than two steps
             sequence = tensor.ndim >= 3 if tensor.is_floating_point() else tensor.ndim == 2 and size > 2
             found |= bit * (size == batch)
-            time_first |= bit * (sequence and size > 1 and tensor.shape[1] == batch)
+            time_first |= bit * (sequence and not tensor.is_nested and size > 1 and tensor.shape[1] == batch)
             several |= bit * (size > 1)
         return found or time_first or several or (0 if self._inputs else FOREIGN)
+
+    def first_size(self) -> int | None:
+        """Entries along dimension 0 of the first input that has one."""
+        return next((tensor.size(0) for tensor in self._inputs if tensor.ndim), None)
 
     def module(self, node: Node) -> str | None:
         """Path of the module in whose forward pass the node's operation ran; None outside of the model."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from persample.attribution import Owner
 from persample.backends import Problem
 from persample.checks import check_graph, check_losses
-from persample.graph import Graph, Node, trace
+from persample.graph import Graph, Node, refuse_nested, trace
 from persample.plans import Key, Plan, Plans, derived, make, signature
 from persample.provenance import Provenance
 from persample.separation import Separation
@@ -74,11 +74,12 @@ class Found:
 def find(losses: Tensor, parameters: Mapping[str, Tensor], plans: Plans | None, coupled: str) -> Found:
     """Returns the graph of losses that are already there, with its plan."""
     losses = check_losses(losses)
-    check_graph(losses, parameters)
     if losses.is_leaf and losses.requires_grad:
         losses = losses.clone()  # they are a parameter themselves: an operation where that is met
     graph = trace(losses)
+    check_graph(losses, parameters, graph)
     if plans is None:
+        refuse_nested(graph)
         return Found(losses, graph, None, None)
     names = tuple((name, id(p)) for name, p in parameters.items())
     key = Key(signature(graph, parameters.values()), coupled, names)

@@ -12,6 +12,9 @@ type. With K the Gram matrix, X and Z the factors of `persample.blocks`:
 
 Inner products of complex rows are those of the real vector space, Re Σ conj(g) h, because a real loss has a
 gradient in that space. Work is cut into chunks of at most `persample.chunking.CHUNK_BYTES`.
+
+Squared norms and Gram matrices that are formed without rows lose digits where their terms cancel: `terms`
+(`persample.cancellation`) gets what they add up. What the uses of a parameter add up to: `persample.sums`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from persample import convolution, memory, outer, tables
 from persample.blocks import Block, Conv, Dense, Outer, Pulled, Rows
+from persample.cancellation import Terms
 from persample.precision import full_precision
 from persample.products import gram_of_rows, weight_product, weight_products
 
@@ -182,7 +186,7 @@ def _(block: Rows, vector: Tensor) -> Tensor:
 
 Pair = TypeVar("Pair", bound=Callable[..., Tensor])
 _INNER: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
-_GRAM: dict[tuple[type, type], Callable[[Block, Block], Tensor]] = {}
+_GRAM: dict[tuple[type, type], Callable[[Block, Block, Terms], Tensor]] = {}
 _MATERIALISING = {(Conv, Conv), (Pulled, Pulled)}
 """Pairs registered for a block with itself; two different ones are materialised."""
 
@@ -212,57 +216,113 @@ def inner(a: Block, b: Block) -> Float[Tensor, " batch"]:
     return (real_rows(read_rows(a)) * real_rows(read_rows(b))).sum(1)
 
 
-def squared_norms(block: Block) -> Float[Tensor, " batch"]:
+@singledispatch
+def squared_norms(block: Block, terms: Terms | None = None) -> Float[Tensor, " batch"]:
     """Returns ‖g_b‖², [B]."""
-    if (type(block), type(block)) in _INNER:
-        return _INNER[type(block), type(block)](block, block)
     return real_rows(read_rows(block)).square().sum(1)
 
 
-def gram(a: Block, b: Block | None = None) -> Float[Tensor, "batch other"]:
+@squared_norms.register
+def _(block: Outer, terms: Terms | None = None) -> Tensor:
+    return outer.inner(block, block, terms)
+
+
+@squared_norms.register
+def _(block: Conv, terms: Terms | None = None) -> Tensor:
+    return convolution.sqnorms(block.x, block.z, block.spec, terms)
+
+
+@squared_norms.register
+def _(block: Rows, terms: Terms | None = None) -> Tensor:
+    return tables.inner(block, block)
+
+
+@squared_norms.register
+def _(block: Pulled, terms: Terms | None = None) -> Tensor:
+    return squared_norms(block.inner, terms) if block.isometric else real_rows(read_rows(block)).square().sum(1)
+
+
+@singledispatch
+def squares_by_position(block: Block) -> Float[Tensor, " batch"] | None:
+    """Returns Σ_t of the squares of what a row is the sum of, [B]; None for rows that are no sums."""
+    return None
+
+
+@squares_by_position.register
+def _(block: Outer) -> Tensor | None:
+    if block.x.shape[1] == 1:
+        return None
+    x, z = full_precision(block.x), full_precision(block.z)
+    return torch.linalg.vecdot(x.square().sum(2), z.square().sum(2))
+
+
+@squares_by_position.register
+def _(block: Conv) -> Tensor:
+    return convolution.squares_by_position(block.x, block.z, block.spec)
+
+
+@squares_by_position.register
+def _(block: Rows) -> Tensor:
+    return full_precision(block.z).square().sum((1, 2))
+
+
+@squares_by_position.register
+def _(block: Pulled) -> Tensor | None:
+    """Behind a map that changes lengths: what cancels before it does so after it, in the same proportion."""
+    terms = squares_by_position(block.inner)
+    if block.isometric or terms is None:
+        return terms
+    before, after = squared_norms(block.inner), squared_norms(block)
+    return (terms * after / before).nan_to_num(0, 0, 0)
+
+
+def gram(a: Block, b: Block | None = None, terms: Terms | None = None) -> Float[Tensor, "batch other"]:
     """Returns K_ij = ⟨g_i, h_j⟩, [B, B'], with h the rows of `b` or, without it, g itself."""
-    b = a if b is None else b
+    b, terms = a if b is None else b, terms or Terms()
     if (type(a), type(b)) in _GRAM:
-        return _GRAM[type(a), type(b)](a, b)
+        return _GRAM[type(a), type(b)](a, b, terms)
     if (type(b), type(a)) in _GRAM:
-        return _GRAM[type(b), type(a)](b, a).T
+        return _GRAM[type(b), type(a)](b, a, terms).T
     rows = real_rows(read_rows(a))
     return gram_of_rows(rows, None if b is a else real_rows(read_rows(b)))
 
 
 register_pair(_INNER, Outer, Outer)(outer.inner)
 register_pair(_GRAM, Outer, Outer)(outer.gram)
+register_pair(_INNER, Rows, Rows)(tables.inner)
+register_pair(_INNER, Rows, Outer)(tables.inner_with_outer)
 
 
 @register_pair(_INNER, Conv, Conv)
 def _(a: Conv, b: Conv) -> Tensor:
-    if a is b:
-        return convolution.sqnorms(a.x, a.z, a.spec)
     return (read_rows(a) * read_rows(b)).flatten(1).sum(1)
 
 
 @register_pair(_GRAM, Conv, Conv)
-def _(a: Conv, b: Conv) -> Tensor:
+def _(a: Conv, b: Conv, terms: Terms) -> Tensor:
     if a.spec == b.spec and a.x.shape[1:] == b.x.shape[1:]:
-        return convolution.gram(a.x, a.z, a.spec, None if a is b else (b.x, b.z))
+        return convolution.gram(a.x, a.z, a.spec, None if a is b else (b.x, b.z), terms)
     return gram_of_rows(read_rows(a).flatten(1), read_rows(b).flatten(1))
 
 
-register_pair(_INNER, Rows, Rows)(tables.inner)
-register_pair(_GRAM, Rows, Rows)(tables.gram)
-register_pair(_INNER, Rows, Outer)(tables.inner_with_outer)
-register_pair(_GRAM, Rows, Outer)(tables.gram_with_outer)
+@register_pair(_GRAM, Rows, Rows)
+def _(a: Rows, b: Rows, terms: Terms) -> Tensor:
+    return tables.gram(a, b)
+
+
+@register_pair(_GRAM, Rows, Outer)
+def _(a: Rows, b: Outer, terms: Terms) -> Tensor:
+    terms.of_two = True
+    return tables.gram_with_outer(a, b)
 
 
 @register_pair(_INNER, Pulled, Pulled)
 def _(a: Pulled, b: Pulled) -> Tensor:
-    if a is b and a.isometric:
-        return squared_norms(a.inner)
     return (real_rows(read_rows(a)) * real_rows(read_rows(b))).sum(1)
 
 
 @register_pair(_GRAM, Pulled, Pulled)
-def _(a: Pulled, b: Pulled) -> Tensor:
+def _(a: Pulled, b: Pulled, terms: Terms) -> Tensor:
     if a is b and a.isometric:
-        return gram(a.inner)
+        return gram(a.inner, terms=terms)
     return gram_of_rows(real_rows(read_rows(a)), real_rows(read_rows(b)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from persample import memory
 from persample.backends import Capture
 from persample.blocks import Block
+from persample.cancellation import lengths
 from persample.explanation import Explanation, explained
-from persample.gradient import Gradient, add
+from persample.factors import held, owned, portable, watched
+from persample.gradient import Gradient
 from persample.precision import full_precision
 from persample.reductions import overwrites
+from persample.sums import add, overflowed
 
 Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -28,11 +31,7 @@ def reduction(method: Method) -> Method:
 
     @wraps(method)
     def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
-        if any(factor._version != version for factor, version in self._versions):
-            raise RuntimeError(
-                "a tensor that these per-sample gradients are formed from was modified in place after they were "
-                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
-            )
+        self._require()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
@@ -51,22 +50,36 @@ class PerSampleGrads:
     (torch.Size([2]), 2, 'outputs')
     """
 
-    def __init__(self, capture: Capture, parameters: Mapping[str, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        parameters: Mapping[str, Tensor],
+        backend: str,
+        caller: frozenset[int] = frozenset(),
+    ) -> None:
+        """`caller`: the `persample.unchanged.addresses` of tensors that others may write to."""
         self.losses: Float[Tensor, " batch"] = capture.losses
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
+        self._apart: dict[str, Tensor] = {}
+        """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
+        uses = owned(capture.uses, caller)
         self._gradients = {
-            name: Gradient(parameter, capture.uses.get(name, ()), capture.losses)
-            for name, parameter in parameters.items()
+            name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
         }
-        self._versions = [
-            (factor, factor._version)
-            for gradient in self._gradients.values()
-            for block in gradient.blocks
-            for factor in block.factors
-            if not factor.is_inference()
-        ]
+        self._unchanged = watched(self._gradients.values(), caller)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, pickled and saved: the factors, and of the parameters their shapes."""
+        self._require()
+        gradients = portable(self._gradients)
+        parameters = {name: gradient.parameter for name, gradient in gradients.items()}
+        return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._unchanged = watched(self._gradients.values(), frozenset())
 
     def __repr__(self) -> str:
         held = sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
@@ -176,10 +189,7 @@ class PerSampleGrads:
                 [ 4.,  1.]])
         """
         if other is not None and not isinstance(other, PerSampleGrads):
-            raise ValueError(
-                f"other must be what per_sample returned for another batch, without chunk_size; got "
-                f"{type(other).__name__}. For inner products with given vectors there is dot(vectors)"
-            )
+            return _transposed(refuse_other(other).gram(per, self))
         self._condense()
         right = self if other is None else other
         if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
@@ -191,6 +201,7 @@ class PerSampleGrads:
         if other is None:
             matrices = self._each(lambda _, gradient: gradient.gram(gradient))
         else:
+            other._require()
             theirs = other._held()
             matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
         return _total(self._group(matrices, per, (self.batch, right.batch)), per)
@@ -241,6 +252,8 @@ class PerSampleGrads:
         if unknown:
             raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
         for name, vector in vectors.items():
+            if not isinstance(vector, Tensor):
+                raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
             if vector.shape != self._parameters[name].shape:
                 raise ValueError(
                     f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
@@ -255,6 +268,9 @@ class PerSampleGrads:
     @reduction
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
+
+        What is added of each sample is within the bound, rounding included. A sample whose gradient is NaN or infinite
+        has no norm, and makes the sum NaN.
 
         Args:
             max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
@@ -309,9 +325,17 @@ class PerSampleGrads:
 
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
-        self._gradients = {name: gradient.condensed() for name, gradient in self._gradients.items()}
-        held = {id(factor) for gradient in self._gradients.values() for b in gradient.blocks for factor in b.factors}
-        self._versions = [(factor, version) for factor, version in self._versions if id(factor) in held]
+        before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
+        if any(self._gradients[name] is not each for name, each in before.items()):
+            self._unchanged.forget(held(self._gradients.values()))
+
+    def _require(self) -> None:
+        """Raises `RuntimeError` unless factors are as they were captured."""
+        if not self._unchanged.still():
+            raise RuntimeError(
+                "a tensor that these per-sample gradients are formed from was modified in place after they were "
+                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
+            )
 
     # --- all parameters -------------------------------------------------------------------------------------
 
@@ -319,6 +343,8 @@ class PerSampleGrads:
         if not isinstance(out, Mapping):
             raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
         for name, buffer in out.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
             if name not in self._parameters:
                 raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
             parameter = self._parameters[name]
@@ -334,22 +360,50 @@ class PerSampleGrads:
 
     def _norms(self, per: Per) -> dict[str, Tensor]:
         self._condense()
-        squares = self._each(lambda _, gradient: gradient.squared_norms())
+        self._apart = {}
+
+        def squares_of(name: str, gradient: Gradient) -> Tensor:
+            squares, apart = gradient.squared_norms()
+            if apart is not None:
+                self._apart[name] = apart
+            return squares
+
+        squares = self._group(self._each(squares_of), per, (self.batch,))
         # cross terms of several uses may leave a rounding error below zero
-        return {key: value.clamp(min=0).sqrt() for key, value in self._group(squares, per, (self.batch,)).items()}
+        norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
+        beyond = overflowed(add(list(norms.values())))
+        return norms if beyond is None else self._lengths(per, norms, beyond)
+
+    def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
+        """Norms in which those of some samples are found from their rows, whose squares may be no numbers."""
+        found = self._each(lambda _, gradient: gradient.lengths_of(samples))
+        for name in found:
+            before = self._apart.get(name)
+            self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
+        grouped = self._group(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
+        return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
 
     def _weighted_sum(self, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)]))
+        apart = self._apart
+        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)], apart.get(name)))
 
-    def _group(self, values: Mapping[str, Tensor], per: Per, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    def _group(
+        self,
+        values: Mapping[str, Tensor],
+        per: Per,
+        shape: Sequence[int],
+        together: Callable[[list[Tensor]], Tensor] = add,
+    ) -> dict[str, Tensor]:
         """Values of parameters, added up as `per` says; the total under the name ""."""
         if per == "param":
             return dict(values)
         if per == "layer":
-            return {layer: add([values[name] for name in names]) for layer, names in self.layers.items()}
+            return {layer: together([values[name] for name in names]) for layer, names in self.layers.items()}
         if per == "total":
             parts = [value.to(self.losses.device) for value in values.values()]
-            return {"": add(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)}
+            return {
+                "": together(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
+            }
         raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
 
 
@@ -369,16 +423,34 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def refuse_other(other: Any) -> Any:
+    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
+        raise ValueError(
+            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
+            "with given vectors there is dot(vectors)"
+        )
+    return other
+
+
+def _transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+
+
 def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
     return values[""] if per == "total" else values
 
 
 def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
-    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero."""
+    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
     try:
         positive = bool(max_norm > 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         positive = False
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
-    return torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))
+    return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)

@@ -57,15 +57,20 @@ def reweight(
             layer path; `persample.Folded` in place of an int says that every sample has several rows of it. By
             default it is found in the first backward pass: the axis that is as long as axis 0 of the first tensor
             given to the model (one of a single row that later ones share, as positions or a mask, is passed over),
-            or a multiple of that (windows, frames or views folded into the batch; see below).
+            or a multiple of that (windows, frames or views folded into the batch; see below). Models that take time
+            first, [T, B, …], are recognised where they mix steps and no samples (recurrence, attention); of others the
+            losses of the first backward pass may tell that axis 1 counts samples, [B] before their mean, and a
+            UserWarning says what they tell.
             In a convolution it is axis 0; giving {path: 0} makes each row a sample, whatever their number.
         joint: ask the policy once for all layers, when the backward pass has met the last of them: it gets a
             dict of `LayerGrads` by path and returns a dict of answers (a path left out: the plain gradient).
             Until then x and z of every layer are kept: the backward pass frees no activations on the way.
         outputs: keep the gradient at the model's output for the policy, as `output_grad` of the handle. The
             output is what the model's own forward returns, or its first tensor with an axis.
-        functions: reweight the projections of `nn.MultiheadAttention` and weights given to `F.linear`, too. The
-            policy is asked about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
+        functions: reweight the projections of `nn.MultiheadAttention` and parameters in products with data, too:
+            `F.linear`, `x @ w` ([in, out] as well), `torch.addmm`, `bmm`, `einsum`, `tensordot` and `F.conv1d`–`3d`,
+            as they are or parts of them by rows or columns; `persample.linear_calls` lists all. The policy is asked
+            about them by the parameter's name ("attn.in_proj_weight", a part of it with its rows,
             "attn.in_proj_weight[0:8]"; "attn.out_proj"); `parameters(path)` of the handle returns their tensors.
 
         follow: called after each forward pass with gradients, with its number of samples (None where that is unknown);
@@ -78,19 +83,21 @@ def reweight(
             In the backward pass: the batch axis of a layer that the policy wants to know of is uncertain, or the policy
             returned neither None nor [B].
 
-    Where sizes leave more than one reading, as they always do where rows are folded, or where rows were selected, the
-    model is tried out after its forward pass, with some samples replaced by others, without gradients and with the
-    same random numbers: 1 + 2 log₂ B runs, as many again in evaluation mode where that does not tell, and three as a
-    rule for each new shape. Only a reading that every row agrees with is taken. `explain()` says which; giving it
-    spares the trials. Rows that a mask or a packed sequence places may lie otherwise in the next batch of the same
-    shape: where there are several of each sample they are refused unless you say how they lie in every batch. Lengths
-    by which Python cuts and joins rows cannot be noticed.
+    In the first forward pass, and for each new shape, the autograd graph between the model's output and its layers is
+    read: where samples are apart in every operation, it proves where they lie in each call of a layer. So layers are
+    read that are called on parts of the batch (chunks, crops, sample by sample); samples count as in the model's output
+    then. Where sizes leave more than one reading of the output, or of layers of which nothing is proven, as they always
+    do where rows are folded, or where rows were selected, the model is tried out after its forward pass, with some
+    samples replaced by others, without gradients and with the same random numbers: 1 + 2 log₂ B runs, as many again in
+    evaluation mode where that does not tell, and three as a rule for each new shape. Only a reading that every row
+    agrees with is taken. `explain()` says which; giving it spares the trials. Rows that a mask or a packed sequence
+    places may lie otherwise in the next batch of the same shape: where there are several of each sample they are
+    refused unless you say how they lie in every batch. Lengths by which Python cuts and joins rows cannot be noticed.
 
     Layers that work on what all samples share (positions, learnt queries) are recognised in the first forward pass,
     and keep the plain gradient; under torch.compile only where the model is of a class of your own or joint=True, not
     where it is of one of torch's (`nn.Sequential`). Rows count as they lie in each layer: where a model reorders its
-    samples, c is in that layer's order. A layer that the model calls for one sample at a time, [T, D], cannot be
-    reweighted, and is refused.
+    samples, c is in that layer's order.
 
     Where modules couple samples (BatchNorm in training mode), g_b is what flows through sample b's rows, as
     in the paper; these still add up to the batch gradient. Layers with a frozen or parametrised weight,

@@ -133,8 +133,23 @@ class Reweighting:
         for parameter, name in self._watcher.names.items():
             function = self._watcher.other.get(name)
             if function not in (None, "embedding", "embedding_bag") and id(parameter) not in owned:
-                result[name] = f"plain: it was given to '{function}', and only F.linear is reweighted"
+                result[name] = (
+                    f"plain: it was given to '{function}', and not as the weight of a linear function of data"
+                )
         return result
+
+    def besides(self) -> dict[str, str]:
+        """Returns what else uses the weight or bias of a layer, by autograd's names, as the first batch has shown.
+
+        >>> model, table = nn.Linear(3, 5, bias=False), nn.Embedding(5, 3)
+        >>> table.weight = model.weight
+        >>> tied = nn.Sequential(table, model)
+        >>> handle = persample.reweight(tied, lambda layer, grads: None)
+        >>> tied(torch.tensor([1, 2])).sum().backward()
+        >>> handle.besides()
+        {'1': 'EmbeddingBackward0'}
+        """
+        return {path: layer.besides for path, layer in self._layers.items() if layer.besides}
 
     def parameters(self, path: str) -> list[Tensor]:
         """Returns the parameters that a layer's gradient belongs to, by a path of `explain()`; weight first.

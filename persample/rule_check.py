@@ -27,7 +27,7 @@ from persample.errors import CheckError
 from persample.graph import call_node, edge_dtype, sum_to
 from persample.precision import coarsest, full_precision
 from persample.reductions import weighted_sum
-from persample.rules import Site, build
+from persample.rules import ALLOWANCES, Site, build
 from persample.separation import Separation
 from persample.uses import Use
 
@@ -101,10 +101,11 @@ def check_site(site: Site, block: Block) -> None:
     signed = [replace(site, zs=zs, shared={}) for zs in with_signs(site)]
     pairs = [deviation(each, build(each)[0]) for each in signed]
     miss, norm = (hypot(*parts) for parts in zip(*pairs, strict=True))
-    if not miss <= tolerance * norm:
+    allowed = tolerance * norm + hypot(*map(ALLOWANCES.get(site.node.name(), lambda _: 0.0), signed))
+    if not miss <= allowed:
         raise CheckError(
             f"the rule for {site.node.name()} gives rows that do not add up to what the operation itself gives (norm "
-            f"of the difference {miss:.3g}, of the gradient {norm:.3g}; rounding explains {tolerance * norm:.1g}): the "
+            f"of the difference {miss:.3g}, of the gradient {norm:.3g}; rounding explains {allowed:.1g}): the "
             "result would be wrong. Correct the rule if it is your own, or report the model; check=False turns this "
             "check off, backend='vmap' may cover the model"
         )
@@ -136,6 +137,8 @@ def _whole(site: Site, weights: Tensor) -> Tensor:
 
 def weigh(z: Tensor, owner: Owner, weights: Tensor) -> Tensor:
     """z with each entry multiplied by its owner's weight."""
+    if not len(weights):
+        return z  # of an empty batch: zeros, for nobody's losses
     each = weights.to(z.dtype.to_real())[owner.ids.clamp(min=0)]  # entries of nobody are zero
     return z * (each if owner.axis is None else each.view([-1 if d == owner.axis else 1 for d in range(z.ndim)]))
 

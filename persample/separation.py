@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TypeVar
 
@@ -21,7 +22,10 @@ from persample.attribution import Output, Owner, Visit, attribute
 from persample.coupling import row_owner
 from persample.fingerprints import candidates, recognise
 from persample.graph import Graph, Node, edge_dtype, edge_shape
+from persample.layout import Proof
 from persample.passes import ends, outputs_of, watched
+from persample.stand_ins import stand_ins
+from persample.support import supported
 
 T = TypeVar("T")
 PARTS = 8
@@ -42,6 +46,10 @@ class Separation:
     owners: dict[Node, tuple[Owner | None, ...]] = field(default_factory=dict)
     room: int = 0
     """Bytes of z to be held at a time where they are not kept."""
+    proof: Proof | None = None
+    """What the graph alone tells; asked where numbers do not."""
+    settled: set[Node] = field(default_factory=set)
+    """Nodes whose owners are beyond doubt, see `settle`."""
 
     def separated(self, node: Node) -> bool:
         """True where one sample stands behind every entry of every output."""
@@ -94,6 +102,37 @@ def separate(
         groups = _groups(graph, [node for node in new if node in looked_at or not known.separated(node)], known)
     for group in groups:
         _compare(graph, losses, group, known, scale, look, looked_at)
+
+
+def believe(graph: Graph, nodes: Iterable[Node], known: Separation) -> None:
+    """Takes owners that the graph alone proves, without a pass; z is not looked at."""
+    for node in nodes:
+        if node not in known.owners and known.proof is not None and known.proof.covers(node):
+            used = graph.outputs(node)
+            shown = [output if output in used else None for output in range(outputs_of(node))]
+            known.owners[node] = tuple(None if k is None else known.proof.owner(node, k) for k in shown)
+            known.outputs[node] = tuple(None if k is None else _output_at(node, k) for k in shown)
+
+
+def _output_at(node: Node, output: int) -> Output:
+    edge = node, output
+    return Output(edge_shape(edge), edge_dtype(edge), node._input_metadata[output].device)
+
+
+def settle(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separation) -> None:
+    """Finds owners once more, by `persample.support`: where they were not found, or where rounding could deceive.
+
+    It takes 2 ⌈log₂ B⌉ passes to the outputs of these nodes, at which z has been looked at before.
+    """
+    new = [node for node in nodes if node not in known.settled]
+    known.settled.update(new)
+    for group in [new] if known.keep else _groups(graph, new, known):
+        places = _Places(graph, losses, group, 1.0)
+        outputs = [known.outputs[node][output] for node, output in places.edges]
+        if not any(outputs):
+            continue
+        owners = supported(places.watch, losses, outputs, partial(stand_ins, graph.order))
+        known.owners.update(places.by_node(owners))
 
 
 def z_at(graph: Graph, losses: Tensor, nodes: Iterable[Node]) -> dict[Node, tuple[Tensor | None, ...]]:
@@ -178,6 +217,10 @@ def _recognise(graph: Graph, losses: Tensor, nodes: list[Node], known: Separatio
             known.owners[node] = tuple(o if o is not None else f for o, f in zip(before, found, strict=True))
 
 
+def _proven(proof: Proof, edges: Sequence[tuple[Node, int]], place: int) -> Owner | None:
+    return proof.owner(*edges[place])
+
+
 def _compare(
     graph: Graph,
     losses: Tensor,
@@ -188,7 +231,8 @@ def _compare(
     looked_at: Collection[Node],
 ) -> None:
     places = _Places(graph, losses, nodes, scale)
-    found = attribute(places.backward, losses, watch=places.watch)
+    given = None if known.proof is None else partial(_proven, known.proof, places.edges)
+    found = attribute(places.backward, losses, watch=places.watch, given=given, finite=partial(stand_ins, graph.order))
     zs, owners = places.by_node(found[0]), places.by_node(found[1])
     known.owners.update(owners)
     known.outputs.update({node: tuple(z if z is None else Output.of(z) for z in zs[node]) for node in nodes})

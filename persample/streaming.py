@@ -28,23 +28,6 @@ Take = Callable[[str, tuple[Captured, ...]], None]
 Place = tuple[Node, int]
 """A node and the slot that a parameter enters."""
 
-_RAW_SAVED: dict[str, tuple[str, ...]] = {}
-
-
-def unpacked_by_hooks(nodes: Sequence[Node]) -> bool:
-    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    for node in nodes:
-        kind = node.name()
-        if kind not in _RAW_SAVED:
-            _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
-        for name in _RAW_SAVED[kind]:
-            raw = getattr(node, name)
-            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
-                # a torch that does not tell is not trusted
-                if saved is not None and getattr(saved, "unpack_hook", saved) is not None:
-                    return True
-    return False
-
 
 class Stream:
     """The pass itself; `run` does it once."""

@@ -1,11 +1,13 @@
 """Inner products of tables of which few rows are touched, g_b = Σ_t e_i(t) ⊗ z_bt, without a table.
 
-    of a sample             ⟨g_b, h_b⟩ = Σ_(t,s) [i_bt = j_bs] z_bt·z'_bs                 each pair of positions
-    Gram matrix             K_ab = Σ_v r_av·r_bv,  r_bv = Σ_(t: i_bt = v) z_bt              v by v
+    of a sample             ‖g_b‖² = Σ_v ‖r_bv‖²,  r_bv = Σ_(t: i_bt = v) z_bt              v by v
+    of a sample, two uses   ⟨g_b, h_b⟩ = Σ_(t,s) [i_bt = j_bs] z_bt·z'_bs                 each pair of positions
+    Gram matrix             K_ab = Σ_v r_av·r_bv                                            v by v
     with outer products     ⟨Σ_t e_i(t) ⊗ r_t, Σ_s z_s ⊗ x_s⟩ = Σ_(t,s) z_s[i(t)] (x_s·r_t)   a tied output projection
 
 The Gram matrix looks only at pairs of samples that touch the same row: with a vocabulary of 30,000 that is next to
 none of the B² T² pairs of positions. On an accelerator, where finding them would halt the host, it takes all pairs.
+Positions of one sample that touch the same row are added up first, so that nothing is lost where they cancel.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from persample.precision import full_precision
 
 def inner(a: Rows, b: Rows) -> Float[Tensor, " batch"]:
     """Returns ⟨g_b, h_b⟩, [B]."""
+    if a is b:
+        return once(a).z.square().sum((1, 2))
     az, bz = full_precision(a.z), full_precision(b.z)
     parts = [
         (torch.bmm(az[s], bz[s].mT) * (a.indices[s, :, None] == b.indices[s, None, :])).sum((1, 2))
@@ -32,13 +36,29 @@ def inner(a: Rows, b: Rows) -> Float[Tensor, " batch"]:
 def gram(a: Rows, b: Rows) -> Float[Tensor, "batch other"]:
     """Returns K_ij = ⟨g_i, h_j⟩, [B, B']."""
     if a.device.type != "cpu":
-        return by_pairs(a, b)
+        return by_pairs(once(a), once(b))
     if a is b:
         return by_rows(a.indices, full_precision(a.z))
     time = max(a.z.shape[1], b.z.shape[1])  # both as one batch, of which one corner is wanted
     indices = torch.cat([_longer(block.indices, time) for block in (a, b)])
     z = torch.cat([_longer(full_precision(block.z), time) for block in (a, b)])
     return by_rows(indices, z)[: a.batch, a.batch :]
+
+
+def once(block: Rows) -> Rows:
+    """The same rows, each table row touched at one position of a sample at most; positions that are left over are zero.
+
+    In float32 or better. Shapes do not depend on the indices, so nothing waits for the device.
+    """
+    (batch, time, dim), z = block.z.shape, full_precision(block.z)
+    indices, order = block.indices.sort(1)
+    first = torch.ones_like(indices)
+    first[:, 1:] = indices[:, 1:] != indices[:, :-1]
+    place = first.cumsum(1) - 1
+    into = place + torch.arange(batch, device=z.device)[:, None] * time
+    z = z.gather(1, order[:, :, None].expand(-1, -1, dim)).reshape(-1, dim)
+    sums = z.new_zeros(batch * time, dim).index_add_(0, into.reshape(-1), z).view(batch, time, dim)
+    return Rows(torch.zeros_like(indices).scatter_(1, place, indices), sums, block.rows)
 
 
 def _longer(tensor: Tensor, time: int) -> Tensor:

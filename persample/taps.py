@@ -45,6 +45,8 @@ class Pass:
     def __init__(self, batch: int | None = None, *, apart: bool = False) -> None:
         self.batch, self.apart = batch, apart
         self.output_grad: Tensor | None = None
+        self.question: Callable[[], None] | None = None
+        """To be asked in the first backward pass: what its losses say of the samples."""
 
 
 @dataclass
@@ -52,6 +54,7 @@ class _Finds:
     """What the Taps of a layer have found in one backward pass, and how many of them it has still to run."""
 
     uses: list[tuple[Tensor, Tensor]]
+    numbers: list[int]
     left: int
 
 
@@ -62,6 +65,8 @@ class Uses:
     layer: Any
     forward: Pass
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Which call of the layer each of them is, where there are several."""
     taps: list[ref] = field(default_factory=list)
     _finds: dict[int, _Finds] = field(default_factory=dict)
     """By backward pass: one may run inside another, and an exception may have ended one."""
@@ -73,16 +78,17 @@ class Uses:
         if finds is None:
             # The engine does not say of the node that a backward pass starts at that it runs it.
             others = sum(_runs(tap()) for tap in self.taps if tap() is not node)
-            finds = self._finds[backward] = _Finds([], 1 + others)
+            finds = self._finds[backward] = _Finds([], [], 1 + others)
         if x is not None and z is not None:
             finds.uses.append((x.detach(), z.detach()))
+            finds.numbers.append(node.number)
         finds.left -= 1
         return finds.left == 0
 
     def take(self) -> None:
         """Makes what this backward pass has found the uses."""
         finds = self._finds.pop(torch._C._current_graph_task_id(), None)
-        self.found = [] if finds is None else finds.uses
+        self.found, self.numbers = ([], []) if finds is None else (finds.uses, finds.numbers)
 
 
 Gradients = Callable[[Any, Sequence[bool]], Sequence[Tensor | None]]
@@ -129,7 +135,7 @@ class Tap(torch.autograd.Function):
         """Returns the output itself."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)  # where a checkpoint wants to, it is dropped and recomputed
-        ctx.uses, ctx.gradients = uses, gradients
+        ctx.uses, ctx.gradients, ctx.number = uses, gradients, len(uses.taps)
         uses.taps.append(ref(ctx))
         # Neither the input itself nor a differentiable view of it: an in-place ReLU may follow. No copy.
         return output.detach()

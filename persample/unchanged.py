@@ -1,45 +1,73 @@
-"""Whether parameters are those that a batch was captured with, for reductions that use them again.
+"""Whether tensors are what they were when a batch was captured, for reductions that use them again.
 
-Versions do not tell: fused optimizers and `parameter.data` raise none. So the bits are added up, as integers modulo
-2^64: exact, in any order, and what a step changes.
+Versions do not tell of every change: fused optimizers, `parameter.data` and NumPy arrays on the same memory raise none.
+So the bits are added up with random factors, as integers modulo 2^64: exact, and other where an entry has changed its
+value or its place. It is one pass over memory, and made over that alone which the caller can write to: inputs, targets,
+parameters and buffers, which are known by their addresses. Whatever else is held (activations, output gradients) is
+known by version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW = 256
+"""Integers that have a factor each; rows of as many are told apart by their place in the result."""
+DATA = "a tensor of the inputs or targets was modified in place"
+_PIECE = 2**18
+"""Integers that are multiplied at a time: on a CPU few enough for its cache."""
 
 
 class Unchanged:
-    """Remembers the parameters' values by a sum of their bits, and other tensors by version."""
+    """Remembers tensors that the caller can write to by their bits, and others by version."""
 
-    def __init__(self, parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
-        self._parameters = [
-            each for each in parameters if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided
-        ]
-        self._versions = [(each, each._version) for each in others if not each.is_inference()]
+    def __init__(self, reached: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
+        reached = [part for each in reached for part in _parts(each)]
+        self._reached = {_place(each): each for each in reached if _has_bits(each)}
+        versioned = [*others, *(each for each in reached if not _has_bits(each))]
+        self._versions = [(each, each._version) for each in versioned if not each.is_inference()]
         self.remember()
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], caller: frozenset[int]) -> Unchanged:
+        """Of tensors, some of which lie in the caller's memory (`addresses`)."""
+        inside: tuple[list[Tensor], list[Tensor]] = [], []
+        for each in tensors:
+            inside[lies_in(each, caller)].append(each)
+        return cls(inside[True], inside[False])
+
     def remember(self) -> None:
-        """From now on the values are those that the parameters have."""
-        self._sums = [bits(each) for each in self._parameters]
+        """From now on the values are those that the tensors have."""
+        self._bits = {place: bits(each) for place, each in self._reached.items()}
 
-    def require(self, way: str) -> None:
-        """Raises `RuntimeError` if they have others, or another tensor was changed in place.
+    def forget(self, kept: Iterable[Tensor]) -> None:
+        """From now on all tensors but these may change."""
+        ids, places = {id(each) for each in kept}, {_place(each) for each in kept if _has_bits(each)}
+        self._versions = [(each, version) for each, version in self._versions if id(each) in ids]
+        self._reached = {place: each for place, each in self._reached.items() if place in places}
 
-        Args:
-            way: the option that makes reductions use them again.
-        """
-        what = None
-        if not all(torch.equal(bits(each), sum_) for each, sum_ in zip(self._parameters, self._sums, strict=True)):
-            what = "parameters of the model were modified"
-        elif any(each._version != version for each, version in self._versions):
-            what = "a tensor of the inputs or targets was modified in place"
-        if what is not None:
+    def still(self) -> bool:
+        """Whether they are as they were."""
+        return all(each._version == version for each, version in self._versions) and all(
+            torch.equal(bits(each), self._bits[place]) for place, each in self._reached.items()
+        )
+
+
+def require(parameters: Unchanged | None, data: Unchanged, *, way: str) -> None:
+    """Raises `RuntimeError` if the model's parameters and buffers, or the data of a batch, are not what they were.
+
+    Args:
+        parameters: of the model, and buffers.
+        data: inputs, targets and whatever else is read again.
+        way: the option that makes reductions use them again.
+    """
+    for unchanged, what in ((parameters, "parameters or buffers of the model were modified"), (data, DATA)):
+        if unchanged is not None and not unchanged.still():
             raise RuntimeError(
                 f"{what} after these per-sample gradients were captured, and with {way} every reduction uses them "
                 "again. Form what you need before the optimizer's step, or capture the batch anew"
@@ -48,14 +76,62 @@ class Unchanged:
 
 @torch.no_grad()
 def bits(tensor: Tensor) -> Tensor:
-    """The sum of the bits of all entries, read as integers; of eight bytes where memory allows, which is fastest.
+    """Sums of the bits of all entries, read as integers, with random factors; in eight bytes where memory allows.
 
     >>> from persample.unchanged import bits
-    >>> bits(torch.tensor([1.0])).item() == 0x3F800000
-    True
+    >>> values = torch.arange(4.0)
+    >>> bool((bits(values) == bits(values.clone())).all()), bool((bits(values) == bits(values.flip(0))).all())
+    (True, False)
     """
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.detach()
-    size = real.element_size()
-    if real.is_contiguous() and real.nbytes % 8 == 0 and real.storage_offset() * size % 8 == 0:
-        return real.view(-1).view(torch.int64).sum()
-    return real.view(_INTEGERS[size]).sum()
+    if 0 in real.stride():  # the same entries many times
+        real = real[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in real.stride())]
+    in_memory = sorted(range(real.ndim), key=real.stride, reverse=True)  # the last one is that of neighbours
+    real, size = real.permute(in_memory).contiguous(), real.element_size()
+    wide = real.nbytes % 8 == 0 and real.storage_offset() * size % 8 == 0
+    integers = real.view(-1).view(torch.int64 if wide else _INTEGERS[size])
+    whole = integers.numel() // _ROW * _ROW
+    factors = _factors(real.device)
+    sums = [(piece.view(-1, _ROW) * factors).sum(1) for piece in integers[:whole].split(_PIECE)]
+    rest = integers[whole:]
+    return torch.cat([*sums, (rest * factors[: len(rest)]).sum(0, keepdim=True)])
+
+
+def addresses(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Where the memory of tensors begins."""
+    return frozenset(address for each in tensors for part in _parts(each) if (address := _address(part)))
+
+
+def lies_in(tensor: Tensor, memory: frozenset[int]) -> bool:
+    """Whether a tensor is a part of memory that begins at one of the `addresses`."""
+    return bool(memory) and any(_address(part) in memory for part in _parts(tensor))
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the numbers of one."""
+    if tensor.is_nested:
+        return (tensor.values(),)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return (tensor,) if tensor.layout == torch.strided else (tensor.values(),)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return 0  # no storage: functorch wrappers, fake tensors, sparse ones
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (_ROW,), generator=generator).to(device) | 1  # odd: one to one

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import floor, log2
 
-import torch
 from torch import Tensor
 
-from persample.attribution import DEFAULT_LEVELS, Owner
-from persample.coupling import coupled_error, underflow_error
+from persample.attribution import Owner
+from persample.coupling import coupled_error, not_finite_error
 from persample.graph import SKIPPED, Graph, Node, Route, route
-from persample.guards import Meeting, came_in_unseen, mixes_inside, normalises_over_samples, trusted, written_in_python
+from persample.guards import Meeting, came_in_unseen, in_doubt, mixes_inside, normalises_over_samples, written_in_python
+from persample.layout import Proof
 from persample.provenance import Provenance
-from persample.separation import Separation, separate, z_at
+from persample.separation import Separation, believe, separate, settle, z_at
 
 SINGLE_STEPS = 3
 """Levels that the search climbs one by one before it looks at everything behind an unseparated node."""
@@ -64,7 +63,7 @@ def find_uses(
 ) -> tuple[dict[str, list[Use]], Separation]:
     """Returns every place where each parameter meets the data, and owners there; with `keep` z as well."""
     batch = losses.shape[0]
-    known = Separation(keep)
+    known = Separation(keep, proof=Proof(graph, batch))
     regions: dict[str, set[Node]] = {name: set() for name in parameters}
     leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
     refuses = provenance is not None and coupled == "error" and batch > 1
@@ -72,16 +71,13 @@ def find_uses(
 
     def look(node: Node, zs: tuple[Tensor | None, ...], owners: tuple[Owner | None, ...]) -> None:
         apart = all(z is None or owner is not None for z, owner in zip(zs, owners, strict=True))
-        if provenance is None or not apart or not trusted(node, graph, owners, provenance, batch):
-            return
-        if mixes_inside(node, zs, owners, provenance, batch):
+        if provenance is not None and apart and mixes_inside(node, zs, owners, provenance, batch):
             mixing.add(node)
 
     def coupled_at(node: Node, name: str) -> Exception:
         assert provenance is not None, "without it samples are not told from parameters"
-        half = [z.dtype for z in known.outputs[node] if z is not None and z.dtype in (torch.float16, torch.bfloat16)]
         separate(graph, losses, behind(graph, [node]), known)
-        return coupled_error(node, graph, known.separated, provenance, name, coupled, batch, next(iter(half), None))
+        return coupled_error(node, graph, known.separated, provenance, name, coupled, batch)
 
     waiting = {name: first_nodes(graph, leaf, regions[name]) for name, leaf in leaves.items()}
     reached: dict[str, list[Meeting]] = {name: [] for name in parameters}
@@ -90,14 +86,17 @@ def find_uses(
         nodes = {meeting[0] for meetings in waiting.values() for meeting in meetings}
         asked = nodes if step <= SINGLE_STEPS else behind(graph, nodes)
         in_python = {node for node in nodes if refuses and written_in_python(node)}
+        if provenance is None:
+            believe(graph, asked, known)
         separate(graph, losses, asked, known, look=look, looked_at=in_python)
+        settle(graph, losses, [node for node in nodes if in_doubt(node, graph, known, provenance, batch)], known)
         for name, meetings in waiting.items():
             waiting[name] = []
             for meeting in meetings:
                 node = meeting[0]
                 if provenance is not None and coupled == "error" and normalises_over_samples(node, known, provenance):
                     raise coupled_at(node, name)
-                if known.separated(node) and trusted(node, graph, known.owners[node], provenance, batch):
+                if known.separated(node):
                     if refuses and provenance is not None:
                         region = regions[name]
                         if came_in_unseen(meeting, graph, region, known, provenance, batch) or node in mixing:
@@ -106,38 +105,23 @@ def find_uses(
                 elif provenance is not None and provenance.saw_data(node, batch):
                     if coupled == "error" or not known.read_rows(node, batch):
                         zs = known.zs[node] if keep else z_at(graph, losses, [node])[node]
-                        if underflows(graph, losses, node, zs):
-                            raise underflow_error(name, zs)
+                        if not all(z is None or bool(z.isfinite().all()) for z in zs):
+                            raise not_finite_error(name)
                         raise coupled_at(node, name)
                     reached[name].append(meeting)
                 elif node not in regions[name]:
                     regions[name].add(node)
                     waiting[name] += first_nodes(graph, node, regions[name])
         step += 1
+    if keep:
+        lacking = dict.fromkeys(m[0] for meetings in reached.values() for m in meetings if m[0] not in known.zs)
+        known.zs.update(z_at(graph, losses, lacking))
     uses: dict[str, list[Use]] = {name: [] for name in parameters}
     for name, meetings in reached.items():
         for node, slot, source, output in dict.fromkeys(meetings):
-            if any(z is not None for z in known.outputs[node]):
+            if any(z is not None for z in (known.zs[node] if keep else known.outputs[node])):
                 uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
     return uses, known
-
-
-def underflows(graph: Graph, losses: Tensor, node: Node, found: tuple[Tensor | None, ...]) -> bool:
-    """Whether samples that mix at a node, of which z is given, are apart there when the losses are larger.
-
-    Then digits of z are lost.
-    """
-    zs = [z for z in found if z is not None]
-    present = [z.detach().abs()[z.isfinite() & (z != 0)] for z in zs]
-    lowest = min((torch.finfo(z.dtype) for z in zs), key=lambda kind: kind.max)
-    largest = max((float(entries.max()) for entries in present if entries.numel()), default=0.0)
-    smallest = min((float(entries.min()) for entries in present if entries.numel()), default=1.0)
-    if smallest * 2.0**-DEFAULT_LEVELS > lowest.tiny or largest == 0:
-        return False
-    room = log2(lowest.max / largest) / 2, log2(torch.finfo(losses.dtype).max) / 2
-    larger = Separation()
-    separate(graph, losses, [node], larger, scale=2.0 ** floor(min(room)))
-    return larger.separated(node)
 
 
 def behind(graph: Graph, nodes: Iterable[Node]) -> set[Node]:

@@ -68,6 +68,15 @@ def _behind(function: Callable[..., Any]) -> Iterator[object]:
             continue
 
 
+def within_reach(problem: Problem) -> list[Tensor]:
+    """The tensors that the caller can write to at any time: data, parameters, buffers, attributes of modules."""
+    tensors = tensors_of((problem.inputs, problem.targets))
+    for module in modules_of(problem):
+        for shelf in (vars(module), module._parameters, module._buffers):
+            tensors += [each for each in shelf.values() if isinstance(each, Tensor) and not is_lazy(each)]
+    return [*tensors, *(each for each in _behind(problem.loss_fn) if isinstance(each, Tensor))]
+
+
 class Before:
     """What a batch meets: tensors, and the attributes of modules, to be told and put back after a run.
 
@@ -138,7 +147,7 @@ def losses_of(problem: Problem) -> Any:
     """Runs the model; returns the losses."""
     # inference mode is left as well: its tensors can be inputs, but no operation on them would be recorded
     with torch.inference_mode(False), torch.enable_grad():
-        return problem.loss_fn(problem.outputs(), problem.targets)
+        return problem.losses()
 
 
 def watched_losses_of(problem: Problem) -> tuple[Any, Provenance]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from persample import prepared
 from persample.folded import Folded, Reading, by_size, foldings, sized, unfolded
 from persample.layer_sum import Parameters, layer_sum
 from persample.layers import LayerGrads
+from persample.segments import Segment, assembled
 from persample.taps import Uses
 from persample.uncertain import LEAVE_OUT, disagreeing, uncertain
 
@@ -30,6 +31,8 @@ class Layer:
     """What the user said of its samples."""
     source: Callable[[], Parameters] | None = None
     owners: tuple[Tensor, ...] = ()
+    geometry: nn.Module | None = None
+    """Of a function that is a convolution: a module with its geometry (`persample.linear_calls`)."""
     off: list[nn.Parameter] = field(default_factory=list)
     called: bool = False
     shared: str | None = None
@@ -39,6 +42,11 @@ class Layer:
     """Whether the axis was told by its size or by a trial; not by the user."""
     readings: dict[tuple[int, tuple[int, ...]], Reading] = field(default_factory=dict)
     """By batch size and shape of an output: what trials told."""
+    _on_axis: dict[tuple[int, tuple[int, ...]], Reading] = field(default_factory=dict)
+    """The same, as long as all of them are the one axis."""
+    segments: dict[tuple[int, int, int, tuple[int, ...]], Segment] = field(default_factory=dict)
+    """By batch size, how many calls there are, which of them it is, and the shape of its output: where it was called on
+    parts of the batch."""
     besides: str = ""
     """What else uses its weight or bias in the first batch, by autograd's names; empty where nothing does."""
     selected: bool = False
@@ -60,9 +68,14 @@ class Layer:
         self._last: Reading | None = None
 
     @property
+    def operation(self) -> nn.Module | None:
+        """A module that does what the layer does, with weights that may be others; None: a linear function."""
+        return self.geometry if self.module is None else self.module
+
+    @property
     def linear(self) -> bool:
         """Whether it is linear, so that any axis but the last may count samples."""
-        return self.module is None or isinstance(self.module, nn.Linear)
+        return self.operation is None or isinstance(self.operation, nn.Linear)
 
     def parameters(self) -> list[Any]:
         """[weight, bias or None], or an empty list where the layer is to take the plain gradient."""
@@ -105,6 +118,8 @@ class Layer:
             return "plain so far: its forward has not been called (another module may use its weight)"
         last = self._last if self.axis is None else Reading(1, 1, self.axis)
         axis = "" if last is None else f", {last.explain()}"
+        if self.segments:
+            axis = ", called on parts of the batch"
         alone = f", for its calls alone: {self.besides} uses its weight, too" if self.besides else ""
         return f"reweighted{axis}{alone}"
 
@@ -124,16 +139,16 @@ class Layer:
 
     def candidates(self, shape: tuple[int, ...], batch: int) -> list[Reading]:
         """The ways in which an output of that shape may hold so many samples."""
-        return foldings(self._rows(shape), batch)
+        return foldings(self.rows(shape), batch)
 
-    def _rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes of an output of that shape that may hold samples."""
-        return shape[:-1] if self._space is None else shape[: len(shape) == self._space + 2]
+        return shape[:-1] if self.space is None else shape[: len(shape) == self.space + 2]
 
     @property
-    def _space(self) -> int | None:
+    def space(self) -> int | None:
         """How many axes of space a convolution has; None for a linear layer."""
-        module: Any = self.module
+        module: Any = self.operation
         return None if self.linear else len(module.kernel_size)
 
     def unsure(self, shape: tuple[int, ...], batch: int | None) -> list[Reading]:
@@ -146,22 +161,23 @@ class Layer:
             return []
         return self.candidates(shape, batch)
 
-    def usual(self, candidates: Sequence[Reading]) -> Reading | None:
-        """The candidate that goes on as earlier batches were read: rows in sequence, or one after another, or the same.
-
-        None where they were read in several ways.
-        """
-        known = set(self.readings.values())
-        candidates = [each for each in candidates if {other.axis for other in known} == {each.axis}]
-        same = [each for each in candidates if known == {each}]
-        for kind in ("before", "after"):
-            if all(getattr(each, kind) == 1 for each in known):
-                same += [each for each in candidates if getattr(each, kind) == 1]
-        return same[0] if same else None
-
     def several_batches(self, shape: tuple[int, ...]) -> bool:
         """Whether an output of that shape has held several numbers of samples."""
         return sum(known == shape for _, known in self.readings) > 1
+
+    def forget(self) -> None:
+        """Nothing is known of its samples, but for what the user has said."""
+        if self.provable:
+            self.axis, self._last, self._found = None, None, False
+            for each in (self.readings, self._on_axis, self.segments):
+                each.clear()
+
+    @property
+    def provable(self) -> bool:
+        """Whether the graph behind the model's output may tell where its samples are: rows that data have selected,
+        or placed, may be as many as samples by chance."""
+        told = self.where is not None or self.shared is not None or self.left_out
+        return not (told or self.selected or self.placed)
 
     def forget_axis(self, shape: tuple[int, ...]) -> None:
         """What was found of other batches does not hold for the only sample of this one, unless it has one row."""
@@ -179,23 +195,31 @@ class Layer:
         elif reading is None:
             self.axis, self.foreign = None, True
             self.note = "a trial with other samples showed rows that change with others than their own"
-        elif reading.ordinary and not self.readings:
+        elif reading.ordinary and not self.readings and self.axis in (None, reading.axis):
             self.axis, self._found = reading.axis, True
+            self._on_axis[batch, shape] = reading
         else:
-            self.axis, self.readings[batch, shape] = None, reading
+            self.readings |= self._on_axis | {(batch, shape): reading}
+            self.axis, self._on_axis = None, {}
 
-    def check(self, uses: Uses) -> list[tuple[Tensor, Tensor]]:
-        """Returns the uses, emptied, when it is certain which of their axes counts samples.
+    def settle_segments(self, batch: int, calls: int, proven: Mapping[int, Segment]) -> None:
+        """It is proven what calls hold of the batch, first call 0, in a forward pass of that many."""
+        for number, each in proven.items():
+            self.segments[batch, calls, number, each.shape] = each
 
-        That is `axis`; 0 where `axis` is None.
-        """
+    def check(self, uses: Uses) -> tuple[list[tuple[Tensor, Tensor]], int]:
+        """Returns the uses, emptied, and which of their axes counts samples, when that is certain."""
         found, uses.found = uses.found, []
+        if self.segments:
+            together = self._assembled(uses, found)
+            if together is not None:
+                return together, 0
         if self.axis is None:
             readings = self._readings([tuple(z.shape) for _, z in found], uses.forward.batch)
             if readings:
-                self._last, found = readings[-1], unfolded(found, readings, self._space)
+                self._last, found = readings[-1], unfolded(found, readings, self.space)
                 self._agree({z.shape[0] for _, z in found})
-                return found
+                return found, 0
             self.axis, self._found = self._find_axis(tuple(found[-1][1].shape), uses.forward.batch), True
         for _, z in found:
             if self.axis > z.dim() - 2 and self.linear:
@@ -215,22 +239,38 @@ class Layer:
                 f"from the model. Leave it out ({LEAVE_OUT}), or give the optimiser (or persample.reweight) "
                 f"batch_axis={{'{self.path}': {self.axis}}}: each row is a sample then."
             )
-        return found
+        return found, self.axis
 
-    def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], c: Tensor) -> Parameters:
-        """Returns the (weight, bias) parts of Σ_b c_b g_b."""
-        if len(found) > 1 or self.axis is None:
-            return layer_sum(self.module, found, needed, self.axis or 0, c)
+    def _assembled(self, uses: Uses, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]] | None:
+        """The uses as calls on the whole batch, where it is known which part of the batch each of them had."""
+        batch, calls = uses.forward.batch, len(uses.taps)
+        numbers = [0] if calls == 1 else uses.numbers
+        if batch is None or len(numbers) != len(found):
+            return None
+        shapes = [tuple(z.shape) for _, z in found]
+        known = [
+            self.segments.get((batch, calls, number, shape)) for number, shape in zip(numbers, shapes, strict=True)
+        ]
+        segments = [each for each in known if each is not None]
+        if segments and len(segments) < len(known):
+            self.note = "it is called on parts of the batch, of which it is not known for every call which part it is"
+            raise self._uncertain(shapes[known.index(None)], batch)
+        return assembled(found, segments, batch, self.space) if segments else None
+
+    def sum(self, found: Sequence[tuple[Tensor, Tensor]], needed: Sequence[bool], axis: int, c: Tensor) -> Parameters:
+        """Returns the (weight, bias) parts of Σ_b c_b g_b, of what `check` has returned."""
+        if len(found) > 1 or axis != self.axis or self.segments:
+            return layer_sum(self.operation, found, needed, axis, c)
         [(x, z)] = found
-        key = prepared.signature(self.module, x, z, needed, self.axis)
+        key = prepared.signature(self.operation, x, z, needed, axis)
         if key != self._prepared[0]:
-            self._prepared = key, prepared.prepare(self.module, x, z, needed, self.axis)
+            self._prepared = key, prepared.prepare(self.operation, x, z, needed, axis)
         return self._prepared[1](x, z, c)
 
     def plain(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the (weight, bias) gradients of the sum over everything."""
         found, uses.found = uses.found, []
-        return layer_sum(self.module, found, needed, 0)
+        return layer_sum(self.operation, found, needed, 0)
 
     def _readings(self, shapes: Sequence[tuple[int, ...]], batch: int | None) -> list[Reading]:
         """How to read each output; empty where one axis counts samples in all of them, or none can be told."""
@@ -244,7 +284,7 @@ class Layer:
 
     def _reading(self, shape: tuple[int, ...], batch: int | None) -> Reading | None:
         """How to read an output of that shape; None where it cannot be told."""
-        rows = self._rows(shape)
+        rows = self.rows(shape)
         if isinstance(self.where, Folded):
             reading = sized(self.where, rows[self.where.axis], batch) if self.where.axis < len(rows) else None
             if reading is None:
@@ -254,9 +294,10 @@ class Layer:
             return None
         if batch == 1:
             return Reading(1, rows[0], 0) if rows[0] else None
-        return self.readings.get((batch, shape)) or self._by_size(shape, batch)
+        return self.readings.get((batch, shape)) or self.by_size(shape, batch)
 
-    def _by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
+    def by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
+        """The one axis with as many entries as samples, where no other is as likely."""
         return None if self.foreign else by_size(self.candidates(shape, batch))
 
     def _agree(self, sizes: set[int]) -> None:
@@ -269,7 +310,7 @@ class Layer:
 
     def _find_axis(self, shape: tuple[int, ...], batch: int | None) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
-        found = None if batch is None else self._by_size(shape, batch)
+        found = None if batch is None else self.by_size(shape, batch)
         if found is None:
             raise self._uncertain(shape, batch)
         return found.axis

@@ -110,6 +110,35 @@ def test_unused_parameters_are_reported_and_zero(model: Net, backend: str) -> No
     assert rel_err(psg.grads(), loop_grads(model, cross_entropy, x, t)) < 1e-12
 
 
+class Scaled(nn.Module):
+    """With a number that this loss does not use: a logit scale, a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"backend": "vmap"}, {"hold": "graph"}, {"chunk_size": 2}, {"coupled": "rows"}],
+    ids=str,
+)
+def test_an_unused_number_has_zeros(options: dict[str, Any]) -> None:
+    model, (x, t) = Scaled().double(), batch()
+    psg, zero = persample.per_sample(model, cross_entropy, x, t, **options), torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(psg.grads()["scale"], torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(psg.weighted_sum(torch.ones(5).double())["scale"], zero)
+    torch.testing.assert_close(psg.clipped_sum(1.0)["scale"], zero)
+    torch.testing.assert_close(psg.clipped_sum(dict.fromkeys(psg.layers, 1.0))["scale"], zero)
+    for per in ("total", "layer", "param"):
+        assert rel_err(psg.norms(per), expected(loop_grads(model, cross_entropy, x, t))["norms", per]) < 1e-12
+        assert rel_err(psg.gram(per), expected(loop_grads(model, cross_entropy, x, t))["gram", per]) < 1e-12
+    torch.testing.assert_close(psg.dot({"scale": zero + 1}), torch.zeros(5, dtype=torch.float64))
+
+
 @every_backend
 @pytest.mark.parametrize("frozen", [["body.0.weight"], ["head.bias"], ["body.0.weight", "body.0.bias"]])
 def test_frozen_parameters_are_left_out(model: Net, backend: str, frozen: list[str]) -> None:
@@ -118,16 +147,6 @@ def test_frozen_parameters_are_left_out(model: Net, backend: str, frozen: list[s
     psg = persample.per_sample(model, cross_entropy, *batch(), backend=backend)
     assert not psg.grads().keys() & set(frozen)
     assert rel_err(psg.grads(), loop_grads(model, cross_entropy, *batch())) < 1e-12
-
-
-@every_backend
-def test_nothing_to_train(model: Net, backend: str) -> None:
-    model.requires_grad_(False)
-    psg = persample.per_sample(model, cross_entropy, *batch(), backend=backend)
-    assert psg.grads() == {}
-    assert psg.norms().shape == (5,)
-    assert psg.gram().shape == (5, 5)
-    assert psg.losses.shape == (5,)
 
 
 @every_backend
@@ -248,6 +267,19 @@ def test_gram_with_another_backends_rows(model: Net) -> None:
     first = persample.per_sample(model, cross_entropy, *batch(), backend="hooks")
     second = persample.per_sample(model, cross_entropy, *batch(), backend="vmap")
     assert rel_err(first.gram(other=second), gram(loop_grads(model, cross_entropy, *batch()))) < 1e-12
+
+
+KINDS: list[dict[str, Any]] = [{}, {"hold": "graph"}, {"chunk_size": 2}, {"chunk_size": 2, "hold": "graph"}]
+
+
+@pytest.mark.parametrize("left", KINDS, ids=str)
+@pytest.mark.parametrize("right", KINDS, ids=str)
+def test_gram_of_every_kind_with_every_other(model: Net, left: dict[str, Any], right: dict[str, Any]) -> None:
+    one = persample.per_sample(model, cross_entropy, *batch(), **left)
+    two = persample.per_sample(model, cross_entropy, *batch(3, seed=1), **right)
+    want, other = loop_grads(model, cross_entropy, *batch()), loop_grads(model, cross_entropy, *batch(3, seed=1))
+    for per in ("total", "layer", "param"):
+        assert rel_err(one.gram(per, two), gram(want, per, other)) < 1e-12
 
 
 def test_gram_needs_the_same_parameters(model: Net) -> None:

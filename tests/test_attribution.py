@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from weakref import ref
 
 import pytest
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import persample
-from persample.attribution import NOBODY, Owner, attribute
+from persample.attribution import NOBODY, Output, Owner, attribute
 from persample.cases import CASES, Case, call
 from persample.graph import edge_shape, trace
 from persample.layout import lying, proven, stride_of
+from persample.support import supported_by
 from persample.uses import find_uses
 
 seeds = st.integers(0, 2**16)
@@ -32,7 +34,11 @@ def located(owner: Tensor, axis: int, batch: int, others: int, dtype: torch.dtyp
     def backward(weights: Tensor) -> list[Tensor]:
         return [(rows * weights[owner][:, None]).movedim(0, axis)]
 
-    return attribute(backward, torch.ones(batch, dtype=dtype))[1][0]
+    losses = torch.ones(batch, dtype=dtype)
+    [z], [found] = attribute(backward, losses)
+    if found is None and z is not None:  # float16 loses digits under the probes
+        [found] = supported_by(backward, losses, [Output.of(z)], nullcontext)
+    return found
 
 
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 1), seeds, st.sampled_from(["f64", "f32", "bf16", "f16"]))

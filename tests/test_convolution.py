@@ -153,6 +153,15 @@ def test_a_small_memory_budget_changes_nothing(
         assert_close(sqnorms(case.x, case.z, spec), rows.square().sum(1))
 
 
+@pytest.mark.parametrize("algorithm", ["fold", "rows", "unfold", "shift"])
+def test_one_position_with_channels_last(algorithm: str) -> None:
+    """Axes of one entry leave the order of memory open, and not every kernel takes every order."""
+    spec = ConvSpec((4, 2, 3), (1,), (1,), (1,), True, (0,), 1)
+    x, z = torch.randn(3, 1, 4, dtype=torch.float64).mT, torch.randn(3, 1, 2, dtype=torch.float64).mT
+    want = per_sample_grads(x.contiguous().clone(), z.contiguous().clone(), spec, "loop")
+    torch.testing.assert_close(per_sample_grads(x, z, spec, algorithm), want)
+
+
 @pytest.mark.parametrize("spec", [CONV, TRANSPOSED])
 def test_half_precision_is_accumulated_in_float32(spec: ConvSpec) -> None:
     case = make_case(3, spec, (7, 6))

@@ -18,6 +18,7 @@ from persample.attribution import Owner, attribute
 from persample.cases import CASES, Case, call
 from persample.fingerprints import Fingerprints, recognise
 from persample.graph import trace
+from persample.provenance import Provenance
 from persample.uses import find_uses
 
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -135,9 +136,12 @@ def test_what_is_left_open_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(separation, "recognise", none)
     monkeypatch.setattr(separation, "SMALLEST", 0)
     model = network()
-    losses = squares(model(torch.randn(4, 3, 16, 16)), None)
+    x = torch.randn(4, 3, 16, 16)
+    with Provenance(model) as provenance:
+        provenance.follow(x)
+        losses = squares(model(x), None)
     graph = trace(losses)
-    uses, known = find_uses(graph, losses, dict(model.named_parameters()), "error", None, keep=False)
+    uses, known = find_uses(graph, losses, dict(model.named_parameters()), "error", provenance, keep=False)
     nodes = {use.node for found in uses.values() for use in found}
     assert [node for group in groups for node in group] == sorted(nodes, key=graph.order.__getitem__)
     assert separation.PARTS <= len(groups) <= 2 * separation.PARTS

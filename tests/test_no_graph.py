@@ -99,6 +99,70 @@ def test_a_mistake_after_a_good_batch() -> None:
         persample.per_sample(model, detached, X)
 
 
+# --- losses with a graph in which no parameter is ---------------------------------------------------------------------
+
+
+class Elsewhere(Spare):
+    """As a copy or a wrapper that computes with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = [Spare()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model[0](x)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"check": False}, {"hold": "graph"}, {"chunk_size": 3}, {"coupled": "rows"}]
+
+
+@every_backend
+@pytest.mark.parametrize("make", [Elsewhere, frozen])
+@pytest.mark.parametrize("check", [True, False])
+def test_other_parameters_than_the_models_are_refused(make: Callable[[], nn.Module], backend: str, check: bool) -> None:
+    """Zeros would be wrong, whatever else the losses depend on."""
+    model, x = make(), X.clone().requires_grad_()
+    words = r"none of the parameters to differentiate for \(\d: '.*every row would be zero\. Did you wrap or copy the"
+    for _ in range(2):
+        with pytest.raises(persample.PerSampleError, match=words):
+            ask(model, squares, x, backend, check=check)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("make", [Elsewhere, frozen])
+def test_other_parameters_whatever_the_options(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    with pytest.raises(persample.PerSampleError, match="Did you wrap or copy the model"):
+        ask(make(), squares, X.clone().requires_grad_(), "outputs", **options)
+
+
+@every_backend
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("model", "words"), [(Spare().requires_grad_(False), "all 4 are frozen"), (nn.ReLU(), "has none")]
+)
+def test_nothing_to_train(model: nn.Module, words: str, options: dict[str, Any], backend: str) -> None:
+    if backend == "outputs" or "hold" not in options:
+        with pytest.raises(
+            persample.PerSampleError, match=f"no parameter of the model .* requires a gradient: .*{words}"
+        ):
+            ask(model, squares, X.clone().requires_grad_(), backend, **options)
+
+
+def test_losses_alone_of_another_model() -> None:
+    model, other = Spare(), Spare()
+    with pytest.raises(persample.PerSampleError, match=r"\(4: '0', '1', '2', ...\).*Did you wrap or copy the model"):
+        persample.grad(squares(model(X), None), other.parameters())
+    both = persample.grad(squares(model(X), None), [other.used.weight, model.used.weight])
+    assert [bool(rows.any()) for rows in both] == [False, True]
+    with pytest.raises(ValueError, match=r"params holds no tensor.*A generator that was used before is empty"):
+        persample.grad(squares(model(X), None), [])
+
+
+def test_losses_that_are_the_parameter() -> None:
+    losses = torch.ones(3, requires_grad=True)
+    torch.testing.assert_close(persample.grad(losses, losses), (torch.eye(3),))
+
+
 # --- zero is right here -------------------------------------------------------------------------------------
 
 
@@ -115,24 +179,6 @@ def test_an_unused_parameter_has_rows_of_zeros(backend: str) -> None:
 def test_the_callers_no_grad_does_not_matter(backend: str, check: bool) -> None:
     with torch.no_grad():
         assert ask(Spare(), squares, X, backend, check=check).grads()["used.weight"].any()
-
-
-@pytest.mark.parametrize("backend", ["outputs", "hooks", "auto"])
-def test_losses_that_depend_on_inputs_alone(backend: str) -> None:
-    """They have a graph, and `backward()` accepts them; the parameters are unused."""
-    model, x = frozen(), X.clone().requires_grad_()
-    squares(model(x), None).sum().backward()
-    found = ask(model, squares, x, backend)
-    assert set(found.unused) == {"spare.weight", "spare.bias"}
-    assert not any(rows.any() for rows in found.grads().values())
-
-
-@every_backend
-def test_nothing_to_train_is_no_mistake(backend: str) -> None:
-    model = Spare().requires_grad_(False)
-    found = ask(model, squares, X, backend)
-    assert found.grads() == {}
-    torch.testing.assert_close(found.losses, squares(model(X), None))
 
 
 @pytest.mark.parametrize("backend", ["outputs", "vmap"])

@@ -186,7 +186,7 @@ def test_functions(joint: bool) -> None:
     with reweight(model, jointly if joint else policy, joint=joint) as handle:
         model(x).sin().sum().backward()
         explained = handle.explain()
-    assert set(grams) == {"weight", "unused.weight", "table.weight"}
+    assert set(grams) == {"weight", "unused.weight", "table.weight", "other"}
     flat = torch.cat([rows["weight"].flatten(1), rows["bias"]], 1)
     torch.testing.assert_close(grams["weight"], flat @ flat.T)
     for name, parameter in model.named_parameters():
@@ -195,7 +195,7 @@ def test_functions(joint: bool) -> None:
             continue
         c = answers.get("weight" if name == "bias" else name, torch.ones(B))
         torch.testing.assert_close(parameter.grad, torch.tensordot(c, rows[name], 1))
-    assert explained["other"] == "plain: it was given to 'T', and only F.linear is reweighted"
+    assert explained["other"] == "reweighted, samples on axis 0 of its output"
     assert explained["weight"] == "reweighted, samples on axis 0 of its output"
     assert explained["unused"].startswith("plain so far")
     assert "frozen" not in explained

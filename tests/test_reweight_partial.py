@@ -55,10 +55,9 @@ class Language(nn.Module):
 
 PARTIAL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "transposed": (Autoencoder, {}, "TBackward0"),
-    "transposed, functions": (Autoencoder, {"functions": True}, "TBackward0"),
     "twice": (lambda: Autoencoder(lambda h, w: F.linear(F.linear(h, w.T), w) @ w), {}, "PermuteBackward0, TBack"),
     "product": (lambda: Autoencoder(lambda h, w: h @ w), {}, "MmBackward0"),
-    "product, functions": (lambda: Autoencoder(lambda h, w: h @ w), {"functions": True}, "MmBackward0"),
+    "scaled, functions": (lambda: Autoencoder(lambda h, w: h @ (2 * w)), {"functions": True}, "MulBackward0"),
     "einsum": (lambda: Autoencoder(lambda h, w: torch.einsum("bi,io->bo", h, w)), {}, "Backward0"),
     "checkpoint": (
         lambda: Autoencoder(lambda h, w: checkpoint(torch.mm, h, w, use_reentrant=False)), {}, "MmBackward0",
@@ -83,6 +82,18 @@ def test_another_use_of_a_weight_is_told_once(mode: Mode, name: str) -> None:
     assert why["enc"].startswith("reweighted, samples on axis 0 of its output, for its calls alone: ")
     assert why["enc"].endswith(" uses its weight, too")
     assert all("alone" not in reason for path, reason in why.items() if path != "enc")
+
+
+@each_asking
+@pytest.mark.parametrize("decode", [lambda h, w: F.linear(h, w.t()), lambda h, w: h @ w, lambda h, w: (w.T @ h.T).T])
+def test_a_tied_product_is_a_layer_with_functions(mode: Mode, decode: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, x = Autoencoder(decode), torch.randn(B, 5)
+    rows = loop_grads_of(squares(model(x)), {"enc.weight": model.enc.weight})
+    with mode.on(model, functions=True) as handle:
+        got = step(model, lambda: squares(model(x)))
+        assert handle.functions == ("enc.weight",)
+        assert all(reason.startswith("reweighted, samples on axis 0") for reason in handle.explain().values())
+    torch.testing.assert_close(got["enc.weight"], torch.tensordot(FACTORS, rows["enc.weight"], 1))
 
 
 def test_a_tied_embedding_is_explained_without_a_warning() -> None:
@@ -122,12 +133,12 @@ def test_known_factors_are_told_of_and_layers_left_out_are_not() -> None:
 
 
 def test_fngd_tells_and_a_group_without_preconditioning_does_not() -> None:
-    model, x = Autoencoder(), torch.randn(B, 5)
+    model, x = Autoencoder(lambda h, w: h @ w.exp()), torch.randn(B, 5)
     opt = fngd.NGD(model, lr=0.1)
     with pytest.warns(UserWarning, match="'enc'"):
         squares(model(x)).mean().backward()
     opt.step()
-    assert "TBackward0" in opt.explain()["enc"]
+    assert "ExpBackward0" in opt.explain()["enc"]
     opt.remove()
     groups = [{"params": [*model.last.parameters()]}, {"params": [*model.enc.parameters()], "precondition": False}]
     opt = fngd.NGD(model, groups, lr=0.1)

@@ -84,7 +84,6 @@ def test_windows_as_long_as_the_batch_are_no_samples() -> None:
 
 
 SELECTED: dict[str, Callable[[Tensor], Tensor]] = {
-    "a sample at a time": lambda x: x,
     "tokens of some samples": lambda x: x.flatten(0, 1)[torch.tensor([0, 1, 5, 14])],
     "tokens that stand out": lambda x: x[x[:, :, 0] > x[:, :, 0].flatten().sort().values[-len(x) - 1]],
 }
@@ -93,15 +92,10 @@ SELECTED: dict[str, Callable[[Tensor], Tensor]] = {
 SELECTED["tokens chosen among all"] = lambda x: x.flatten(0, 1)[x.flatten(0, 1)[:, 0].topk(len(x)).indices]
 
 
-class OneByOne(Rows):
-    def forward(self, *inputs: Any) -> Tensor:
-        return torch.stack([self.layer(each) for each in self.choose(*inputs)])
-
-
 @pytest.mark.parametrize("name", SELECTED)
 def test_as_many_rows_as_samples_that_belong_to_others(name: str) -> None:
     """The only axis with as many entries as samples, but not of these."""
-    model = (OneByOne if name == "a sample at a time" else Rows)(SELECTED[name])
+    model = Rows(SELECTED[name])
     x = torch.randn(B, B, 3)
     with pytest.raises(ValueError, match=r"axis \[0\] has that size, and a trial .* rows that change with others"):
         sizes_of(model, x)

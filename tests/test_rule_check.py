@@ -200,3 +200,32 @@ def test_rounding_grows_with_the_sum_and_falls_with_the_precision() -> None:
 
     assert of(torch.float64, 4) < 1e-14 < of(torch.float32, 4) < 2e-6 < of(torch.float32, 4, 4096) < 1e-5
     assert of(torch.bfloat16, 4, 4096) == of(torch.bfloat16, 4, 65536)
+
+
+NORMALISATIONS: dict[str, Callable[[], nn.Module]] = {
+    "layer, one feature": lambda: nn.Sequential(nn.Linear(6, 1), nn.LayerNorm(1), nn.Linear(1, 1)),
+    "group": lambda: nn.Sequential(nn.GroupNorm(1, 2), nn.Flatten()),
+    "channels": lambda: nn.Sequential(nn.GroupNorm(2, 2), nn.Flatten()),
+    "instance": lambda: nn.InstanceNorm1d(2, affine=True),
+    "batch, running statistics": lambda: nn.BatchNorm1d(2).eval(),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_a_normalised_input_of_nothing_but_rounding_is_no_fault(name: str, offset: float) -> None:
+    """Where x̂ is a difference of equal numbers, rule and operation round it in their own ways."""
+    model = NORMALISATIONS[name]().double()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = offset * torch.randn(4, 2, 1).double() + 1e-3 * (seed % 3) * torch.randn(4, 2, 6).double()
+        for site in sites(model, x):
+            rule_check.check_site(site, build(site)[0])
+
+
+def test_statistics_of_one_channel() -> None:
+    """They are one number for all samples, and expanded lie in memory as one."""
+    model, x = nn.BatchNorm2d(1).double().eval(), torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    got = persample.per_sample(model, squares, x, check=False).grads()["weight"]
+    want = [torch.autograd.grad(squares(model(one[None]), None).sum(), model.weight)[0] for one in x]
+    torch.testing.assert_close(got, torch.stack(want))

@@ -31,12 +31,24 @@ def loss_fn(outputs, targets):
 x, y = torch.randn(6, 4), torch.randint(3, (6,))
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 psg = persample.per_sample(model, loss_fn, x, y)
+chunked = persample.per_sample(model, loss_fn, x, y, chunk_size=2)
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.lin(x - x.mean(0))
+
+
 
 
 def told(code):
     try:
         eval(code)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, persample.PerSampleError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -45,6 +57,39 @@ def told(code):
 MISTAKES = {
     "persample.per_sample(model, 'ce', x, y)": ("TypeError", "loss_fn must be a function", "got 'ce'", "reduction="),
     "persample.per_sample(lambda x: x, loss_fn, x, y)": ("TypeError", "got function", "persample.grad(losses, params)"),
+    "persample.per_sample(model, nn.CrossEntropyLoss, x, y)": ("TypeError", "loss_fn must be a function", "criterion"),
+    "persample.per_sample(model, loss_fn, x.numpy(), y)": ("TypeError", "the model does not take inputs", "from_numpy"),
+    "persample.per_sample(model, loss_fn, (x.numpy(),), y, chunk_size=2)": ("TypeError", "got a numpy.ndarray"),
+    "persample.per_sample(model, loss_fn, None, y)": ("TypeError", "got None. Give what a call takes: a tensor"),
+    "persample.per_sample(model, loss_fn, x.tolist(), y)": ("TypeError", "got a list of numbers", "torch.tensor("),
+    "persample.per_sample(model, loss_fn, [x], y, backend='hooks').dot({'0.bias': 1.0})": ("TypeError", "got float"),
+    "persample.per_sample(model, loss_fn, torch.utils.data.DataLoader(x), y)": ("got a DataLoader", "of one batch"),
+    "persample.per_sample(model, loss_fn, x, y.numpy())": ("TypeError", "loss_fn does not take targets", "from_numpy"),
+    "persample.per_sample(model, loss_fn, x, chunk_size=2)": ("TypeError", "does not take targets", "got None"),
+    "persample.per_sample(model, loss_fn, x, y.tolist(), backend='vmap')": ("TypeError", "got a list of numbers"),
+    "persample.per_sample(model, lambda o, t: None, x, y)": ("TypeError", "got NoneType", "'return losses'"),
+    "persample.per_sample(model, lambda o, t: (loss_fn(o, t), o), x, y)": ("TypeError", "got tuple", "losses alone"),
+    "persample.per_sample(model, lambda o, t: o.detach().numpy(), x, y)": ("got ndarray", "operations of torch"),
+    "persample.per_sample(model, lambda o, t: o, x, y)": ("ValueError", "got (6, 3)", "grad(losses.flatten(), params)"),
+    "persample.per_sample(model, lambda o, t: o.flatten(), x, y, chunk_size=2)": (
+        "There are 18 losses for 6 samples, by dimension 0 of the inputs: 3 for each",
+        "persample.grad(losses, params)",
+        "losses.view(6, -1).sum(1)",
+    ),
+    "persample.per_sample(Centred(), loss_fn, x, y, chunk_size=2)": (
+        "leave chunk_size out: hold='graph' saves memory",
+    ),
+    "persample.per_sample(model, loss_fn, x, y, chunk_size=2, coupled='rows')": ("ValueError", "hold='graph'"),
+    "persample.grad(loss_fn(model(x), y), None)": ("TypeError", "params must be tensors", "got NoneType"),
+    "persample.grad(loss_fn(model(x), y), [])": ("ValueError", "params holds no tensor", "A generator that was used"),
+    "persample.grad(loss_fn(model(x), y), nn.Linear(4, 8).parameters())": ("Did you wrap or copy the model",),
+    "psg.gram(other=torch.eye(6))": ("ValueError", "what per_sample returned for another batch; got Tensor"),
+    "chunked.gram(other=[1])": ("ValueError", "what per_sample returned for another batch; got list"),
+    "chunked.weighted_sum(None)": ("ValueError", "c must be a tensor of shape [B] = [6]", "got NoneType"),
+    "chunked.grads(out=3)": ("TypeError", "out must be a dict", "got int"),
+    "chunked.grads(out={'0.bias': torch.ones(2, 8)})": ("ValueError", "a tensor with B = 6 rows; got (2, 8)"),
+    "psg.grads(out={'0.bias': None})": ("TypeError", "out['0.bias'] must be a tensor; got NoneType"),
+    "psg.clipped_sum(torch.ones(6))": ("ValueError", "max_norm must be positive; got tensor"),
     "persample.grad(loss_fn(model(x), y), model.named_parameters())": ("got tuple", "give model.parameters()"),
     "psg.dot([1])": ("TypeError", "vectors must be a dict, parameter name -> tensor; got list"),
     "psg.grads(out=[1])": ("TypeError", "out must be a dict, parameter name -> buffer", "got list"),

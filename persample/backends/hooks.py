@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,17 +24,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from persample import attribution
-from persample.attribution import Owner
+from persample.attribution import Output, Owner
 from persample.backends import Capture, Captured, Problem, outputs, register
 from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_batch_statistics, place, rule_of
 from persample.backends.shared import ADVICE, buffers_kept
 from persample.blocks import Block
 from persample.checks import check_graph, check_losses, check_sum
 from persample.coupling import row_owner
-from persample.errors import CoupledSamplesError, PerSampleError, UnderflowError, UnsupportedError
-from persample.graph import shape_of
+from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
+from persample.graph import shape_of, trace
+from persample.plans import REGULAR
 from persample.precision import coarsest
 from persample.provenance import Provenance
+from persample.stand_ins import stand_ins
+from persample.support import supported_by
 
 COVERED_PARAMETERS = frozenset({"weight", "bias"})
 """Names of the parameters that rules build blocks for."""
@@ -179,7 +182,7 @@ def _capture(problem: Problem) -> Capture:
         if provenance is not None:
             provenance.follow(problem.inputs)
         with provenance or nullcontext():
-            losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+            losses = check_losses(problem.losses())
     check_graph(losses, problem.parameters)
     if problem.coupled == "error":
         _refuse_batch_statistics(records)
@@ -211,6 +214,10 @@ def attribute(
     """z and owner at each record's output, and the batch gradient, which the first backward pass yields as well."""
     edges = [record.edge for record in records]
     parameters = problem.parameters if problem.check else {}
+
+    def finite(run: Callable[[], object]) -> AbstractContextManager[None]:
+        return stand_ins(trace(losses).order, run)
+
     gradient: dict[str, Tensor | None] = {}
 
     def backward(weights: Tensor) -> Sequence[Any]:
@@ -223,8 +230,18 @@ def attribute(
             gradient.update(zip(parameters, found[len(edges) :], strict=True))
         return found[: len(edges)]
 
-    z, owners = attribution.attribute(backward, losses, [record.shape for record in records])
+    shapes = [record.shape for record in records]
+    z, owners = attribution.attribute(backward, losses, shapes, finite=finite)
+    if losses.shape[0] > 1 and any(here is not None and in_doubt(owner) for here, owner in zip(z, owners, strict=True)):
+        outputs_at = [None if here is None else Output.of(here) for here in z]
+        again = supported_by(backward, losses, outputs_at, finite)
+        owners = [new if in_doubt(old) else old for old, new in zip(owners, again, strict=True)]
     return z, owners, gradient
+
+
+def in_doubt(owner: Owner | None) -> bool:
+    """Whether samples seem to mix, or to be apart in a way that rounding could imitate where one is far larger."""
+    return owner is None or owner.layout not in REGULAR
 
 
 def blocks_of(record: Record, z: Tensor, owner: Owner) -> dict[str, Block]:
@@ -273,7 +290,7 @@ def _refuse_coupled(problem: Problem) -> None:
     with buffers_kept(problem.model), torch.random.fork_rng(devices=[]):
         try:
             outputs.capture(replace(problem, check=False))
-        except (CoupledSamplesError, UnderflowError):
+        except CoupledSamplesError:
             raise
         except PerSampleError:
             return

@@ -144,7 +144,7 @@ def linear(call: Call) -> dict[str, Block]:
         raise call.refused("complex numbers")
     blocks: dict[str, Block] = {}
     if "weight" in call.wanted:
-        blocks["weight"] = Outer(call.split(call.x, 1), call.split(call.z, 1))
+        blocks["weight"] = Outer(call.split(call.x.to_dense(), 1), call.split(call.z, 1))
     if "bias" in call.wanted:
         blocks["bias"] = _summed(call, call.z, 1)
     return blocks

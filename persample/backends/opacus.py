@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from persample.backends import Capture, Captured, Problem, register
 from persample.backends.module_rules import place
@@ -23,6 +22,7 @@ from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.blocks import Block, Dense
 from persample.checks import check_graph, check_losses
 from persample.errors import UnsupportedError
+from persample.provenance import tensors_of
 
 
 @register("opacus", covers="what Opacus covers, in training mode, with the batch first", requires="opacus")
@@ -76,11 +76,11 @@ def _attach(wrapper: Any, model: nn.Module) -> Any:
 def _forward(problem: Problem, hooks: Any) -> Tensor:
     """The losses. An error is Opacus' own if the model runs without its hooks, and the caller's otherwise."""
     try:
-        losses = problem.loss_fn(problem.outputs(), problem.targets)
+        losses = problem.losses()
     except Exception as error:
         hooks.remove_hooks()
         with torch.no_grad(), buffers_kept(problem.model), torch.random.fork_rng(devices=[]):
-            problem.loss_fn(problem.outputs(), problem.targets)
+            problem.losses()
         raise UnsupportedError(f"Opacus' hooks fail in the forward pass: {_text(error)}. {ADVICE}") from error
     return check_losses(losses)
 
@@ -88,11 +88,11 @@ def _forward(problem: Problem, hooks: Any) -> Tensor:
 def _backward(losses: Tensor, problem: Problem) -> dict[str, tuple[Captured, ...]]:
     """The rows that Opacus' hooks leave on the parameters."""
     names = list(problem.parameters)
-    check_graph(losses, names)
+    check_graph(losses, problem.parameters)
     if not names:
         return {}
     # a module's hook fires when the gradients of its inputs are complete, so they have to be asked for too
-    inputs = [t for t in tree_leaves(problem.inputs) if isinstance(t, Tensor) and t.requires_grad]
+    inputs = [t for t in tensors_of(problem.inputs) if t.requires_grad]
     wanted = [*problem.parameters.values(), *inputs]
     try:
         summed = torch.autograd.grad(losses, wanted, torch.ones_like(losses), retain_graph=True, allow_unused=True)[

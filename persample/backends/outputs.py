@@ -29,8 +29,9 @@ from persample.precision import coarsest
 from persample.reading import Reading, read, run
 from persample.rule_check import check_site, check_use, rounded_away, site_of
 from persample.rules import build
+from persample.saved import unpacked_by_hooks
 from persample.separation import Separation, z_at
-from persample.streaming import Stream, Take, unpacked_by_hooks
+from persample.streaming import Stream, Take
 from persample.uses import Use
 
 HALF = (torch.float16, torch.bfloat16)

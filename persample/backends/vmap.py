@@ -10,18 +10,19 @@ computed alone must equal those of the whole batch, which finds wrong guesses an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from persample.backends import Capture, Captured, Problem, register
+from persample.backends import Capture, Captured, Problem, alone, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
+from persample.batches import batch_size
 from persample.blocks import Dense
-from persample.checks import check_graph, check_losses
+from persample.checks import check_graph, check_losses, several_losses
+from persample.containers import mapped
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import precision_within, trace
 
@@ -44,7 +45,7 @@ def _capture(problem: Problem) -> Capture:
     drawn = _random_state()
     with buffers_kept(problem.model) as changed_buffers:
         with torch.set_grad_enabled(problem.check):
-            losses = check_losses(problem.loss_fn(problem.outputs(), problem.targets))
+            losses = check_losses(problem.losses())
         if problem.check:
             check_graph(losses, problem.parameters)
         random = not all(map(torch.equal, drawn, _random_state()))
@@ -54,14 +55,14 @@ def _capture(problem: Problem) -> Capture:
                 f"the forward pass changes buffers ({', '.join(map(repr, changed[:3]))}), as batch normalisation does "
                 f"in training mode, and a model under vmap must not. Call model.eval(), or the layer's. {ADVICE}"
             )
-        gradients, alone = differentiate(problem, losses.shape[0])
+        gradients, each = differentiate(problem, losses.shape[0])
         if not problem.check and not any(bool(rows.any()) for rows in gradients.values()):
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # functorch gives zeros without a graph, too
-                check_graph(problem.loss_fn(problem.outputs(), problem.targets), problem.parameters)
+                check_graph(problem.losses(), problem.parameters)
     notes = []
     if not random:
-        refuse_other_losses(alone, losses.detach(), precision_within(losses))
-        alone = losses.detach()
+        refuse_other_losses(each, losses.detach(), precision_within(losses))
+        each = losses.detach()
     elif problem.check:
         notes.append(
             f"check skipped: the model draws random numbers, and with randomness={problem.randomness!r} "
@@ -77,30 +78,33 @@ def _capture(problem: Problem) -> Capture:
         if not random:
             blocks = {name: [use.block for use in found] for name, found in uses.items()}
             check_rows(blocks, losses, problem.parameters, "vmap")
-    return Capture(alone, uses, tuple(notes))
+    return Capture(each, uses, tuple(notes))
 
 
 def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Returns per-sample gradients by parameter, and the losses [B] of the samples alone."""
-    model, parameters = problem.model, {name: p.detach() for name, p in problem.parameters.items()}
-    leaves, structure = tree_flatten((problem.inputs, problem.targets))
-    mapped = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch]
+    parameters = {name: p.detach() for name, p in problem.parameters.items()}
+    leaves: list = []
+    mapped(lambda leaf: leaves.append(leaf) or leaf, (problem.inputs, problem.targets))
+    samples = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and leaf.size(0) == batch]
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise UnsupportedError(f"functorch cannot batch nested tensors among the inputs or targets. {ADVICE}")
     if batch == 0 or not parameters:
         empty = {name: p.new_zeros(batch, *p.shape) for name, p in parameters.items()}
         with torch.no_grad():
-            return empty, check_losses(problem.loss_fn(problem.outputs(), problem.targets))
-    if not mapped:
+            return empty, check_losses(problem.losses())
+    if not samples:
         raise UnsupportedError(
             f"backend 'vmap' found no tensor with {batch} samples along dimension 0 in the inputs or the targets, "
-            f"though there are {batch} losses. {ADVICE}"
+            f"though there are {batch} losses. {several_losses(batch_size((problem.inputs,), {}), batch) or ADVICE}"
         )
-    one = _single(model, problem.loss_fn, leaves, structure, mapped, _registered(problem))
-    run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in mapped)), randomness=problem.randomness)
+    one = _single(problem, leaves, samples)
+    run = torch.vmap(grad_and_value(one), in_dims=(None, *(0 for _ in samples)), randomness=problem.randomness)
     try:
         with warnings.catch_warnings():
             # operations without a batching rule run one sample after the other, which is slow but right
             warnings.filterwarnings("ignore", "There is a performance drop")
-            gradients, losses = run(parameters, *(leaves[k].detach() for k in mapped))
+            gradients, losses = run(parameters, *(leaves[k].detach() for k in samples))
     except PerSampleError:
         raise
     except Exception as error:
@@ -115,36 +119,32 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
     return {name: values.detach() for name, values in gradients.items()}, losses.detach()
 
 
-def _registered(problem: Problem) -> dict[str, str]:
+def _registered(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Every place where the model registers a parameter, each module once: path there -> the parameter's name.
 
     `functional_call` finds such places by itself, but of a module with two names twice, and then leaves what it has put
     there behind (torch 2.13).
     """
-    names = {id(parameter): name for name, parameter in problem.parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     return {
         f"{path}.{own}".lstrip("."): names[id(parameter)]
-        for path, module in problem.model.named_modules()
+        for path, module in model.named_modules()
         for own, parameter in module._parameters.items()
         if id(parameter) in names
     }
 
 
-def _single(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    leaves: list,
-    structure: TreeSpec,
-    mapped: list[int],
-    registered: Mapping[str, str],
-) -> Callable[..., Tensor]:
+def _single(problem: Problem, leaves: Sequence[Any], samples: Sequence[int]) -> Callable[..., Tensor]:
     """The loss of one sample as a function of parameters and the sample's tensors."""
+    model, loss_fn = alone(problem.model, problem.inputs), problem.loss_fn
+    registered = _registered(model, problem.parameters)
 
     def one(parameters: Mapping[str, Tensor], *sample: Tensor) -> Tensor:
         filled = list(leaves)
-        for k, tensor in zip(mapped, sample, strict=True):
+        for k, tensor in zip(samples, sample, strict=True):
             filled[k] = tensor.unsqueeze(0)
-        inputs, targets = tree_unflatten(filled, structure)
+        supply = iter(filled)
+        inputs, targets = mapped(lambda leaf: next(supply), (problem.inputs, problem.targets))
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else {}
         values = {place: parameters[name] for place, name in registered.items()}

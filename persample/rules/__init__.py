@@ -71,6 +71,24 @@ def rule(*kinds: str) -> Callable[[Rule], Rule]:
     return add
 
 
+Allowance = Callable[[Site], float]
+ALLOWANCES: dict[str, Allowance] = {}
+
+
+def allowance(*kinds: str) -> Callable[[Allowance], Allowance]:
+    """Registers, for kinds whose gradient has a difference as a factor, what rounding of that makes of the gradient.
+
+    A norm. It is relative to what is subtracted: where nothing but rounding is left of the difference, so it is of the
+    gradient, and rule and operation need not agree in it.
+    """
+
+    def add(function: Allowance) -> Allowance:
+        ALLOWANCES.update(dict.fromkeys(kinds, function))
+        return function
+
+    return add
+
+
 def build(site: Site) -> tuple[Block, str]:
     """Returns the block of a site and the name of the rule that built it."""
     from persample.rules import generic

@@ -2,30 +2,57 @@
 
 Exact for every node, because a node's backward is linear in z. It costs B calls (batched where the operation
 has a batching rule), so rules exist for what is common.
+
+Zero times NaN is NaN: where what a node has saved of one sample is not finite, calling it for another gives NaN, too.
+Then it is called with numbers in the place of those (`persample.stand_ins`), and with two draws of them: an entry that
+is the same both times depends on none of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from persample.blocks import Dense
 from persample.chunking import chunks
 from persample.graph import call_node_rows
 from persample.rules import Site
+from persample.stand_ins import stand_ins
 
 
 def generic(site: Site) -> Dense:
     """Returns the dense block of any site."""
-    present = [(z, owner) for z, owner in zip(site.zs, site.owners, strict=True) if z is not None]
-    bytes_each = 4 * sum(z.nbytes for z, _ in present)
+    rows = rows_of(site, site.zs)
+    if site.batch > 1 and not bool(rows.sum().isfinite()):
+        rows = rows_apart(site, rows)
+    return Dense(rows)
+
+
+def rows_of(site: Site, zs: Sequence[Tensor | None]) -> Tensor:
+    """The node's gradient for the site's slot, from z at its outputs, sample by sample: [B, *input]."""
+    present = [z for z, owner in zip(zs, site.owners, strict=True) if z is not None and owner is not None]
     parts = []
-    for samples in chunks(site.batch, bytes_each):
+    for samples in chunks(site.batch, 4 * sum(z.nbytes for z in present)):
         cotangents = [
             None if z is None or owner is None else owner.masked(z, samples)
-            for z, owner in zip(site.zs, site.owners, strict=True)
+            for z, owner in zip(zs, site.owners, strict=True)
         ]
         grad = call_node_rows(site.node, cotangents, [site.slot])[0]
         if grad is None:
-            grad = present[0][0].new_zeros(samples.stop - samples.start, *site.input_shape)
+            grad = present[0].new_zeros(samples.stop - samples.start, *site.input_shape)
         parts.append(grad)
-    return Dense(torch.cat(parts) if parts else present[0][0].new_zeros(0, *site.input_shape))
+    return torch.cat(parts) if parts else present[0].new_zeros(0, *site.input_shape)
+
+
+def rows_apart(site: Site, rows: Tensor) -> Tensor:
+    """The rows of a node, given as they come: what is not finite in one sample is taken out of the others' rows."""
+    any_z = [
+        None if z is None else torch.rand(z.shape, generator=torch.Generator().manual_seed(0)).to(z) for z in site.zs
+    ]
+    with stand_ins([site.node]):
+        alone, first = rows_of(site, site.zs), rows_of(site, any_z)
+    with stand_ins([site.node], seed=1):
+        second = rows_of(site, any_z)
+    return torch.where(first == second, alone, rows)

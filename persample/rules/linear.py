@@ -18,6 +18,7 @@ def product(site: Site, other: Tensor, slot: int, alpha: float | int = 1) -> Blo
     summed_axis = 0 if slot == 1 else 1
     if site.owner.axis != summed_axis or site.z.is_complex():
         return None
+    other = other.to_dense()  # a sparse input has no axis of its own for each sample
     x = site.owner.by_sample(other if slot == 1 else other.T, axis=0)  # [B, T, I]
     z = site.owner.by_sample(site.z if slot == 1 else site.z.T, axis=0)
     if alpha != 1:

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from persample.blocks import Block, Dense
 from persample.reductions import full_precision
-from persample.rules import Site, rule
+from persample.rules import Site, allowance, rule
 from persample.rules.elementwise import summed
+
+BATCH_NORMS = "NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"
+UNITS = 4
+"""Roundings of a normalised entry: of mean, σ, the difference and the quotient."""
 
 
 def per_channel(site: Site, entries: Tensor) -> Block | None:
@@ -28,7 +32,8 @@ def channel_gradients(z: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple
     if not count:
         return z.new_zeros(0, channels), z.new_zeros(0, channels)
     z, x = z.reshape(1, count * channels, -1).contiguous(), x.reshape(1, count * channels, -1).contiguous()
-    mean, rstd = mean.reshape(1, -1).to(z.dtype), rstd.reshape(1, -1).to(z.dtype)
+    # The kernel reads memory as it lies: one channel that is expanded over samples reshapes without a copy.
+    mean, rstd = (statistic.reshape(1, -1).to(z.dtype).contiguous() for statistic in (mean, rstd))
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
         z, x, mean, rstd, z.new_ones(z.shape[1]), 1, z.shape[1], z.shape[2], mean.shape[1], [False, True, True]
     )
@@ -72,16 +77,30 @@ def group_norm(site: Site) -> Block | None:
     return normalised_channels(site, lambda: (site.saved("result1"), site.saved("result2")))
 
 
-@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+@rule(*BATCH_NORMS)
 def batch_norm(site: Site) -> Block | None:
     """input [N, C, *space], weight, bias; by running statistics, or by the batch's in the row reading."""
 
-    def statistics() -> tuple[Tensor, Tensor]:
-        if site.saved("training", True):
-            mean, rstd = site.saved("result1"), site.saved("result2")
-        else:
-            mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
-        each = (site.z.shape[0], mean.shape[0])  # a group of its own for every channel of every sample
-        return mean.expand(each), rstd.expand(each)
+    return normalised_channels(site, lambda: batch_statistics(site))
 
-    return normalised_channels(site, statistics)
+
+def batch_statistics(site: Site) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / σ, [N, C]: a group of its own for every channel of every sample."""
+    if site.saved("training", True):
+        mean, rstd = site.saved("result1"), site.saved("result2")
+    else:
+        mean, rstd = site.saved("running_mean"), torch.rsqrt(site.saved("running_var") + site.saved("eps"))
+    each = (site.saved("input").shape[0], mean.shape[0])
+    return mean.expand(each), rstd.expand(each)
+
+
+@allowance("NativeLayerNormBackward0", "NativeGroupNormBackward0", *BATCH_NORMS)
+def not_centred(site: Site) -> float:
+    """`UNITS` ε ‖z ∘ x / σ‖: x̂ is the difference of x / σ and mean / σ, and is rounded as these are."""
+    z, x = full_precision(site.z), full_precision(site.saved("input"))
+    if site.node.name() == "NativeLayerNormBackward0":
+        terms = z * x * site.saved("result2")
+    else:
+        rstd = batch_statistics(site)[1] if site.node.name() in BATCH_NORMS else site.saved("result2")
+        terms = (z * x).reshape(*rstd.shape, x.numel() // max(1, rstd.numel())) * rstd[:, :, None]
+    return UNITS * torch.finfo(x.dtype).eps * float(torch.linalg.vector_norm(terms))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gauss_newton`: what a Gauss–Newton step costs beside its parts alone, in processor time.
+"""`python -m experiments.gauss_newton_cost`: what a Gauss–Newton step costs beside its parts alone, in processor time.
 
 The 2-D Poisson problem of the experiments: B = 1020, P = 4417, with momentum and a line search.
 """
