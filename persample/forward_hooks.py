@@ -228,7 +228,7 @@ class ForwardHooks:
         Recomputed in a checkpoint it is the latest one. Called by hand it may have another batch: only where samples
         are in front it is taken for that of the latest.
         """
-        if torch._C._current_graph_task_id() >= 0:
+        if torch._C._current_graph_task_id() >= 0 or self._passes:  # or a model that has called itself goes on
             return self.forward
         return Pass(self.forward.batch if output.shape[:1] == (self.forward.batch,) else None, apart=True)
 
