@@ -21,8 +21,9 @@ from persample.backends import Capture, Captured, Problem, alone, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.batches import batch_size
 from persample.blocks import Dense
-from persample.checks import check_graph, check_losses, several_losses
+from persample.checks import check_graph, check_losses
 from persample.containers import mapped
+from persample.coupling import several_losses
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import precision_within, trace
 
