@@ -22,8 +22,8 @@ MOVED = "other= has taken it before the function that uses it was known: give pa
 NAMED = 3
 """Parameters that the warning names."""
 
-Preconditioned = Callable[[], tuple[list[Part], Callable[[str, Tensor], str]]]
-"""→ (what is preconditioned, (a parameter's name, itself) → why it is not)."""
+Preconditioned = Callable[[], tuple[list[Part], Callable[[Tensor], str]]]
+"""→ (what is preconditioned, a parameter → why it is not)."""
 
 
 class Coverage:
@@ -66,12 +66,12 @@ class Coverage:
             return
         self._new, self._moved = [], []
         parts, why = found()
-        reasons = {param: why(self._name(param), param) for param in moved}
+        reasons = {param: why(param) for param in moved}
         taken = {param: MOVED for param, each in reasons.items() if each.startswith("its weight is in")}
         entries = {param: _entries(param, parts) for param in (*new, *taken)}
         if not entries:
             return
-        left = {param: why(self._name(param), param) for param, number in entries.items() if not number} | taken
+        left = {param: why(param) for param, number in entries.items() if not number} | taken
         if any(entries.values()):
             entries = {param: number for param, number in entries.items() if left.get(param) != CHOSEN}
         if 2 * sum(entries.values()) < sum(param.numel() for param in entries) or not any(entries.values()):
@@ -88,11 +88,14 @@ class Coverage:
         named = [f"{self._name(param) or 'one'} {list(param.shape)} ({left[param]})" for param in largest]
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
         much = f"{100 * entries / max(total, 1):.0f} % of the entries of their matrices" if entries else "nothing"
+        layers = (
+            "" if self._model is None else " Layers are nn.Linear, convolutions and products of data with a parameter, "
+            "within the model that the optimiser was given."
+        )  # fmt: skip
         warnings.warn(
             f"{self._method} preconditions {much}; the rest of the parameters that it was given takes the plain "
-            f"gradient, as with SGD: {', '.join(named)}{more}. Layers are nn.Linear, convolutions and products of data "
-            "with a parameter, within the model that the optimiser was given. If that is what you want, put the rest "
-            "into a parameter group with precondition=False, which ends this warning",
+            f"gradient: {', '.join(named)}{more}.{layers} If that is what you want, put the rest into a parameter "
+            "group with precondition=False, which ends this warning",
             UserWarning,
             stacklevel=4,
         )
@@ -111,30 +114,30 @@ def _entries(param: Tensor, parts: Sequence[Part]) -> int:
 
 def told(
     model: nn.Module, handle: Reweighting, why: Mapping[str, str], *, functions: bool
-) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+) -> tuple[list[Part], Callable[[Tensor], str]]:
     """Returns what `Coverage.look` asks for, of an optimiser that explains its layers."""
     paths = [path for path, each in why.items() if not each.startswith("plain")]
     parts = [part for path in paths for part in members(handle, path) if part is not None]
-    return parts, lambda name, param: reason(model, why, name, functions=functions)
+    return parts, lambda param: reason(model, why, param, functions=functions)
 
 
-def reason(model: nn.Module, explained: Mapping[str, str], name: str, *, functions: bool = True) -> str:
+def reason(model: nn.Module, explained: Mapping[str, str], param: Tensor, *, functions: bool = True) -> str:
     """Returns why a parameter is not preconditioned, as far as what is explained of layers tells.
 
-    >>> reason(nn.Embedding(3, 2), {}, "weight")
+    >>> table = nn.Embedding(3, 2)
+    >>> reason(table, {}, table.weight)
     "it is an embedding's table"
     """
-    path, _, last = name.rpartition(".")
-    computed, parametrised, _ = f".{path}".partition(".parametrizations")
-    for each in [computed[1:]] if parametrised else [name, path]:
-        if explained.get(each, "").startswith("plain"):
-            return explained[each].partition(": ")[2]
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return "it is not in the model"
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is param]
+    for name in names:
+        path = name.rpartition(".")[0]
+        computed, parametrised, _ = f".{path}".partition(".parametrizations")
+        for each in [computed[1:]] if parametrised else [name, path]:
+            if explained.get(each, "").startswith("plain"):
+                return explained[each].partition(": ")[2]
+    if not names:
+        return "it is not in the model that the optimiser was given"
+    module = model.get_submodule(names[0].rpartition(".")[0])
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "it is an embedding's table"
-    if not name or last not in module._parameters:
-        return "it is not in the model that the optimiser was given"
     return f"no layer is recognised in what {type(module).__name__} does with it" if functions else CHOSEN

@@ -65,7 +65,7 @@ class Preconditioned(Copied, OwnState):
     def _look_at(self, loss: Any) -> None:
         """Raises ValueError where a closure's loss is none that the directions are right for."""
 
-    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
         """What is, and why a parameter is not."""
         raise NotImplementedError(f"{type(self).__name__} defines _preconditioned")
 

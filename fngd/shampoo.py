@@ -163,8 +163,8 @@ class Shampoo(Preconditioned):
                     result[param] = self._direction(param, shape)
         return result
 
-    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[str, Tensor], str]]:
-        return [Part(param, 0, len(param)) for param in directions], lambda name, param: self._why_plain(param)
+    def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
+        return [Part(param, 0, len(param)) for param in directions], self._why_plain
 
     def _why_plain(self, param: Tensor) -> str:
         if param.grad is not None and param.grad.is_sparse:

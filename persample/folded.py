@@ -85,6 +85,11 @@ class Reading:
         batch = tensor.shape[self.axis] // (self.before * self.after)
         return tensor.unflatten(self.axis, (self.before, batch, self.after)).movedim(self.axis + 1, 0)
 
+    def rows(self, values: Tensor, axes: int) -> Tensor:
+        """Returns values [batch] of the samples for a tensor of so many axes, to be multiplied with it."""
+        repeated = values.repeat_interleave(self.after).repeat(self.before)
+        return repeated.view(-1, *[1] * (axes - 1 - self.axis))
+
     def explain(self) -> str:
         """Where the samples are, in words."""
         each = f"samples of {self.after} consecutive rows each" if self.after != 1 else "samples"

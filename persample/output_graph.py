@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from persample.attribution import Owner, attribute
 from persample.errors import UnsupportedError
 from persample.folded import Reading, by_size, foldings
-from persample.graph import Edge, Graph, edge_shape, trace
+from persample.graph import Edge, Graph, Node, edge_shape, trace
 from persample.places import Place, Shape, places
 from persample.provenance import tensors_of
 from persample.segments import Segment
@@ -33,6 +35,14 @@ class Calls(NamedTuple):
     shapes: dict[int, Shape]
     """Of the outputs, for those calls on which the output depends: first call 0."""
     proven: dict[int, Segment]
+
+
+class Way(NamedTuple):
+    """A way to read a model's output, and what it proves."""
+
+    choice: Reading | None
+    """How to read what is doubtful of it."""
+    proven: dict[Layer, Calls]
 
 
 @dataclass
@@ -62,11 +72,11 @@ class OutputGraph:
                 return tuple(leaf.shape), foldings(leaf.shape, self.batch)
         return None
 
-    def ways(self, uses: Mapping[Layer, Uses]) -> dict[Reading | None, dict[Layer, Calls]]:
+    def ways(self, uses: Mapping[Layer, Uses]) -> dict[Reading | None, Way]:
         """Returns what is proven of each layer, by the reading of what is doubtful; None where nothing is."""
         choices = [None] if self.doubtful is None else self.doubtful[1]
         ways = {choice: self._read(uses, choice) for choice in choices if uses}
-        return {choice: found for choice, found in ways.items() if found is not None}
+        return {choice: Way(choice, found) for choice, found in ways.items() if found is not None}
 
     def _reading(self, leaf: Tensor) -> Reading | None:
         if self.axis and leaf.shape[self.axis : self.axis + 1] == (self.batch,):
@@ -74,13 +84,35 @@ class OutputGraph:
         return by_size(foldings(leaf.shape, self.batch))
 
     def _read(self, uses: Mapping[Layer, Uses], choice: Reading | None) -> dict[Layer, Calls] | None:
-        starts: dict[Edge, Place] = {}
+        starts = {
+            (leaf.grad_fn, leaf.output_nr): start(leaf.shape, at.axis, self.batch, at.after)
+            for leaf, at in self._starts(choice)
+        }
+        return calls_of(uses, self.graph, starts, self.batch)
+
+    def _starts(self, choice: Reading | None) -> list[tuple[Tensor, Reading]]:
+        pairs = []
         for leaf in self.leaves:
             doubtful = self.doubtful is not None and leaf.shape == self.doubtful[0]
             at = choice if doubtful else self._reading(leaf)
             if at is not None:
-                starts[leaf.grad_fn, leaf.output_nr] = start(leaf.shape, at.axis, self.batch, at.after)
-        return calls_of(uses, self.graph, starts, self.batch)
+                pairs.append((leaf, at))
+        return pairs
+
+    def ask(self, nodes: Sequence[Node], choice: Reading | None) -> list[Owner | None]:
+        """Returns whose each entry of these nodes' outputs is, in this batch, by passes of weighted pseudo-losses."""
+        starts = self._starts(choice)
+        ends = [leaf for leaf, _ in starts]
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.rand(end.shape, generator=generator).to(end).add(0.5) for end in ends]
+
+        def backward(weights: Tensor) -> Sequence[Any]:
+            rows = [at.rows(weights.to(end.dtype), end.dim()) for end, at in starts]
+            grads = [each * row for each, row in zip(noise, rows, strict=True)]
+            edges = [GradientEdge(node, 0) for node in nodes]
+            return torch.autograd.grad(ends, edges, grads, retain_graph=True, allow_unused=True)
+
+        return attribute(backward, torch.ones(self.batch, dtype=ends[0].dtype, device=ends[0].device))[1]
 
 
 def trace_all(ends: Sequence[Tensor]) -> Graph:

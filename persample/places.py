@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
 from persample.graph import REARRANGING, Edge, Graph, Node, edge_shape
@@ -70,8 +71,10 @@ def cut(place: Place, shape: Shape, dim: int, start: int, length: int) -> Place 
     if place.count == 1:
         return whole(place.first, part)
     at = place.lying(shape)
-    if at is None or not length:
+    if not length:
         return None
+    if at is None:
+        return _cut_over_axes(place, shape, dim, start, length)
     if at.axis != dim:
         return Place(stride_of(at, part), place.first, place.count)
     if start % at.inner or length % at.inner:
@@ -84,6 +87,22 @@ def cut(place: Place, shape: Shape, dim: int, start: int, length: int) -> Place 
         return None
     first = place.first + begin % place.count
     return whole(first, part) if number == 1 else Place(below, first, number)
+
+
+def _cut_over_axes(place: Place, shape: Shape, dim: int, start: int, length: int) -> Place | None:
+    """As `cut`, of a tensor whose samples are spread over several axes."""
+    axes = next((k for k in range(len(shape), -1, -1) if prod(shape[k:]) > place.stride), 0) + 1
+    below = prod(shape[axes:])
+    if dim >= axes or place.stride % below:
+        return None
+    ids = torch.arange(prod(shape[:axes])).div(place.stride // below, rounding_mode="floor") % place.count
+    part = ids.view(shape[:axes]).narrow(dim, start, length).flatten().tolist()
+    inner = next((number for number, each in enumerate(part) if each != part[0]), len(part))
+    count = len(set(part))
+    if part != [part[0] + number // inner % count for number in range(len(part))]:
+        return None
+    first = place.first + part[0]
+    return whole(first, (len(part), below)) if count == 1 else Place(inner * below, first, count)
 
 
 def _joined(given: Sequence[Place | _Slab], shape: Shape, batch: int) -> Place | None:

@@ -89,7 +89,7 @@ class _Support:
     def __init__(self, output: Output, batch: int) -> None:
         self._batch = batch
         self._ids = torch.zeros(output.shape, dtype=torch.long, device=output.device)
-        self._known = torch.zeros_like(self._ids)
+        self._known, self._zeros = torch.zeros_like(self._ids), torch.zeros_like(self._ids)
         self._before = torch.zeros_like(self._ids, dtype=torch.bool)
         self._mixed = False
         self.finite = True
@@ -99,6 +99,8 @@ class _Support:
         z = z.reshape(self._ids.shape)
         self.finite = self.finite and bool(z.isfinite().all())
         there = z != 0
+        if not value:
+            self._zeros += there.long() << place
         if value:
             self._mixed = self._mixed or bool((there & self._before).any())
             self._ids += there.long() << place
@@ -109,12 +111,16 @@ class _Support:
         """Whom each entry belongs to, or None where samples mix."""
         bits = bits_of(self._batch)
         ids = torch.where(self._known == bits, self._ids, NOBODY)
-        partly = (self._known > 0) & (self._known < bits)  # zero in some pass with its sample, by cancellation
+        partly = (self._known > 0) & (self._known < bits)  # zero in some pass with its sample: it cancels, underflows
         if self._mixed or bool((ids >= self._batch).any()):
             return None
         for axis in likely_axes(ids.shape, self._batch):
             along = along_axis(ids, axis)
-            left = partly.movedim(axis, 0).flatten(1).any(1) if ids.ndim > 1 else partly
-            if along is not None and not bool((left & (along == NOBODY)).any()):
-                return Owner(axis, fill(along, self._batch), self._batch)
+            if along is None:
+                continue
+            filled = fill(along, self._batch)
+            each = filled.view([-1 if d == axis else 1 for d in range(ids.ndim)])
+            # what was seen in some passes alone is that of the sample which the pattern of the others says
+            if not bool((partly & ((each == NOBODY) | (self._ids & ~each | self._zeros & each).bool())).any()):
+                return Owner(axis, filled, self._batch)
         return None if bool(partly.any()) else Owner(None, ids, self._batch)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedError
+from persample.folded import foldings
 from persample.graph import Edge, Graph, Node, edge_shape, trace
 from persample.layout import leading_to
 from persample.output_graph import Calls, calls_of, readable, start, trace_all
@@ -55,6 +56,26 @@ class Ends(NamedTuple):
     def along(self, axis: int) -> dict[Edge, Place]:
         """Where samples lie if they lie along that axis."""
         return {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, self.sizes[axis]) for leaf in self.leaves}
+
+
+def by_output(output: Any, steps: int, samples: int, uses: Mapping[Layer, Uses]) -> bool:
+    """Whether a model that is given a first tensor [steps, samples, …] takes time first, by what it returns.
+
+    So it does where nothing of that can hold `steps` samples, but an axis before the third can hold `samples`, from
+    which it is proven of every call of every layer where they lie: of the last step, or of another sequence.
+    """
+    leaves = [each for each in tensors_of(output) if readable(each)]
+    along = [(leaf, axis) for leaf in leaves for axis in (1, 0) if leaf.shape[axis : axis + 1] == (samples,)][:1]
+    if not along or any(foldings(leaf.shape, steps) for leaf in leaves):
+        return False
+    [(leaf, axis)] = along
+    starts = {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, samples)}
+    try:
+        proven = calls_of(uses, trace(leaf), starts, samples)
+    except UnsupportedError:
+        return False
+    found = list((proven or {}).values())
+    return bool(found) and all(each.shapes and each.proven.keys() == each.shapes.keys() for each in found)
 
 
 def by_model(ends: Ends) -> bool | None:

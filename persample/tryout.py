@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from persample import trial
+from persample.attribution import NOBODY, Owner
 from persample.folded import Reading, usual
-from persample.output_graph import Calls, OutputGraph
+from persample.output_graph import OutputGraph, Way
 from persample.precision import full_precision
-from persample.provenance import Provenance, tensors_of
+from persample.provenance import tensors_of
 from persample.taps import Pass, Uses
-from persample.time_first import Ends, Question, by_model
+from persample.time_first import Ends, Question, by_model, by_output
 from persample.weights import Layer
 
 _REMEMBERED = 1000
@@ -96,24 +97,34 @@ class Tryout:
             first: whether it was the first pass.
         """
         readable = {layer: each for layer, each in uses.items() if layer.provable}
-        if self.new and readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
-            self._look_at_time(output, readable, forward, shape)
-        batch = forward.batch
-        behind = OutputGraph.behind(output, batch, self.axis or 0) if self.new and batch and batch > 1 else None
-        ways = {} if behind is None else behind.ways(readable)
         if self.new:  # a pass that raised will be new again
             if len(self._met) == _REMEMBERED:  # a number that counts steps, say
                 self._met.clear()
             self._met.add(self._signature)
-        # As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
-        # one sample at a time, with as many positions.
-        settled = _settle(next(iter(ways.values())), batch or 0, {}) if len(ways) == 1 else set()
-        unsure = {
-            key: each
-            for key, each in self._unsure.items()
-            if key not in settled
-            and (len(each) > 1 or not each[0].ordinary or key[0].selected or (batch and self._calls[key] % batch == 0))
-        }
+            if readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
+                self._look_at_time(output, readable, forward, shape)
+        batch = forward.batch
+        if batch is not None and batch > 1:
+            behind = OutputGraph.behind(output, batch, self.axis or 0) if self.new else None
+            self._read(behind, readable, args, kwargs, batch, first)
+        self.forget()
+
+    def _read(
+        self,
+        behind: OutputGraph | None,
+        uses: Mapping[Layer, Uses],
+        args: tuple,
+        kwargs: dict,
+        batch: int,
+        first: bool,
+    ) -> None:
+        """Settles what the graph behind the output proves, and then what a trial tells."""
+        ways = {} if behind is None else behind.ways(uses)
+        settled = _settle(next(iter(ways.values())), batch, {}) if len(ways) == 1 else set()
+        # Of layers behind which there is no graph nothing is known: called on parts of the batch, or not.
+        blind = {key for key, each in self._unsure.items() if behind is None and (each[0].axis or self._calls[key] > 1)}
+        unsure = {key: each for key, each in self._unsure.items() if key not in settled}
+        unsure = {key: each for key, each in unsure.items() if key in blind or self._leaves_room(key, batch)}
         doubtful: dict[trial.Key, list[Reading]] = {}
         if behind is not None and behind.doubtful is not None and len(ways) > 1:
             doubtful[_OUTPUT, behind.doubtful[0]] = behind.doubtful[1]
@@ -126,33 +137,60 @@ class Tryout:
                     "SyncBatchNorm), and only their first one is sure to be alike in all"
                 )
             unsure, doubtful = tried, doubtful if first else {}
-        self._unsure = unsure | doubtful
-        if self._unsure and batch is not None:
-            confirmed = {
-                key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings
-            }
-            confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
-            selected = {key: _rounding(key[0]) for key in unsure if key[0].selected}
-            found = trial.readings(self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected)
-            for key in doubtful:
-                told = found.get(key)
-                if told is not None and told in ways:
-                    settled |= _settle(ways[told], batch, found)
-                    self._outputs.add(told)
-            for layer, shape in unsure:
-                layer.note = "a trial with other samples did not tell how to read its rows"
-                if (layer, shape) in found and (layer, shape) not in settled:
-                    layer.settle(shape, batch, found[layer, shape])
-        self.forget()
+        found = self._tried(unsure, doubtful, blind, args, kwargs, batch)
+        told = [reading for key in doubtful if (reading := found.get(key)) in ways and reading is not None]
+        if told:
+            ways = {told[0]: ways[told[0]]}
+            self._outputs.add(told[0])
+            settled |= _settle(ways[told[0]], batch, found)
+        for layer, shape in unsure:
+            layer.note = "a trial with other samples did not tell how to read its rows"
+            if (layer, shape) in found and (layer, shape) not in settled:
+                layer.settle(shape, batch, found[layer, shape])
+        known = settled | found.keys()
+        if len(ways) > 1:
+            _refuse_parts(ways.values(), batch, known)
+        elif behind is not None and ways and not _together(self._model):
+            _refute(behind, next(iter(ways.values())), uses, batch, known)
+
+    def _leaves_room(self, key: trial.Key, batch: int) -> bool:
+        """Whether the size of an output leaves more than one reading.
+
+        As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
+        one sample at a time, with as many positions.
+        """
+        candidates = self._unsure[key]
+        several = len(candidates) > 1 or not candidates[0].ordinary
+        return several or key[0].selected or self._calls[key] % batch == 0
+
+    def _tried(
+        self,
+        unsure: Mapping[trial.Key, list[Reading]],
+        doubtful: Mapping[trial.Key, list[Reading]],
+        blind: Set[trial.Key],
+        args: tuple,
+        kwargs: dict,
+        batch: int,
+    ) -> dict[trial.Key, Reading | None]:
+        """What a trial tells of the outputs of layers, and of the model's."""
+        self._unsure = {**unsure, **doubtful}
+        if not self._unsure:
+            return {}
+        confirmed = {key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings}
+        confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
+        selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind}
+        return trial.readings(self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected)
 
     def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> None:
         """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow."""
         steps, samples, *_ = shape
-        ends = Ends.of(output, (steps, samples)) if min(steps, samples) > 1 else None
-        if ends is None:
+        if min(steps, samples) < 2:
             return
-        answer = by_model(ends)
-        if answer is None:
+        ends = Ends.of(output, (steps, samples))
+        answer = by_output(output, steps, samples, uses) if ends is None else by_model(ends)
+        if ends is None and not answer:
+            return
+        if ends is not None and answer is None:
             forward.question = partial(self._ask_losses, forward, Question(ends, uses), shape)
         elif not answer:
             self.axis = 0
@@ -174,7 +212,7 @@ class Tryout:
         if proven is not None:
             steps, samples = shape[:2]
             self._time_first(proven, forward, samples)
-            _settle(proven, samples, {})
+            _settle(Way(None, proven), samples, {})
             warnings.warn(
                 f"The losses of this batch are [{samples}], one for each entry of axis 1 of the model's input, "
                 f"{list(shape)}, and its axis 0 is their mean or sum: these {samples} are taken for the samples from "
@@ -204,16 +242,16 @@ class Tryout:
             noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
 
 
-def _settle(proven: Mapping[Layer, Calls], batch: int, tried: Mapping[trial.Key, Reading | None]) -> set[trial.Key]:
+def _settle(way: Way, batch: int, tried: Mapping[trial.Key, Reading | None]) -> set[trial.Key]:
     """Settles the outputs of which it is proven what they hold, and returns them.
 
     Arguments:
-        proven: by layer.
+        way: how to read the model's output, and what that proves.
         batch: number of samples B.
         tried: what a trial has told. Where it is something else, the rows lie in another order than in the output.
     """
     settled: set[trial.Key] = set()
-    for layer, calls in proven.items():
+    for layer, calls in way.proven.items():
         readings: dict[trial.Shape, set[Reading | None]] = {shape: set() for shape in calls.shapes.values()}
         for number, shape in calls.shapes.items():
             each = calls.proven.get(number)
@@ -231,53 +269,37 @@ def _settle(proven: Mapping[Layer, Calls], batch: int, tried: Mapping[trial.Key,
     return settled
 
 
-def _aten(names: str) -> frozenset[Any]:
-    return frozenset(getattr(torch.ops.aten, name) for name in names.split())
+def _refuse_parts(ways: Iterable[Way], batch: int, known: Set[trial.Key]) -> None:
+    """Settles that layers are not to be read by their size which would be called on parts of the batch in one way."""
+    for way in ways:
+        for layer, calls in way.proven.items():
+            if any(each.count != batch for each in calls.proven.values()):
+                for shape in set(calls.shapes.values()):
+                    if (layer, shape) not in known:
+                        layer.settle(shape, batch, None)
 
 
-class Watch(Provenance):
-    """Sees in a forward pass what derives from the batch, what from entries that were selected of that, and what lies
-    where data say: the rows that a mask picks, or of a packed sequence, lie elsewhere in the next batch."""
-
-    _SELECTED, _PLACED = 1 << 1000, 1 << 1001  # beyond the bits of any number of inputs
-    _SELECTING = _aten("index index_select gather masked_select take sort topk nonzero _pack_padded_sequence")
-    _PLACING = _aten("nonzero masked_select _pack_padded_sequence _unique2 unique_dim unique_consecutive")
-    _PUTTING = _aten(
-        "copy_ index_put index_put_ index_add index_add_ index_copy index_copy_ scatter scatter_ scatter_add "
-        "scatter_add_ masked_scatter masked_scatter_"
-    )
-    """What they return is laid out as their first argument is: they put rows back, as `pad_packed_sequence` does."""
-
-    def selected(self, tensor: Tensor) -> bool:
-        """Whether the tensor derives from selected entries."""
-        return bool(self._marks(tensor) & self._SELECTED)
-
-    def placed(self, tensor: Tensor) -> bool:
-        """Whether data say where the tensor's rows lie."""
-        return bool(self._marks(tensor) & self._PLACED)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Does what the operation does."""
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        if first is None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        operation = func.overloadpacket
-        put_back = operation in self._PUTTING and not self.placed(first)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if put_back:
-            self._clear(result, self._PLACED)
-        marks = self._SELECTED * (operation in self._SELECTING and self.may_be_data(first))
-        if operation in self._PLACING or (operation is torch.ops.aten.index and _masks(args[1])):
-            marks |= self._PLACED * any(
-                self.may_be_data(each) for each in tree_leaves(args) if isinstance(each, Tensor)
-            )
-        for each in tree_leaves(result) if marks else ():
-            self._mark(each, marks)
-        return result
+def _refute(behind: OutputGraph, way: Way, uses: Mapping[Layer, Uses], batch: int, known: Set[trial.Key]) -> None:
+    """Settles that layers of which nothing is proven are not to be read by their size, where their rows are others'."""
+    left = [
+        (layer, shape, uses[layer].taps[number]())
+        for layer, calls in way.proven.items()
+        for number, shape in calls.shapes.items()
+        if number not in calls.proven and (layer, shape) not in known and layer.by_size(shape, batch) is not None
+    ]
+    owners = behind.ask([tap for _, _, tap in left], way.choice) if left else []
+    for (layer, shape, _), owner in zip(left, owners, strict=True):
+        reading = layer.by_size(shape, batch)
+        if owner is not None and reading is not None and not _agrees(owner, reading):
+            layer.settle(shape, batch, None)
 
 
-def _masks(indices: Sequence[Tensor | None]) -> bool:
-    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
+def _agrees(owner: Owner, reading: Reading) -> bool:
+    """Whether each row has a sample of its own."""
+    if owner.axis != reading.axis:
+        return False
+    ids = owner.ids[owner.ids != NOBODY]
+    return len(ids.unique()) == len(ids)
 
 
 def _rounding(layer: Layer) -> float:

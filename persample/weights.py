@@ -236,8 +236,8 @@ class Layer:
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
                 f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples, nor "
                 f"as many of each ({self.note}). They may be tokens that were selected, or the layer was called apart "
-                f"from the model. Leave it out ({LEAVE_OUT}), or give "
-                f"reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each row is a sample then."
+                f"from the model. Leave it out ({LEAVE_OUT}), or give the optimiser (or persample.reweight) "
+                f"batch_axis={{'{self.path}': {self.axis}}}: each row is a sample then."
             )
         return found, self.axis
 
@@ -294,9 +294,10 @@ class Layer:
             return None
         if batch == 1:
             return Reading(1, rows[0], 0) if rows[0] else None
-        return self.readings.get((batch, shape)) or self._by_size(shape, batch)
+        return self.readings.get((batch, shape)) or self.by_size(shape, batch)
 
-    def _by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
+    def by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
+        """The one axis with as many entries as samples, where no other is as likely."""
         return None if self.foreign else by_size(self.candidates(shape, batch))
 
     def _agree(self, sizes: set[int]) -> None:
@@ -309,7 +310,7 @@ class Layer:
 
     def _find_axis(self, shape: tuple[int, ...], batch: int | None) -> int:
         """The axis of the output that counts samples; raises ValueError where that is not certain."""
-        found = None if batch is None else self._by_size(shape, batch)
+        found = None if batch is None else self.by_size(shape, batch)
         if found is None:
             raise self._uncertain(shape, batch)
         return found.axis

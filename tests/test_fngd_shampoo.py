@@ -129,7 +129,7 @@ def test_frequencies_are_honoured() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("options", [{}, {"block": 2}, {"preset": "shampoo-pytorch", "decay": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"block": 2}, {"preset": "shampoo-pytorch", "decay": 0.9, "block": 4}])
 def test_resume_is_bit_for_bit(seed: int, options: dict[str, Any]) -> None:
     def make(model: nn.Module) -> Shampoo:
         return Shampoo(model.parameters(), lr=0.05, statistics_every=2, inverse_every=3, **options)

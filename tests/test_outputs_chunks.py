@@ -64,3 +64,29 @@ def test_lists_of_what_each_sample_has_are_cut() -> None:
 
     whole = persample.per_sample(model, loss_fn, x, targets).grads()
     assert rel_err(persample.per_sample(model, loss_fn, x, targets, chunk_size=2).grads(), whole) < 1e-12
+
+
+class Centred(nn.Module):
+    """Two views of each sample, and what is left of their difference; or of that from the batch's mean."""
+
+    def __init__(self, *, by_batch: bool) -> None:
+        super().__init__()
+        self.layer, self.by_batch = nn.Linear(32, 8), by_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x - x.mean(0) if self.by_batch else x)
+        return y[:, 0] - y[:, 1]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+def test_losses_that_are_left_of_large_numbers_are_rounded_in_each_chunk(offset: float) -> None:
+    """A chunk's losses need not be the whole's to more than the inputs' rounding makes of them."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = offset * torch.randn(4, 1, 32) + torch.randn(4, 2, 32)
+        model = Centred(by_batch=False)
+        norms = persample.per_sample(model, lambda y, _: y.sum(1), x, chunk_size=1).norms()
+        torch.testing.assert_close(norms, persample.per_sample(model, lambda y, _: y.sum(1), x).norms())
+        model = Centred(by_batch=True)
+        with pytest.raises(persample.CheckError, match="have other losses in a chunk"):
+            persample.per_sample(model, lambda y, _: y.square().sum(1), x, chunk_size=2)

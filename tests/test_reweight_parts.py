@@ -59,6 +59,8 @@ PARTS: dict[str, Call] = {
     "twice": lambda layer, x: torch.cat([layer(layer(part).tanh()) for part in x.chunk(2)]),
     "crops": _crops,
     "siamese": _siamese,
+    "stacked and viewed": lambda layer, x: torch.stack([layer(part) for part in x.chunk(2)]).view(x.shape),
+    "token by token": lambda layer, x: torch.stack([torch.stack([layer(each) for each in sample]) for sample in x]),
     "time first": lambda layer, x: torch.cat([layer(part.transpose(0, 1)).transpose(0, 1) for part in x.chunk(2)]),
     "checkpoint": lambda layer, x: torch.cat([checkpoint(layer, part, use_reentrant=False) for part in x.chunk(2)]),
 }
@@ -108,6 +110,40 @@ def test_convolutions_called_on_parts_of_the_batch(name: str, mode: Mode) -> Non
     with mode.on(model):
         for _ in range(2):
             same(step(model, lambda: squares(model(x))), expected)
+
+
+def _written(layer: nn.Module, x: Tensor) -> Tensor:
+    """Into slices of what is there already, of which the graph does not say where they are."""
+    output = torch.zeros_like(x)
+    for at in range(0, len(x), 2):
+        output[at : at + 2] = layer(x[at : at + 2])
+    return output
+
+
+def _rows_of_all(layer: nn.Module, x: Tensor) -> Tensor:
+    """As many tokens at a time as there are samples: three of one, and one of the next."""
+    return torch.cat([layer(rows) for rows in x.flatten(0, 1).split(len(x))]).view(x.shape)
+
+
+REFUSED: dict[str, tuple[Call, int]] = {
+    "written into slices": (_written, B),
+    "every second": (lambda layer, x: torch.stack([layer(x[::2]), layer(x[1::2])], 1).flatten(0, 1), B),
+    "in the wrong order": (lambda layer, x: torch.cat([layer(x[2:]), layer(x[:2])]), B),
+    "tokens of all": (_rows_of_all, 3),
+    "reentrant checkpoint": (
+        lambda layer, x: torch.cat([checkpoint(layer, part, use_reentrant=True) for part in x.chunk(2)]), B
+    ),
+}  # fmt: skip
+
+
+@two_modes
+@pytest.mark.parametrize("name", REFUSED)
+def test_parts_of_which_nothing_is_proven_are_not_read_by_their_size(name: str, mode: Mode) -> None:
+    """One axis has as many entries as there are samples, and counts others."""
+    call, length = REFUSED[name]
+    model, x = Parts(call), torch.randn(B, length, 3, requires_grad=name == "reentrant checkpoint")
+    with mode.on(model), pytest.raises(ValueError, match="cannot tell which axis of layer 'layer' counts samples"):
+        step(model, lambda: squares(model(x)))
 
 
 class Siblings(nn.Module):

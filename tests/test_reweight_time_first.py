@@ -88,6 +88,53 @@ def test_models_that_mix_steps_are_read_by_samples(name: str, steps: int, mode: 
         step(model, lambda: model(shorter).sin().sum())  # another shape, the same samples
 
 
+class Classes(Tokens):
+    """The last step alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[-1]
+
+
+class Translation(nn.Module):
+    """Two sequences, of which the second is answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 6), nn.Linear(6, 5)
+        self.both = nn.Transformer(6, 2, 1, 1, 8, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.both(self.table(x), self.table(x[:5] + 1)))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@every_mode
+@pytest.mark.parametrize("name", ["classes", "translation"])
+def test_outputs_that_hold_no_steps_of_the_input(name: str, mode: Mode) -> None:
+    model = Classes(nn.LSTM(6, 6)) if name == "classes" else Translation()
+    x = torch.randint(19, (7, B))
+    losses = (lambda: model(x).sin().mean(1)) if name == "classes" else (lambda: of_samples(model(x)))
+    groups = {path: names for path, names in modules_of(model).items() if "out_proj" not in path}
+    expected = mode.expected(model, losses(), groups)
+    with mode.on(model):
+        for _ in range(2):
+            same(step(model, losses), expected)
+
+
+def test_an_output_of_features_holds_no_samples() -> None:
+    """[F], of an input [B, F]: as many as it has features, and every one depends on every sample."""
+    layer = nn.Linear(5, 5)
+    model = nn.Sequential(layer, Mean())
+    with reweight(model, lambda layer, grads: torch.ones(grads.batch_size)) as handle:
+        model(torch.randn(B, 5)).sin().sum().backward()
+        assert handle.explain()["0"] == "reweighted, samples on axis 0 of its output"
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_recurrence_that_is_one_operation(batch_first: bool) -> None:
     """In single precision, on a CPU."""
