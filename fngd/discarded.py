@@ -39,7 +39,12 @@ class FirstPass:
 
     def gone(self, groups: Iterable[dict[str, Any]]) -> bool:
         """Whether the first pass left gradients, and no parameter has one any more."""
-        return self._accumulates and all(_without(each) for group in groups for each in group["params"])
+        return self._accumulates and nothing_left(groups)
+
+
+def nothing_left(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether no parameter has a gradient, here or elsewhere."""
+    return all(_without(each) for group in groups for each in group["params"])
 
 
 def _without(param: Tensor) -> bool:

@@ -7,6 +7,7 @@ gradients to the method. Gradients are preconditioned layer by layer, and scaled
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -305,6 +306,23 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         ('',)
         """
         return self._handle
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Returns a context in which passes through the model are plain, and none of this optimiser's backward passes.
+
+        For gradients that are differentiated again, as a gradient penalty's: run the forward pass inside. What its
+        backward pass adds to `.grad` is the plain gradient; `step` preconditions it with
+        statistics of the passes outside.
+
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> opt, x = fngd.KFAC(model, lr=0.1), torch.randn(8, 3, requires_grad=True)
+        >>> with opt.paused():
+        ...     [slope] = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        >>> penalty = (slope.norm(dim=1) - 1).square().mean()
+        >>> (model(x).mean() + penalty).backward()
+        >>> opt.step()
+        """
+        return self._handle.paused()
 
     @property
     def bytes_sent(self) -> int:

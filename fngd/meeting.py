@@ -118,7 +118,7 @@ class Meeting:
         return partial(self._reached, samples, None if wrapper is None else wrapper.require_backward_grad_sync)
 
     def _reached(self, samples: int | None, synchronises: bool | None) -> None:
-        if self._exchange.world > 1 and (self.handle.upcoming() or self._trains()):
+        if self._exchange.world > 1 and not self.handle.is_paused and (self.handle.upcoming() or self._trains()):
             self._hear(samples, synchronises)
 
     def _hear(self, samples: int | None = None, synchronises: bool | None = None) -> _Pass:

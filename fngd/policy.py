@@ -17,7 +17,7 @@ from fngd.accumulation import Passes, joined_gradients
 from fngd.adaptive import Model
 from fngd.diagnostics import Recorder, Solve
 from fngd.directions import Pair, coefficient_factors, dot, relative_damping, scaled
-from fngd.discarded import FirstPass, accumulates
+from fngd.discarded import FirstPass, accumulates, nothing_left
 from fngd.distributed import Exchange
 from fngd.drawn import Drawn
 from fngd.groups import first_parameter
@@ -131,7 +131,7 @@ class Policy:
 
         They were none if their gradients are gone, or if one has raised: the batch is then to be run again.
         """
-        if self._under_way or self._first.gone(self._groups()):
+        if self._under_way or nothing_left(self._groups()):
             self._restart()
             self._under_way.clear()
             return False

@@ -14,6 +14,7 @@ from persample.besides import Telling
 from persample.layer_sum import Parameters
 from persample.layers import LayerGrads, UnreadGrads
 from persample.taps import Pass, Uses, upcoming
+from persample.uncertain import called_apart
 from persample.weights import Layer
 
 Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
@@ -34,6 +35,7 @@ class Asker:
 
     def __init__(self, policy: Policy, known: Known | None, joint: bool, follow: Follow | None = None) -> None:
         self._policy, self._known, self.joint, self.follow = policy, known, joint, follow
+        self.paused = 0  # how many contexts are open in which nobody is asked
         self.followed: WeakSet[Uses] = WeakSet()
         """With `follow`: the uses of layers in every forward pass whose graph is there."""
         self._asked: tuple[Pass, dict[str, Part]] | None = None
@@ -58,12 +60,15 @@ class Asker:
     def of_layer(self, uses: Uses, needed: Sequence[bool]) -> Parameters:
         """Returns the gradients of a layer's weight and bias, after asking the policy about it."""
         layer: Layer = uses.layer
-        if layer.shared is not None:  # found out after some of its calls
+        if layer.shared is not None or self.paused:  # found out after some of its calls; a graph from before
             return layer.plain(uses, needed)
         if uses.forward.question is not None:
             uses.forward.question()
         met, unread = uses.found, None
         try:
+            if self.joint and uses.forward.apart:
+                uses.found = []
+                raise called_apart(layer.path)
             found, axis = layer.check(uses)
         except ValueError as error:
             unread = UnreadGrads(layer.operation, met, needed, error.with_traceback(None))
@@ -100,7 +105,7 @@ class Asker:
         met = []
         for number, uses in enumerate(group):
             layer, own = uses.layer, slice(2 * number, 2 * number + 2)
-            if uses.found and layer.shared is not None:
+            if uses.found and (layer.shared is not None or self.paused):
                 result[own] = layer.plain(uses, needed[own])
             elif uses.found:
                 met.append((own, layer))

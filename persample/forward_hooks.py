@@ -69,7 +69,7 @@ class ForwardHooks:
 
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model's forward begins: a new pass."""
-        if self._tryout.running is not None:
+        if self._tryout.running is not None or self.asker.paused:
             return
         if module is not self._model or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1):
             raise RuntimeError(
@@ -138,7 +138,7 @@ class ForwardHooks:
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends, or raised an exception (output None)."""
-        if self._tryout.running is not None:
+        if self._tryout.running is not None or self.asker.paused:
             return
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
@@ -179,7 +179,7 @@ class ForwardHooks:
         """A layer's forward begins: its parameters are switched off."""
         self._running = layer
         # torch.func differentiates what it is given, and tensors inside it cannot be switched.
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or self.asker.paused:
             return
         if self._seen is None or self._has_rows(layer, args[0] if args else kwargs.get("input")):
             layer.switch_off()
@@ -206,13 +206,14 @@ class ForwardHooks:
         if not layer.called:
             layer.selected |= self._met  # whence its input comes has not been seen
             layer.called = True
+        forward = self.forward if self.uses is not None else self._apart(output)
         if layer.axis is None or self._tryout.new:
-            self._tryout.look(layer, tuple(output.shape), self.forward.batch)
+            self._tryout.look(layer, tuple(output.shape), forward.batch)
         uses = None if self.uses is None else self.uses.get(layer.path)
         if self._token is not None and uses is not None:
             return attach(output, x, uses, None, self._token, None)
         if uses is None:
-            uses = Uses(layer, self.forward)
+            uses = Uses(layer, forward)
             if self.asker.follow is not None:
                 self.asker.followed.add(uses)
             if self.uses is not None:
@@ -221,11 +222,22 @@ class ForwardHooks:
                 uses.forward = Pass()  # recomputed in a checkpoint: of which pass is not known
         return attach(output, x, uses, self.asker.of_layer, weight, bias)
 
+    def _apart(self, output: Tensor) -> Pass:
+        """The pass that a layer's call belongs to, of which the model's forward knows nothing.
+
+        Recomputed in a checkpoint it is the latest one. Called by hand it may have another batch: only where samples
+        are in front it is taken for that of the latest.
+        """
+        if torch._C._current_graph_task_id() >= 0 or self._passes:  # or a model that has called itself goes on
+            return self.forward
+        return Pass(self.forward.batch if output.shape[:1] == (self.forward.batch,) else None, apart=True)
+
     # --- a function -----------------------------------------------------------------------------------------
 
     def enter_owner(self, weights: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The forward of a module begins that may use weights as functions do."""
-        self.functions.enter(weights if torch.is_grad_enabled() or self._tryout.running is not None else [])
+        watching = torch.is_grad_enabled() and not self.asker.paused
+        self.functions.enter(weights if watching or self._tryout.running is not None else [])
 
     def leave_owner(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -217,6 +217,41 @@ class Reweighting:
         [(5,)]
         """
         return self._asker.wrapped(wrap)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Returns a context in which forward passes are ordinary and the policy is not asked: gradients are plain.
+
+        For gradients that are differentiated again (a gradient penalty), and passes that are none of the policy's
+        business. A pass that ran inside may be differentiated outside; one that ran before takes plain gradients
+        inside, which cannot be differentiated again. With activation checkpoints both belong inside. Contexts may be
+        nested.
+
+        >>> model, asked = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), []
+        >>> handle = persample.reweight(model, lambda layer, grads: asked.append(layer))
+        >>> x = torch.randn(5, 3, requires_grad=True)
+        >>> with handle.paused():
+        ...     [slope] = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        >>> slope.square().mean().backward()  # second derivatives
+        >>> asked
+        []
+        """
+        self._asker.paused += 1
+        try:
+            yield
+        finally:
+            self._asker.paused -= 1
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a context of `paused()` is open.
+
+        >>> handle = persample.reweight(nn.Linear(3, 1), lambda layer, grads: None)
+        >>> with handle.paused():
+        ...     print(handle.is_paused)
+        True
+        """
+        return self._asker.paused > 0
 
     def remove(self) -> None:
         """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated.

@@ -30,15 +30,20 @@ from torch.autograd.graph import get_gradient_edge
 
 _SECOND = (
     b"gradients of a model that persample.reweight reweights cannot be differentiated again: they do not depend on the "
-    b"weights. Call remove() on the handle, or on the optimiser, for losses that need second derivatives"
+    b"weights. Run the forward pass whose gradients the loss depends on inside `with optimizer.paused():` (with "
+    b"persample.reweight itself: `with handle.paused():`): it is plain there, so that its gradients can be "
+    b"differentiated, and counts as no backward pass of the optimiser"
 )
 
 
 class Pass:
-    """One forward pass of the model: its batch size and, once known, the gradient at its output."""
+    """One forward pass of the model: its batch size and, once known, the gradient at its output.
 
-    def __init__(self, batch: int | None = None) -> None:
-        self.batch = batch
+    `apart`: it is none of the model's own forward, but a layer that was called by hand.
+    """
+
+    def __init__(self, batch: int | None = None, *, apart: bool = False) -> None:
+        self.batch, self.apart = batch, apart
         self.output_grad: Tensor | None = None
         self.question: Callable[[], None] | None = None
         """To be asked in the first backward pass: what its losses say of the samples."""

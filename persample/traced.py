@@ -28,6 +28,8 @@ class TracedHooks:
 
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model's forward begins."""
+        if self._eager.asker.paused:
+            return
         if self._eager.asker.joint:
             _outside(self._eager.enter_model, module, args, kwargs)
             return
@@ -40,6 +42,8 @@ class TracedHooks:
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """It ends, in the graph or outside, as it began."""
         eager = self._eager
+        if eager.asker.paused:
+            return None
         if eager._passes or eager.asker.joint or (eager.outputs and not isinstance(output, Tensor)):
             return _outside(eager.leave_model, module, args, output)
         eager.uses = None
@@ -51,6 +55,7 @@ class TracedHooks:
         """A layer's forward begins."""
         if (
             torch.is_grad_enabled()
+            and not self._eager.asker.paused
             and compiled.trainable(module)
             and not self._in_graph(layer, number, module, args, kwargs)
         ):
@@ -60,7 +65,7 @@ class TracedHooks:
         self, layer: Layer, number: int, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> Tensor | None:
         """It ends; in the graph its output is computed again, and this one never."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._eager.asker.paused:
             return None
         if layer.off:
             return _outside(self._eager.after, layer, module, args, kwargs, output)

@@ -22,12 +22,13 @@ def uncertain(
         linear: whether it is a linear layer, and no convolution.
         note: what a trial showed, or why there was none.
     """
-    remedy = f"give reweight(..., batch_axis={{'{path}': axis}})"
+    remedy = f"give the optimiser (or persample.reweight) batch_axis={{'{path}': axis}}"
     if batch is None:
         return ValueError(
             f"the batch size is unknown at layer '{path}' (output of shape {list(shape)}): the model's own "
-            f"forward was not called with a tensor. Call the model itself, or {remedy}. Or leave the layer out: "
-            f"{LEAVE_OUT}."
+            "forward was not called with a tensor. Call the model itself, or say where the samples are: give the "
+            "optimiser (or persample.reweight) batch_axis=0 if they are on axis 0 of every layer's output, or "
+            f"batch_axis={{'{path}': axis, ...}} by layer. Or leave the layer out: {LEAVE_OUT}."
         )
     ordinary = [each.axis for each in candidates if each.ordinary]
     folded = sorted({each.axis for each in candidates if not each.ordinary})
@@ -56,6 +57,15 @@ def uncertain(
         f"cannot tell which axis of layer '{path}' counts samples: its output has shape {list(shape)}, the model's "
         f"input has {batch} samples, and {what}. Please {remedy}, or batch_axis=axis for all linear "
         f"layers.{rows if folded else ''} Or leave the layer out: {LEAVE_OUT}."
+    )
+
+
+def called_apart(path: str) -> ValueError:
+    """Returns the error for a layer that is called by hand where layers are asked about together."""
+    return ValueError(
+        f"layer '{path}' was called apart from the model's own forward, but with joint=True (gram='network') the "
+        "layers of one forward pass are asked about together. Call the model itself, or ask layer by layer "
+        f"(gram='layer'). Or leave the layer out: {LEAVE_OUT}."
     )
 
 

@@ -236,8 +236,8 @@ class Layer:
                 f"layer '{self.path}' had as many rows as samples on axis {self.axis} of its output in an earlier "
                 f"batch, but now its output has shape {list(shape)} for {batch} samples: its rows are no samples, nor "
                 f"as many of each ({self.note}). They may be tokens that were selected, or the layer was called apart "
-                f"from the model. Leave it out ({LEAVE_OUT}), or give "
-                f"reweight(..., batch_axis={{'{self.path}': {self.axis}}}): each row is a sample then."
+                f"from the model. Leave it out ({LEAVE_OUT}), or give the optimiser (or persample.reweight) "
+                f"batch_axis={{'{self.path}': {self.axis}}}: each row is a sample then."
             )
         return found, self.axis
 

@@ -127,6 +127,8 @@ def may_refuse(error, way, drawn):
     checkpointed = any("checkpointed" in family for family in drawn.families)
     if way.get("hold") == "graph" and checkpointed and isinstance(error, persample.UnsupportedError):
         return True
+    if "use_reentrant=False" in str(error) and "checkpointed" in drawn.families:  # hides parameters from every graph
+        return isinstance(error, persample.UnsupportedError)
     return "chunk_size" in way and drawn.axis != 0 and isinstance(error, (persample.PerSampleError, ValueError))
 
 

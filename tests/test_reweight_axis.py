@@ -89,7 +89,7 @@ class Mixed(nn.Module):
         (
             lambda: nn.Sequential(Selected(), nn.Conv1d(3, 2, 1)),
             (B, 5, 3, 1),
-            r"shape \[19, 2, 1\].*\{'1': 0\}\)\. Or leave",
+            r"shape \[19, 2, 1\].*\{'1': 0\}\. Or leave",
         ),
         (lambda: Mixed(nn.Linear(3, 2)), (B, 5, 3), r"axis \[0\] has a multiple of it.*trial.*persample\.Folded\(\)"),
         (lambda: Mixed(nn.Conv1d(3, 2, 1)), (B, 5, 3, 1), r"of each, but a trial.*\{'layer': 0\}.*persample\.Folded"),
