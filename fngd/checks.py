@@ -97,6 +97,7 @@ OPTIONS: Mapping[str, Kind] = {
             "foreach",
             "graft",
             "line_search",
+            "acceleration",
             "check",
         ),
         TRUTH,

@@ -24,21 +24,21 @@ class Adaptive:
 
     Arguments:
         initial: λ of the first step over tr K, K = J Jᵀ.
-        decrease: factor on λ where ρ > `good` and t ≥ `full`, in (0, 1].
+        decrease: least factor on λ where ρ > `good` and t ≥ `full`, in (0, 1].
         increase: factor where ρ < `poor` or t < `short`, > 1; the gain ratio of a tiny step is near 1 whatever λ is.
         good, poor: bounds of the gain ratio, 0 ≤ poor ≤ good.
         full, short: bounds of the step size, 0 < short ≤ full ≤ 1.
         low, high: λ stays between these multiples of tr K.
     """
 
-    initial: float = 1e-6
+    initial: float = 1e-8
     decrease: float = 0.1
-    increase: float = 2.0
+    increase: float = 4.0
     good: float = 0.25
     poor: float = 0.05
     full: float = 0.25
-    short: float = 1 / 32
-    low: float = 1e-10
+    short: float = 1 / 128
+    low: float = 1e-15
     high: float = 1e3
 
     def __post_init__(self) -> None:
@@ -56,20 +56,26 @@ class Adaptive:
         """Returns λ for a point where K has this trace: `damping`, None at first, between the limits.
 
         >>> Adaptive().within(None, 2.0), Adaptive(low=1e-8).within(1e-9, 2.0)
-        (2e-06, 2e-08)
+        (2e-08, 2e-08)
         """
         wanted = self.initial * trace if damping is None else damping
         return min(max(wanted, self.low * trace), self.high * trace)
 
-    def next(self, damping: float, gain: float, step: float = 1.0) -> float:
+    def next(self, damping: float, gain: float, step: float = 1.0, left: float = 0.0) -> float:
         """Returns λ for the next step, from this one's, its gain ratio and size; NaN and −inf count as poor.
 
-        >>> [Adaptive().next(1.0, gain, step) for gain, step in ((0.9, 1.0), (0.9, 0.125), (0.9, 0.01), (0.0, 1.0))]
-        [0.1, 1.0, 2.0, 2.0]
+        `left`: the part of the loss that the step has left. After a step shorter than 2·`full` λ falls no faster than
+        the norm of the residuals: else it is soon so small that steps stay short.
+
+        >>> [Adaptive().next(1.0, gain, step) for gain, step in ((0.9, 1.0), (0.9, 0.125), (0.9, 0.004), (0.0, 1.0))]
+        [0.1, 1.0, 4.0, 4.0]
         """
         if not gain >= self.poor or step < self.short:
             return damping * self.increase
-        return damping * (self.decrease if gain > self.good and step >= self.full else 1.0)
+        if gain <= self.good or step < self.full:
+            return damping
+        slowest = 0.0 if step >= min(1.0, 2 * self.full) else math.sqrt(left)
+        return damping * max(self.decrease, slowest)
 
 
 Damping = float | str | Callable[[int], float] | Adaptive

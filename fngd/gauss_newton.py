@@ -1,15 +1,15 @@
 """Gauss–Newton for least squares and physics-informed networks: a closure of residuals, one linear solve, one search.
 
     closure ─▶ residuals ─▶ Jacobian ─▶ K = J Jᵀ or JᵀJ ─▶ damping, solve ─▶ direction ─▶ line search ─▶ the step
-               residuals.py  jacobian.py        systems.py, sample_solve.py, damping.py    line_search.py
-               ╰──────────────── linear_model.py ─────────────────╯
+  repeated.py  residuals.py  jacobian.py        systems.py, sample_solve.py, damping.py    attempt.py, acceleration.py,
+               ╰──────────────── linear_model.py ─────────────────╯                        line_search.py
 
     symbol   meaning                                                                      shape
     s        scaled residuals, L = ½‖s‖² (fngd.residuals)                                 [B]
     J        ∂s/∂θ                                                                        [B, P]
     λ, μ     damping, momentum
     φ        the step taken last, before the learning rate                                [P]
-    d        the direction; θ ← θ − lr·t·d                                                [P]
+    d        the direction; θ ← θ − lr·t·d, and a term of t² (fngd.acceleration)          [P]
 
     d = μφ + Jᵀ(J Jᵀ + λI)⁻¹(s − μJφ)
 
@@ -21,6 +21,7 @@ sample space it is MinSR, Chen and Heyl 2023, and ENGD-W, Guzmán-Cordero et al.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,13 +31,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from fngd.attempt import Attempt
 from fngd.checks import RATE, Checked, Kind, check_options
-from fngd.damping import Adaptive, Damping, damping_of
+from fngd.damping import ADAPTIVE, Adaptive, Damping, damping_of
 from fngd.forms import COUNT, NUMBER, Maybe, Where, check_form
 from fngd.jacobian import flatten
-from fngd.line_search import FACTOR, Found, Ray, geometric_search
-from fngd.linear_model import FormOptions, LinearModel, finite_or_error
-from fngd.residuals import Residuals, check_weights, read_residuals
+from fngd.line_search import FACTOR, Found, Ray
+from fngd.linear_model import CHECK_EVERY, FormOptions, LinearModel, finite_or_error
+from fngd.progress import Progress
+from fngd.repeated import DRAWS, RepeatedClosure, graph_kept, same
+from fngd.residuals import check_weights
 from fngd.states import TORCH, check_shapes, whole_or_not
 from fngd.systems import SketchOptions
 
@@ -63,7 +67,7 @@ class StepInfo:
     """Relative residual of the linear system, where the solve is approximate."""
     iterations: int
     evaluations: int
-    """Closure calls of the search."""
+    """Closure calls after the first one."""
     retries: int
     accepted: bool
     """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
@@ -81,21 +85,23 @@ class GaussNewton(Checked, Optimizer):
     `opt.step(closure)` minimises L = ½ Σ_g w_g·mean_b r_gb² over the residual groups g that the closure returns: one
     tensor [B], a dict name -> [B_g], or a tuple of tensors. The residuals may contain derivatives of the network
     with respect to its inputs, by `torch.autograd.grad(..., create_graph=True)` or `torch.func`. The closure neither
-    zeroes nor computes gradients, and gives the same residuals when it is called again within a step: draw new
-    points between steps.
+    zeroes nor computes gradients, and calls the model itself, for it is called again at the parameters that a step
+    tries. Points that it draws by `torch.rand`, `numpy.random.rand` or `random`, and dropout masks, are the same in all
+    calls of a step and new in the next; those of a generator object are to be drawn between steps.
 
     Arguments:
         params: a model, parameters, or parameter groups.
         lr: the largest step, > 0; the direction is multiplied by it and then by the search's t ≤ 1. One is the
             Gauss–Newton step. A parameter group's own lr holds for its part.
-        damping: λ ≥ 0 on J Jᵀ of the *scaled* residuals; a function step -> λ; "adaptive" for Levenberg–Marquardt, or
-            `fngd.damping.Adaptive(...)` with its options. "adaptive" needs no tuning
-            and does not depend on units. A fixed λ that suits can be better, one that does not is stuck: 1e-9 suits the
-            2-D Poisson problem, and on Burgers' equation was at an error of 0.9 after 40 steps. For noisy data 1e-3 and
-            more.
+        damping: "adaptive" for Levenberg–Marquardt, or `fngd.damping.Adaptive(...)` with its options; λ ≥ 0 on J Jᵀ of
+            the *scaled* residuals; or a function step -> λ. "adaptive" needs no tuning and does not depend on units. A
+            fixed λ that suits can be ahead for some steps, one that does not is stuck on some seeds. For noisy data,
+            where the least loss is not what is wanted, 1e-3 and more.
         momentum: μ in [0, 1).
         line_search: choose t among 1, ½, ¼, … by the loss (two or three closure calls a step, started where the
             last step ended); False takes t = 1.
+        acceleration: bend the line that is searched by geodesic acceleration (`fngd.acceleration`); one more closure
+            call and solve a step. Without a line search there is none.
         weights: w_g ≥ 0 by name of the group; 1 for those not named.
         gram: "rows" forms J [B, P]; "factored" forms K from per-sample factors, parameter by parameter, for wide
             layers; "auto" is "rows" up to 512 MiB of J, after which rows are formed in chunks.
@@ -105,14 +111,18 @@ class GaussNewton(Checked, Optimizer):
             the sketch where both B and P exceed `max_samples`.
         max_samples: largest matrix that is formed.
         sketch: rank, tolerance and iterations of the randomised solve; its error is `opt.info.error`.
-        check: verify rows against the gradient of their sum, in one of 16 steps.
+        check: verify rows against the gradient of their sum, and that the closure repeats, in one of 16 steps.
 
     Raises:
-        ValueError: an option out of range; in `step`, residuals of a wrong shape, or NaN at the current parameters.
+        ValueError: an option out of range; in `step`, residuals of a wrong shape, NaN at the current parameters, or
+            residuals that do not follow the parameters.
 
-    Linear systems are solved in float64 whatever the parameters' precision. With float32 parameters K has rounding
-    errors of ε·tr(K), so smaller λ are raised to that, and float32 ends at larger errors than float64. A step waits for
-    the device several times.
+    Warns, once each, where residuals differ between two calls at one point (looked for in one of 16 steps, with
+    `check`), and where steps bring nothing though the linear model foretells much.
+
+    J is held and linear systems are solved in float64 whatever the parameters' precision, so float32 is as good until
+    the rounding of the residuals themselves shows, and λ goes down to ε²·tr(K). With J in chunks, factored or
+    sketched, products with it are of the parameters' precision: λ ≥ ε·tr(K). A step waits for the device several times.
 
     >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(1)
@@ -131,9 +141,10 @@ class GaussNewton(Checked, Optimizer):
         params: nn.Module | Iterable[Any],
         *,
         lr: float = 1.0,
-        damping: Damping = 1e-8,
+        damping: Damping = ADAPTIVE,
         momentum: float = 0.0,
         line_search: bool = True,
+        acceleration: bool = True,
         weights: Mapping[str, float] | None = None,
         gram: str = "auto",
         chunk_size: int | None = None,
@@ -147,10 +158,12 @@ class GaussNewton(Checked, Optimizer):
         self.damping = damping_of(damping)
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, {"lr": lr})
         self.momentum, self.line_search, self.weights = momentum, line_search, dict(weights or {})
+        self.acceleration = acceleration
         self.form = form
         self.info: StepInfo | None = None
         self._steps, self._start = 0, 1.0
         self._adapted: float | None = None
+        self._progress, self._differed = Progress(), False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimiser does. Raises ValueError for lr ≤ 0 or parameters that are not real."""
@@ -175,8 +188,9 @@ class GaussNewton(Checked, Optimizer):
         >>> GaussNewton([w]).direction(lambda: (2 * w).sum().view(1))  # a linear residual: all the way to its zero
         (tensor([3.0000], dtype=torch.float64),)
         """
-        model = self._model(closure)
-        solved = model.solve(self._damping(model), self._previous())
+        with graph_kept():
+            model = self._model(self._calls(closure))
+            solved = model.solve(self._damping(model), self._previous())
         return tuple(part.clone() for part in self._split(solved.direction))
 
     @torch.no_grad()
@@ -188,36 +202,52 @@ class GaussNewton(Checked, Optimizer):
         """
         if closure is None:
             raise ValueError("GaussNewton needs residuals: call opt.step(closure) with a closure that returns them")
-        model = self._model(closure)
+        with graph_kept():
+            return self._step(self._calls(closure))
+
+    def _step(self, calls: RepeatedClosure) -> Tensor:
+        model = self._model(calls)
         damping, previous = self._damping(model), self._previous()
         params, rates = self._params, self._rates()
         origin = [p.clone() for p in params]
-        evaluations = retries = 0
+        retries = 0
         while True:
             solved = model.solve(damping, previous)
             parts = self._split(solved.direction)
             ray = Ray(params, [part * rate for part, rate in zip(parts, rates, strict=True)], origin)
-            found = self._search(closure, ray, model.loss)
-            evaluations += found.evaluations
-            if found.step or retries == RETRIES:
+            attempt = Attempt(calls, model, ray, damping) if self._looks_ahead else None
+            found = self._search(attempt, rates) if attempt else self._unseen(model, ray)
+            if found.step or retries == RETRIES or (attempt and attempt.hidden):
                 break
             retries, previous = retries + 1, None
             damping = RAISE * max(damping, torch.finfo(torch.float64).eps)
-        ray.go(found.step)
-        gain = self._remember(model, ray, parts, found, damping)
+        ray.settle(found.step)
+        gain = self._remember(attempt, ray, found, damping)
+        if attempt:
+            self._progress.note(model.loss, found.loss, attempt.foretold, attempt.hidden, self._advice())
         self.info = StepInfo(
-            model.loss, found.loss if self._looks_ahead else None, found.step, damping, gain, solved.method,
-            solved.error, solved.iterations, evaluations, retries, found.step > 0,
+            model.loss, found.loss if attempt else None, found.step, damping, gain, solved.method,
+            solved.error, solved.iterations, calls.repeats, retries, found.step > 0,
         )  # fmt: skip
         return params[0].new_tensor(model.loss)
 
-    def _model(self, closure: Callable[[], Any]) -> LinearModel:
-        def again() -> Residuals:
-            return read_residuals(closure(), self.weights)
+    def _calls(self, closure: Callable[[], Any]) -> RepeatedClosure:
+        return RepeatedClosure(closure, self.weights, self._params[0].device)
 
-        with torch.enable_grad():
-            residuals = finite_or_error(again())
-        return LinearModel(residuals, self._params, again, self.form, step=self._steps)
+    def _model(self, calls: RepeatedClosure) -> LinearModel:
+        residuals = finite_or_error(calls.first())
+        model = LinearModel(residuals, self._params, calls.again, self.form, step=self._steps)
+        if self._looks_ahead and self.form.check and self._steps % CHECK_EVERY == 0 and not self._differed:
+            found = same(residuals, calls.again())
+            if found is not None:
+                self._differed = True
+                warnings.warn(
+                    f"residuals differ between two calls of the closure at the same parameters ({found}), so steps are "
+                    f"accepted and rejected by chance. {DRAWS}; or use line_search=False with a fixed damping, where "
+                    "the closure is called once a step",
+                    stacklevel=5,
+                )
+        return model
 
     def _previous(self) -> Tensor | None:
         """μφ; None where there is none."""
@@ -231,40 +261,39 @@ class GaussNewton(Checked, Optimizer):
     def _looks_ahead(self) -> bool:
         return self.line_search or isinstance(self.damping, Adaptive)
 
-    def _search(self, closure: Callable[[], Any], ray: Ray, loss: float) -> Found:
-        if not all(bool(part.isfinite().all()) for part in ray.change):
-            return Found(0.0, loss, 0)
-        if not self._looks_ahead:
-            return Found(1.0, loss, 0)
+    def _search(self, attempt: Attempt, rates: list[float]) -> Found:
+        if not self.line_search:
+            return attempt.full()
+        if self.acceleration:
+            attempt.accelerate(self._start, rates)
+        return attempt.search(min(1.0, self._start / FACTOR))
 
-        def evaluate(step: float) -> float:
-            ray.go(step)
-            with torch.enable_grad():
-                return read_residuals(closure(), self.weights).loss()
+    def _unseen(self, model: LinearModel, ray: Ray) -> Found:
+        """The full step, without a look at the loss there."""
+        return Found(float(all(bool(part.isfinite().all()) for part in ray.change)), model.loss, 0)
 
-        try:
-            if self.line_search:
-                return geometric_search(evaluate, loss, start=min(1.0, self._start / FACTOR))
-            reached = evaluate(1.0)
-            return Found(1.0 if reached < loss else 0.0, min(reached, loss), 1)
-        finally:
-            ray.go(0.0)
-
-    def _remember(
-        self, model: LinearModel, ray: Ray, parts: list[Tensor], found: Found, damping: float
-    ) -> float | None:
+    def _remember(self, attempt: Attempt | None, ray: Ray, found: Found, damping: float) -> float | None:
         """Keeps what the next step needs; returns the gain ratio, where damping is adaptive."""
         self._steps += 1
         self._start = found.step or 1.0
         if self.momentum:
-            for param, part in zip(ray.params, parts, strict=True):
-                self.state[param]["momentum_buffer"] = part * found.step if found.step else torch.zeros_like(part)
-        if not isinstance(self.damping, Adaptive):
+            for param, moved, rate in zip(ray.params, ray.moved(found.step), self._rates(), strict=True):
+                self.state[param]["momentum_buffer"] = moved / rate
+        if not isinstance(self.damping, Adaptive) or attempt is None:
             return None
-        change = torch.cat([part.reshape(-1) for part in ray.change])
-        gain = model.gain(found.step * change, found.loss) if found.step else -math.inf
-        self._adapted = self.damping.next(damping, gain, found.step)
+        gain = attempt.gain(found)
+        left = found.loss / loss if (loss := attempt.loss) else 0.0
+        seen = (1.0, 1.0) if attempt.hidden else (gain, found.step, left)  # a ratio of rounding errors tells nothing
+        self._adapted = self.damping.next(damping, *seen)
         return gain
+
+    def _advice(self) -> str:
+        """What to try where steps bring nothing."""
+        tries = [] if isinstance(self.damping, Adaptive) else ["damping='adaptive'"]
+        if any(p.dtype != torch.float64 for p in self._params):
+            tries.append("float64 (model.double())")
+        tries += ["another random start", "a wider network", "inputs scaled to [−1, 1]", "other weights= of the groups"]
+        return "Try " + ", ".join(tries[:-1]) + " or " + tries[-1]
 
     def _damping(self, model: LinearModel) -> float:
         if isinstance(self.damping, Adaptive):
@@ -279,7 +308,8 @@ class GaussNewton(Checked, Optimizer):
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         params = self._params
-        return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+        parts = flat.split([p.numel() for p in params])
+        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""

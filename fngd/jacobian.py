@@ -90,9 +90,9 @@ class Jacobian:
 
     @property
     def whole(self) -> Float[Tensor, "batch size"]:
-        """J itself, [B, P]; kept."""
+        """J itself, [B, P]; kept, in float64. Of float32 parameters K has then no rounding errors of its own."""
         if self._held is None:
-            held = self.scaled.new_empty(len(self.scaled), self.size, requires_grad=False)
+            held = self.scaled.new_empty(len(self.scaled), self.size, dtype=torch.float64, requires_grad=False)
             for place, piece in self.placed():
                 self.rows(piece, held[place])
             self._held = held
@@ -102,6 +102,12 @@ class Jacobian:
     def holds_rows(self) -> bool:
         """Whether J is formed as a whole."""
         return self.chunk is None and not self.factored
+
+    @property
+    def noise(self) -> float:
+        """The part of tr K below which eigenvalues are rounding errors, where the parameters are no float64."""
+        eps = torch.finfo(self.scaled.dtype).eps
+        return 0.0 if self.scaled.element_size() == 8 else eps**2 if self.holds_rows else eps
 
     def gram(self) -> Float[Tensor, "batch batch"]:
         """K = J Jᵀ. In chunks every pair of pieces is formed anew: n(n + 1)/2 captures for n pieces."""
@@ -142,7 +148,7 @@ class Jacobian:
     def apply(self, v: Float[Tensor, " size"]) -> Float[Tensor, " batch"]:
         """J v."""
         if self._held is not None:
-            return self._held @ v
+            return self._held @ v.to(self._held.dtype)
         if self._linear is None:
             u = torch.zeros_like(self.scaled, requires_grad=True)
             with torch.enable_grad():
@@ -153,7 +159,7 @@ class Jacobian:
         u, image = self._linear
         if not image.requires_grad:
             return torch.zeros_like(self.scaled, requires_grad=False)
-        return torch.autograd.grad(image, u, v, retain_graph=True)[0]
+        return torch.autograd.grad(image, u, v.to(image.dtype), retain_graph=True)[0]
 
     def gram_product(self, vectors: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch columns"]:
         """K V: two passes over the pieces."""

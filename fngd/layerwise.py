@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fngd.chosen import Chosen
 from fngd.coverage import told
 from fngd.discarded import FirstPass
-from fngd.distributed import Exchange, sharded_like, whole_tensor, world_size
+from fngd.distributed import Exchange, world_size
 from fngd.forms import REMEDY, Table, Where, check_form
 from fngd.groups import (
     check_scaler,
@@ -29,6 +29,7 @@ from fngd.guards import CheckedLoss, Unchanged
 from fngd.joint import Found, Ranks
 from fngd.kl_clip import kl_clip_factor
 from fngd.loss_scale import FirstScale
+from fngd.matrices import as_matrix, gradient_of, put
 from fngd.members import Part, parameter_of
 from fngd.preconditioned import Preconditioned, checked_state
 from fngd.states import check_layers, check_sizes, check_state, not_compiled
@@ -182,7 +183,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             if layer not in self._inverses or self._completed % self._inverse_every == 0:
                 self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
             inverse, groups = self._inverses[layer], running["inputs"].shape[0]
-            weight_grad, bias_grad = _gradient(weight), None if bias is None else _gradient(bias)
+            weight_grad, bias_grad = gradient_of(weight), None if bias is None else gradient_of(bias)
             grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
             if grad.shape[-1] != running["inputs"].shape[-1]:  # likewise, and no statistics since
                 continue
@@ -199,9 +200,9 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             directions = [direction * nu for direction in directions]
         for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
             if bias is not None:
-                _put(result, bias, direction[..., -1])
+                put(result, bias, direction[..., -1])
                 direction = direction[..., :-1]
-            _put(result, weight, direction)
+            put(result, weight, direction)
         return result
 
     def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
@@ -342,16 +343,6 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._handle.remove()
 
 
-def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Float[Tensor, "groups out inp"]:
-    """Returns weight (and bias, as the last column) as one matrix a group; the weight is [out, inp / groups, *kernel].
-
-    >>> as_matrix(torch.zeros(6, 2, 3, 3), torch.zeros(6), 2).shape
-    torch.Size([2, 3, 19])
-    """
-    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
-    return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], 2)
-
-
 def _moved(state: State, like: Tensor) -> State:
     """The state where the layer is now, and in its precision: models are moved and cast."""
     if all(tensor.device == like.device and tensor.dtype in (like.dtype, torch.long) for tensor in state.values()):
@@ -360,21 +351,3 @@ def _moved(state: State, like: Tensor) -> State:
         name: tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
         for name, tensor in state.items()
     }
-
-
-def _gradient(part: Part) -> Tensor:
-    assert part.param.grad is not None, "checked by the caller"
-    return part.of(whole_tensor(part.param.grad))
-
-
-def _put(result: dict[Tensor, Tensor], part: Part, direction: Tensor) -> None:
-    """Writes rows of a parameter's direction; rows that no layer has keep the gradient."""
-    param = part.param
-    rows = direction.reshape(part.of(param).shape).to(param.dtype)
-    if part.whole:
-        result[param] = sharded_like(rows.t() if part.axis else rows, param)
-    else:
-        assert param.grad is not None, "checked by the caller"
-        if param not in result:
-            result[param] = param.grad.clone()
-        part.of(result[param]).copy_(rows)

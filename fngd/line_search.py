@@ -67,7 +67,10 @@ def geometric_search(evaluate: Callable[[float], float], loss: float, *, start: 
 
 
 class Ray:
-    """Parameters at θ − t·v, put there in place; θ is kept.
+    """Parameters at θ − t·v − t²·c, put there in place; θ is kept.
+
+    `go` leaves the version counters of autograd as they are, so a graph that was recorded at θ can be used again once
+    `go(0)` has led back there. `settle` counts as a change: such graphs, and those of places tried, are out of date.
 
     Arguments:
         params: those that move.
@@ -80,9 +83,30 @@ class Ray:
     ) -> None:
         self.params, self.change = params, change
         self.origin = [p.detach().clone() for p in params] if origin is None else origin
+        self.curve: Sequence[Tensor] | None = None
+        """c; None for a straight line."""
 
     @torch.no_grad()
     def go(self, step: float) -> None:
         """Puts the parameters at a distance t, and back exactly for t = 0."""
-        for param, start, change in zip(self.params, self.origin, self.change, strict=True):
-            param.copy_(start) if step == 0 else torch.sub(start, change, alpha=step, out=param)
+        self._write(step, [param.data for param in self.params])
+
+    @torch.no_grad()
+    def settle(self, step: float) -> None:
+        """As `go`, for good."""
+        self._write(step, self.params)
+
+    def _write(self, step: float, places: Sequence[Tensor]) -> None:
+        for place, start, change in zip(places, self.origin, self.change, strict=True):
+            place.copy_(start) if step == 0 else torch.sub(start, change, alpha=step, out=place)
+        if step and self.curve is not None:
+            for place, curve in zip(places, self.curve, strict=True):
+                place.sub_(curve, alpha=step * step)
+
+    def moved(self, step: float) -> list[Tensor]:
+        """t·v + t²·c, what is subtracted from θ; zeros for t = 0, whatever v is."""
+        if step == 0:
+            return [torch.zeros_like(change) for change in self.change]
+        if self.curve is None:
+            return [step * change for change in self.change]
+        return [step * change + step * step * c for change, c in zip(self.change, self.curve, strict=True)]

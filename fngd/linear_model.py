@@ -5,6 +5,7 @@ m(v) = ½‖s − J v‖², v the change that is subtracted from the parameters 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,7 @@ class LinearModel:
         batch, size = residuals.count, sum(p.numel() for p in params)
         factored = options.gram == "factored"
         kind = choose("samples" if factored else options.solve, batch, size, options.max_samples)
-        chunk, fitting = options.chunk_size, max(1, HELD_BYTES // (size * params[0].element_size()))
+        chunk, fitting = options.chunk_size, max(1, HELD_BYTES // (8 * size))
         if options.gram == "auto" and chunk is None and batch > fitting:
             chunk = max(1, fitting // 3)
         check = options.check and step % CHECK_EVERY == 0
@@ -89,6 +90,19 @@ class LinearModel:
         """tr J Jᵀ; of a sketch, its own, which is less."""
         return self.system.trace
 
+    @property
+    def rounding(self) -> float:
+        """What rounding of the parameters does to s, about: changes of a norm below it cannot be told from none."""
+        largest = max((p.detach().abs().amax().item() for p in self.jacobian.params if p.numel()), default=0.0)
+        eps = torch.finfo(self.jacobian.scaled.dtype).eps
+        return eps * math.sqrt(self.trace) * (largest if math.isfinite(largest) else 1.0)
+
+    @property
+    def noise(self) -> float:
+        """What rounding does to the loss, about, with a margin of ten."""
+        eps = torch.finfo(torch.float64).eps
+        return 10 * (self.rounding * (self.rounding + math.sqrt(2 * self.loss)) + eps * self.loss)
+
     def solve(self, damping: float, start: Float[Tensor, " size"] | None = None) -> Solved:
         """argmin ‖J d − s‖² + λ‖d − start‖²."""
         rhs = self.jacobian.scaled.detach()
@@ -97,15 +111,10 @@ class LinearModel:
         solved = self.system.solve(rhs - self.jacobian.apply(start), damping)
         return Solved(start + solved.direction, solved.method, solved.error, solved.iterations)
 
-    def foretold(self, change: Float[Tensor, " size"]) -> float:
-        """m(change)."""
-        left = self.jacobian.scaled.detach() - self.jacobian.apply(change)
-        return left.double().square().sum().item() / 2
-
-    def gain(self, change: Float[Tensor, " size"], reached: float) -> float:
-        """Actual over foretold decrease of the loss; −inf where the model foretells none."""
-        decrease = self.loss - self.foretold(change)
-        return (self.loss - reached) / decrease if decrease > 0 else -torch.inf
+    def decrease(self, image: Float[Tensor, " batch"]) -> float:
+        """L − m(v), foretold for a change v, from its image J v."""
+        left = self.jacobian.scaled.detach() - image
+        return self.loss - left.double().square().sum().item() / 2
 
 
 def finite_or_error(residuals: Residuals) -> Residuals:

@@ -49,9 +49,10 @@ class FirstScale:
     def see(self, grads: LayerGrads, groups: Sequence[Mapping[str, Any]]) -> None:
         """To be called in a backward pass, with gradients of one of the layers that it meets."""
         self._half |= any(call.z.dtype is torch.float16 for call in grads.calls)
-        if self._task == torch._C._current_graph_task_id():
+        task = torch._C._current_graph_task_id()
+        if task in (self._task, -1):  # seen, or in no pass of the engine
             return
-        self._task = torch._C._current_graph_task_id()
+        self._task = task
         loss = running_loss()
         if loss is not None and grads.batch_size > 1:
             self._found = _reduction(loss.grad_fn, grads.batch_size, scaled=self._scaler is not None)

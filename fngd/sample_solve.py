@@ -43,13 +43,15 @@ class Sketch:
 
 
 class DenseSolver:
-    """Solves with one K and any number of dampings and right-hand sides; each damping is factorised once."""
+    """Solves with one K and any number of dampings and right-hand sides; each damping is factorised once.
 
-    def __init__(self, gram: Float[Tensor, "batch batch"]) -> None:
+    `noise`: size of rounding errors in K, or of what those in J are in it, over tr K; no damping is below it.
+    """
+
+    def __init__(self, gram: Float[Tensor, "batch batch"], noise: float = 0.0) -> None:
         self.gram = gram.double()
         self.trace = self.gram.trace().item()
-        self.floor = torch.finfo(gram.dtype).eps * self.trace if gram.element_size() < 8 else 0.0
-        """The least damping: rounding errors of a K that was formed in float32 have about this size."""
+        self.floor = noise * self.trace
         self._damping: float | None = None
         self._factor: Tensor | None = None
 

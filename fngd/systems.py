@@ -62,7 +62,7 @@ class SampleSystem:
     """J Jᵀ, in float64."""
 
     def __init__(self, jacobian: Jacobian) -> None:
-        self._jacobian, self._solver = jacobian, DenseSolver(jacobian.gram())
+        self._jacobian, self._solver = jacobian, DenseSolver(jacobian.gram(), jacobian.noise)
         self.trace = _finite(self._solver.trace)
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
@@ -74,12 +74,12 @@ class ParameterSystem:
     """JᵀJ, in float64."""
 
     def __init__(self, jacobian: Jacobian) -> None:
-        self._jacobian, self._solver = jacobian, DenseSolver(jacobian.normal_matrix())
+        self._jacobian, self._solver = jacobian, DenseSolver(jacobian.normal_matrix(), jacobian.noise)
         self.trace = _finite(self._solver.trace)
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """By Cholesky; by eigenvalues where JᵀJ + λI is not definite."""
-        found = self._solver(self._jacobian.transposed(rhs), damping).to(rhs.dtype)
+        found = self._solver(self._jacobian.transposed(rhs), damping)
         return Solved(found, f"{self._solver.method}, parameters", None)
 
 

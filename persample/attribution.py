@@ -194,9 +194,8 @@ def attribute(
     owners = [None if known is None else known.owner(levels) for known in found]
     holes = [place for place, known in enumerate(found) if known is not None and known.holes]
     if given is not None:
-        for place in holes:
-            owners[place] = given(place) or owners[place]
-    holes = [place for place in holes if NOBODY in getattr(owners[place], "ids", ())]
+        owners = [(given(place) if place in holes else None) or owner for place, owner in enumerate(owners)]
+    holes = [place for place in holes if (owner := owners[place]) is not None and NOBODY in owner.ids]
     if holes and finite is not None:
         with finite(lambda: backward(torch.ones_like(losses))):
             stand_ins, others = attribute(backward, losses, shapes, watch)
@@ -211,9 +210,16 @@ def _joined(z: Tensor | None, owner: Owner | None, other: Tensor | None, others:
         return None
     ids = torch.where(other != 0, others.of_entries(z.shape), NOBODY)
     ids = torch.where(z.isfinite() & (z != 0), owner.of_entries(z.shape), ids)
-    joined = _arranged(ids, owner.batch) if bool((ids != NOBODY).any()) else None
-    lost = joined is None or bool(((joined.of_entries(z.shape) == NOBODY) & ~z.isfinite()).any())
-    return None if lost else joined
+    lost = (ids == NOBODY) & ~z.isfinite()
+    if not bool(lost.any()):
+        return arranged(ids, owner.batch)
+    # what no pass shows goes by its row, where there is one way only to read rows
+    along = {axis: found for axis in range(z.ndim) if (found := along_axis(ids, axis)) is not None}
+    if len(along) != 1:
+        return None
+    [(axis, found)] = along.items()
+    joined = Owner(axis, fill(found, owner.batch), owner.batch)
+    return None if bool((lost & (joined.of_entries(z.shape) == NOBODY)).any()) else joined
 
 
 class _Found:
@@ -286,15 +292,17 @@ def locate(z: Tensor, probed: Sequence[Tensor], batch: int, levels: int = DEFAUL
     if batch <= 1:
         return Owner(None, torch.zeros((), dtype=torch.long, device=z.device), batch)
     ids = _of_entries(z, probed, batch, levels)
-    return None if ids is None else _arranged(ids, batch, whole=bool(z.isfinite().all()))
+    if ids is None:
+        return None
+    return arranged(ids, batch) if bool(z.isfinite().all()) else Owner(None, ids, batch)
 
 
-def _arranged(ids: Int[Tensor, " *size"], batch: int, *, whole: bool = True) -> Owner:
-    """The owner of entries whose samples are known; silent rows follow the others' pattern where z is `whole`."""
+def arranged(ids: Int[Tensor, " *size"], batch: int) -> Owner:
+    """The owner of entries whose samples are known; silent ones go by their row, and rows by the others' pattern."""
     for axis in likely_axes(ids.shape, batch):
         along = along_axis(ids, axis)
         if along is not None:
-            return Owner(axis, fill(along, batch) if whole else along, batch)
+            return Owner(axis, fill(along, batch), batch)
     return Owner(None, ids, batch)
 
 

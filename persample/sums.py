@@ -97,7 +97,7 @@ def weighted_sum(uses: Uses, c: Float[Tensor, " batch"], apart: Samples | None =
     total = weighted_sum(uses, c.index_fill(0, apart, 0))
     for part, rows in _rows_of(uses, apart):
         factors = c[apart[part]].to(rows)
-        total = total + (factors @ rows.flatten(1)).view(total.shape)
+        total = total + (factors @ rows.reshape(len(rows), -1)).view(total.shape)
     return total
 
 

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from persample.attribution import NOBODY, Output, Owner, Visit, along_axis, fill, likely_axes
+from persample.attribution import NOBODY, Output, Owner, Visit, arranged
 
 
 def supported(
@@ -34,11 +34,12 @@ def supported(
         outputs: what is known of each gradient; None where there is none.
         finite: as of `persample.attribution.attribute`.
     """
-    owners, told = _once(watch, losses, outputs)
-    if not told:
+    found = _passes(watch, losses, outputs)
+    lost = [None if support is None else support.lost for support in found]
+    if any(each is not None and bool(each.any()) for each in lost):
         with finite(lambda: watch(torch.ones_like(losses), lambda place, z: None)):
-            owners, _ = _once(watch, losses, outputs)
-    return owners
+            found = _passes(watch, losses, outputs)
+    return [None if support is None else support.owner(each) for support, each in zip(found, lost, strict=True)]
 
 
 def supported_by(
@@ -57,10 +58,10 @@ def supported_by(
     return supported(watch, losses, outputs, finite)
 
 
-def _once(
+def _passes(
     watch: Callable[[Tensor, Visit], None], losses: Tensor, outputs: Sequence[Output | None]
-) -> tuple[list[Owner | None], bool]:
-    """Owners, and whether all gradients were finite, so that they tell."""
+) -> list[_Support | None]:
+    """What the passes show at each place."""
     number = torch.arange(losses.shape[0], device=losses.device)
     generator = torch.Generator().manual_seed(0)
     found = [None if output is None else _Support(output, len(number)) for output in outputs]
@@ -74,13 +75,16 @@ def _once(
                     support.add(place, value, z)
 
             watch(torch.where((number >> place) & 1 == value, drawn.to(losses), 0), visit)
-    owners = [None if support is None else support.owner() for support in found]
-    return owners, all(support is None or support.finite for support in found)
+    return found
 
 
 def bits_of(batch: int) -> int:
     """How many bits the samples' numbers have."""
     return max(batch - 1, 0).bit_length()
+
+
+SMALL = 2.0**24
+"""Times the smallest number of the format: less than that, and a gradient loses digits, or is zero, in some passes."""
 
 
 class _Support:
@@ -90,15 +94,17 @@ class _Support:
         self._batch = batch
         self._ids = torch.zeros(output.shape, dtype=torch.long, device=output.device)
         self._known, self._zeros = torch.zeros_like(self._ids), torch.zeros_like(self._ids)
-        self._before = torch.zeros_like(self._ids, dtype=torch.bool)
+        self._before, self._sizable = (torch.zeros_like(self._ids, dtype=torch.bool) for _ in range(2))
         self._mixed = False
-        self.finite = True
+        self.lost = torch.zeros_like(self._before)
+        """Entries that were not finite."""
 
     def add(self, place: int, value: int, z: Tensor) -> None:
         """Takes the gradient of the losses of samples whose number has this value at this place; 0 comes first."""
         z = z.reshape(self._ids.shape)
-        self.finite = self.finite and bool(z.isfinite().all())
+        self.lost |= ~z.isfinite()
         there = z != 0
+        self._sizable |= z.abs() > SMALL * torch.finfo(z.dtype).tiny
         if not value:
             self._zeros += there.long() << place
         if value:
@@ -107,20 +113,19 @@ class _Support:
             self._known += there | self._before
         self._before = there
 
-    def owner(self) -> Owner | None:
-        """Whom each entry belongs to, or None where samples mix."""
+    def owner(self, needed: Tensor | None) -> Owner | None:
+        """Whom each entry belongs to, or None where samples mix, or an entry that is `needed` is nobody's."""
         bits = bits_of(self._batch)
         ids = torch.where(self._known == bits, self._ids, NOBODY)
-        partly = (self._known > 0) & (self._known < bits)  # zero in some pass with its sample: it cancels, underflows
         if self._mixed or bool((ids >= self._batch).any()):
             return None
-        for axis in likely_axes(ids.shape, self._batch):
-            along = along_axis(ids, axis)
-            if along is None:
-                continue
-            filled = fill(along, self._batch)
-            each = filled.view([-1 if d == axis else 1 for d in range(ids.ndim)])
-            # what was seen in some passes alone is that of the sample which the pattern of the others says
-            if not bool((partly & ((each == NOBODY) | (self._ids & ~each | self._zeros & each).bool())).any()):
-                return Owner(axis, filled, self._batch)
-        return None if bool(partly.any()) else Owner(None, ids, self._batch)
+        owner = arranged(ids, self._batch)
+        each = owner.of_entries(ids.shape)
+        nobody = each == NOBODY
+        # Zero in some pass with its own sample: rounding of what cancels, at nobody's loss; or it underflows. Then it
+        # is that of the sample that the pattern of the others says, unless it was seen without that one.
+        partly = (self._known > 0) & (self._known < bits)
+        without = ((self._ids & ~each) | (self._zeros & each)).bool()
+        lost = partly & ((nobody & ~self._sizable) | (~nobody & without))
+        needed = lost if needed is None else needed & nobody | lost
+        return None if bool(needed.any()) else owner

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fuzz_vectors import Fn
+from fuzz_families import Fn
 from torch import nn
 from torch.nn import functional as F
 
@@ -214,7 +214,9 @@ def faults_of(drawn, floor=2e-6):
         results["reweight norms"] = relative(own, norms).max().item()
     if off > 0.1:  # the loop itself has no digits: nothing to be compared with, but the bound must hold
         results = {}
-    faults += [f"{where}: {name} off by {e:.1e}, the loop by {off:.1e}" for name, e in results.items() if not e <= allowed]
+    faults += [
+        f"{where}: {name} off by {e:.1e}, the loop by {off:.1e}" for name, e in results.items() if not e <= allowed
+    ]
     for b in range(len(drawn.x)):
         bound = single[b].norm().item() * r.choice([0.01, 0.3, 0.9])
         if not bound > 1e-30:

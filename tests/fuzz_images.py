@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fuzz_vectors import FAMILIES, Fn, family, same, weights
+from fuzz_families import Fn, family, same, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -200,6 +200,3 @@ def projected_volume(r, shape):
 @family(4)
 def mean_volume(r, shape):
     return Fn(lambda m, x: m.l(x.flatten(2).mean(2)), l=nn.Linear(shape[0], 2)), (2,)
-
-
-__all__ = ["FAMILIES"]

@@ -6,13 +6,15 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-import fuzz_images
-import fuzz_sequences  # noqa: F401 - registers its families
+import fuzz_images  # noqa: F401 - registers its families, as do the others
+import fuzz_routing  # noqa: F401
+import fuzz_sequences  # noqa: F401
+import fuzz_vectors  # noqa: F401
 import torch
+from fuzz_families import FAMILIES
 from torch import nn
 from torch.nn import functional as F
 
-FAMILIES = fuzz_images.FAMILIES
 UNUSUAL = ("none", "none", "nan", "nan entry", "inf entry", "zero", "duplicate", "huge", "tiny")
 
 

@@ -141,8 +141,8 @@ def foreign(error):
     return not (ours and isinstance(error, (ValueError, TypeError, RuntimeError)))
 
 
-def evaluate(drawn, truth, way, again=None):
-    """Returns the finding for one way: every reduction against the loop. `again`: a result to take `gram(other=)` of."""
+def evaluate(drawn, truth, way):
+    """Returns the finding for one way: every reduction against the loop."""
     name = ",".join(f"{k}={v}" for k, v in way.items())
     try:
         with warnings.catch_warnings():
@@ -195,7 +195,9 @@ def compare(psg, truth, drawn, r):
     for per, groups in (("param", {n: [n] for n in truth.rows}), ("layer", psg.layers)):
         for key, ours in psg.norms(per=per).items():
             part = norms_of(truth.flat(groups[key]))
-            expect(f"norms {per} {key}", ours[clear], part[clear], spread[clear] + 1e-9 * part[clear].nan_to_num(0, 0, 0))
+            expect(
+                f"norms {per} {key}", ours[clear], part[clear], spread[clear] + 1e-9 * part[clear].nan_to_num(0, 0, 0)
+            )
     if bool(clear.all()):
 
         def expect_gram(what, ours, part):
@@ -253,7 +255,8 @@ def findings(draw, seeds):
     for seed in seeds:
         drawn = draw(seed)
         truth = Truth(drawn)
-        alone = differs(drawn.losses(drawn.inputs, drawn.targets).detach(), truth.losses, 1e-9 * truth.losses.abs().nan_to_num(0, 0, 0) + 1e-12)  # fmt: skip
+        room = 1e-9 * truth.losses.abs().nan_to_num(0, 0, 0) + 1e-12
+        alone = differs(drawn.losses(drawn.inputs, drawn.targets).detach(), truth.losses, room)
         if alone:
             yield Finding("coupled", seed, "", alone)
             continue

@@ -119,7 +119,14 @@ def rows_of(model, x):
 def per_sample_job(rank, kind):
     """Faults of `per_sample` on wrapped models, in every way to ask, and how many answers and refusals there were."""
     faults, counts = [], {"exact": 0, "refused": 0}
-    ways = ({"hold": "factors"}, {"hold": "graph"}, {"backend": "hooks"}, {"backend": "vmap"}, {"chunk_size": 2}, {"check": False})
+    ways = (
+        {"hold": "factors"},
+        {"hold": "graph"},
+        {"backend": "hooks"},
+        {"backend": "vmap"},
+        {"chunk_size": 2},
+        {"check": False},
+    )
     for name in MODELS:
         bare, shape = model_of(name)
         torch.manual_seed(10 + rank)
@@ -142,7 +149,9 @@ def per_sample_job(rank, kind):
                     results["grads"] = (torch.cat([ours[n].flatten(1) for n in names], 1), want)
                 for what, (ours, theirs) in results.items():
                     if not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10):
-                        faults.append(f"{where}: {what} {ours.flatten()[:4].tolist()} instead of {theirs.flatten()[:4].tolist()}")
+                        faults.append(
+                            f"{where}: {what} {ours.flatten()[:4].tolist()} instead of {theirs.flatten()[:4].tolist()}"
+                        )
                 counts["exact"] += 1
             except persample.PerSampleError:
                 counts["refused"] += 1

@@ -1,4 +1,4 @@
-"""`persample.reweight` on the drawn models of `fuzz_models`, against the loop: gradients, or a refusal that is documented."""
+"""`persample.reweight` on the models of `fuzz_models`: the loop's gradients, or a refusal that is documented."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def judge(seed):
     truth = Truth(drawn)
     r = random.Random(seed + 7)
     functions = r.random() < 0.4
-    where = f"seed {seed} {'time first ' * drawn.axis}B={drawn.batch} {drawn.unusual} functions={functions} {drawn.families}"
+    kind = f"{'time first ' * drawn.axis}B={drawn.batch} {drawn.unusual} functions={functions}"
+    where = f"seed {seed} {kind} {drawn.families}"
     asked = {}
 
     def policy(layer, grads):
@@ -38,8 +39,7 @@ def judge(seed):
     model = drawn.model
     model.zero_grad()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*")
+        warnings.simplefilter("ignore")
         handle = persample.reweight(model, policy, functions=functions)
         try:
             drawn.losses(drawn.inputs, drawn.targets).sum().backward()
@@ -71,7 +71,11 @@ def compare(drawn, truth, where, asked, parameters, said, functions):
         else:
             part = re.search(r"\[(\d+):(\d+)\]$", path)
             cut = slice(int(part[1]), int(part[2])) if part else slice(None)
-            own = [(names[id(p)], cut if p.ndim else slice(None)) for p in parameters[path] if p is not None and id(p) in names]
+            own = [
+                (names[id(p)], cut if p.ndim else slice(None))
+                for p in parameters[path]
+                if p is not None and id(p) in names
+            ]
         own = [(n, cut) for n, cut in own if n in truth.rows]
         if not own:
             continue

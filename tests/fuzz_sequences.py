@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fuzz_vectors import Doubled, Fn, family, same, weights
+from fuzz_families import Fn, family, same, weights
+from fuzz_vectors import Doubled
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import warnings
 
-import fuzz_optimizers as dense
+import fuzz_preconditioners as dense
 import torch
-from fuzz_vectors import Fn
+from fuzz_families import Fn
+from fuzz_optimizers import Natural
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,17 +19,28 @@ METHODS = ("NGD", "NGD", "FNGD", "FNGD", "KFAC", "SKFAC", "Eva", "Shampoo")
 
 def model_of(r):
     """A small model of linear and convolution layers, normalisations and bare parameters, with its input's shape."""
-    kind, bias = r.choice(["vector", "sequence", "time first", "image", "line", "tokens", "twice", "transposed"]), r.random() < 0.7
+    kind, bias = (
+        r.choice(["vector", "sequence", "time first", "image", "line", "tokens", "twice", "transposed"]),
+        r.random() < 0.7,
+    )
     out, wide = 3, r.randint(2, 5)
     act = r.choice([nn.Tanh, nn.Sigmoid, nn.Softplus])
     if kind == "vector":
         return nn.Sequential(nn.Linear(4, wide, bias), act(), nn.LayerNorm(wide), nn.Linear(wide, out)), (4,)
     if kind in ("sequence", "tokens"):
         first = nn.Embedding(6, 4) if kind == "tokens" else nn.Identity()
-        body = [first, nn.Linear(4, wide, bias), act(), Fn(lambda m, x: x * m.p, p=torch.randn(wide)), nn.Linear(wide, 2)]
+        body = [
+            first,
+            nn.Linear(4, wide, bias),
+            act(),
+            Fn(lambda m, x: x * m.p, p=torch.randn(wide)),
+            nn.Linear(wide, 2),
+        ]
         return nn.Sequential(*body, nn.Flatten(), nn.Linear(6, out)), (3,) if kind == "tokens" else (3, 4)
     if kind == "time first":
-        turn = Fn(lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh()).mean(0), a=nn.Linear(4, wide, bias), b=nn.Linear(wide, out))
+        turn = Fn(
+            lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh()).mean(0), a=nn.Linear(4, wide, bias), b=nn.Linear(wide, out)
+        )
         return turn, (3, 4)
     if kind == "image":
         groups = r.choice([1, 2])
@@ -105,14 +117,17 @@ def run(seed, steps=8):
     sizes = [r.choice([1, 2, 3, 4, 5]) if r.random() < 0.3 else 4 for _ in range(per_epoch)]
     where = f"seed {seed} {method} {o} passes={passes} {type(model).__name__}"
     tokens = isinstance(model, nn.Sequential) and isinstance(model[0], nn.Embedding)
-    draw = (lambda n: torch.randint(6, (n, *shape))) if tokens else lambda n: torch.randn(n, *shape, dtype=torch.float64)
+    draw = (
+        (lambda n: torch.randint(6, (n, *shape))) if tokens else lambda n: torch.randn(n, *shape, dtype=torch.float64)
+    )
     twin = (
-        dense.Natural(model, losses, o, per_epoch if method == "FNGD" else None)
+        Natural(model, losses, o, per_epoch if method == "FNGD" else None)
         if method in ("NGD", "FNGD")
         else getattr(dense, method)(model, losses, o)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*preconditions")  # little of the model: says so
         optimizer = made(method, model, o, per_epoch, sum(sizes))
         for step in range(steps):
             place = step % per_epoch

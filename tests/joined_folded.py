@@ -26,7 +26,7 @@ def _build(kind: type[nn.Module]) -> nn.Module:
     return kind()
 
 
-def _sharded(model: Frames) -> nn.Module:
+def _sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -66,24 +66,31 @@ def folded_rows_join_by_samples(rank: int, world: int) -> None:
     truth.remove()
 
 
+class Selected(Frames):
+    """A selection of all samples, whose order the graph does not tell, so that nothing is proven."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[torch.arange(len(x))]
+
+
 def nothing_is_tried_where_processes_may_differ(rank: int, world: int) -> None:
-    """FSDP2: the first pass is tried out, in every process; another number of frames later must have been said."""
-    for given in (True, False):
-        model, sizes = _build(Frames), list[int]()
+    """FSDP2: the first pass is tried out, in every process; another number of frames later must be proven or said."""
+    for kind, given in ((Frames, False), (Selected, True), (Selected, False)):
+        model, sizes = _build(kind), list[int]()
         net = _sharded(model)
         where: Any = {name: Folded() for name in ("conv", "up", "mix", "project")} | {"head": 0}
         handle = persample.reweight(
             model, lambda layer, g, s=sizes: s.append(g.batch_size), batch_axis=where if given else None
         )
-        refused = ""
+        refused, known = "", given or kind is Frames
         for frames in (3, 5):
             x, y = _batch(rank, 4, frames)
             try:
                 F.cross_entropy(net(x), y).backward()
             except ValueError as error:
                 refused = str(error)
-        assert sizes == [4] * (10 if given else 6), sizes
-        assert ("it was not tried out with other samples, because processes share" in refused) != given, refused
+        assert sizes == [4] * (10 if known else 6), sizes
+        assert ("it was not tried out with other samples, because processes share" in refused) != known, refused
         handle.remove()
 
 

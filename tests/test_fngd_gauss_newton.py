@@ -77,6 +77,28 @@ def test_direction_for_any_sizes(interior: int, boundary: int, chunk: int, seed:
     close(flat(opt.direction(closure)), dense_direction(*dense_rows(net, closure)))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_accelerated_path_is_the_dense_one(form: str) -> None:
+    """θ − t·d − t²·c, where J c fits half of the second derivative of s along d; exact, as s is quadratic."""
+    torch.manual_seed(2)
+    w, a, q = nn.Parameter(torch.randn(4).double()), torch.randn(9, 4).double(), 0.03 * torch.randn(9, 4, 4).double()
+    start = w.detach().clone()
+
+    def residuals(v: Tensor) -> Tensor:
+        return a @ v + torch.einsum("bij,i,j->b", q, v, v) - 1
+
+    rows, s = jacrev(residuals)(start) / 3, residuals(start) / 3  # √B = 3
+    d = dense_direction(rows, s)
+    c = dense_direction(rows, torch.einsum("bij,i,j->b", q, d, d) / 3)
+    opt = GaussNewton([w], damping=DAMPING, **FORMS[form])
+    opt.step(lambda: residuals(w))
+    assert opt.info is not None
+    t = opt.info.step_size
+    assert t == 1
+    close(start - w.detach(), t * d + t**2 * c)
+    assert torch.linalg.vector_norm(c) > 0.01 * torch.linalg.vector_norm(d)
+
+
 def test_many_residuals_take_the_symmetric_product() -> None:
     net, closure = problem(interior=300, boundary=30)
     expected = dense_direction(*dense_rows(net, closure))

@@ -120,8 +120,9 @@ def test_groups_as_list_tuple_and_dict(shape: type) -> None:
     assert losses[2] < losses[0]
 
 
-def test_dropout_is_noise_between_calls() -> None:
-    """In training mode two calls differ: the search may find no decrease, but it never accepts an increase it saw."""
+@pytest.mark.parametrize("options", [{}, {"gram": "factored"}, {"chunk_size": 7}])
+def test_dropout_has_one_mask_a_step(options: dict[str, Any]) -> None:
+    """In training mode the calls of a step are of one function, and the search never accepts an increase."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double()
     x = torch.rand(30, 2).double()
@@ -129,14 +130,15 @@ def test_dropout_is_noise_between_calls() -> None:
     def closure() -> Tensor:
         return net(x).squeeze(1) - x.sum(1)
 
-    opt = GaussNewton(net, damping=1e-2)
+    opt = GaussNewton(net, damping=1e-2, **options)
     for _ in range(5):
         opt.step(closure)
         assert opt.info is not None
         assert opt.info.loss_after is not None
         assert opt.info.loss_after <= opt.info.loss
+    own = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="differ from call to call"):
-        GaussNewton(net, gram="factored").direction(closure)
+        GaussNewton(net, gram="factored").direction(lambda: net(torch.rand(9, 2, generator=own).double()).squeeze(1))
     net.eval()
     losses = [opt.step(closure).item() for _ in range(10)]
     assert losses[-1] < 0.1 * losses[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -182,3 +183,18 @@ def test_the_loss_of_the_innermost_backward_pass_is_found() -> None:
     x.exp().backward(torch.ones(3))
     assert seen[1:] == [None, None], "not certain, or no loss"
     assert running_loss() is None
+
+
+def test_the_loss_is_found_from_the_thread_of_a_device() -> None:
+    seen: list[Tensor | None] = []
+    x = torch.randn(3, requires_grad=True)
+
+    def look(grad: Tensor) -> None:
+        thread = Thread(target=lambda: seen.append(running_loss()))
+        thread.start()
+        thread.join()
+
+    x.register_hook(look)
+    loss = x.square().sum()
+    loss.backward()
+    assert seen == [loss]

@@ -1,8 +1,7 @@
-"""Norms, Gram matrices and clipped sums where positions or uses of a sample nearly cancel, in float32, over drawn models."""
-
-from fuzz_cancellation import judge
+"""Norms, Gram matrices and clipped sums in float32 where positions or uses of a sample nearly cancel."""
 
 import pytest
+from fuzz_cancellation import judge
 
 
 @pytest.mark.slow

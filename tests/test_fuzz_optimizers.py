@@ -1,9 +1,8 @@
-"""Training runs of every optimiser beside dense oracles, and `reweight` beside the loop, over drawn models and options."""
-
-from fuzz_reweight import judge
-from fuzz_training import run
+"""Training runs of every optimiser beside dense oracles, and `reweight` beside the loop."""
 
 import pytest
+from fuzz_reweight import judge
+from fuzz_training import run
 
 
 @pytest.mark.slow

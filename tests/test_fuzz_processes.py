@@ -1,9 +1,8 @@
-"""Two gloo processes: per-sample gradients under DDP and FSDP are exact or refused; the global Gram matrix with branches."""
+"""Two gloo processes: per-sample gradients under DDP and FSDP, exact or refused; the global Gram matrix."""
 
 import fuzz_processes as fuzz
-import torch
-
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 

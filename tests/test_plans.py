@@ -67,6 +67,29 @@ def test_other_sizes_follow_a_proven_plan(kind: str, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(importlib.import_module("persample.reading"), "find_uses", None)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_recurrence_that_is_one_operation(batch_first: bool) -> None:
+    """In single precision, on a CPU: steps are mixed and samples are apart, at any length."""
+    layer, axis = nn.LSTM(3, 4, batch_first=batch_first), 0 if batch_first else 1
+    head = nn.Linear(4, 2)
+    for sizes in ((4, 3), (5, 6), (4, 2)):
+        x = torch.randn(sizes if batch_first else sizes[::-1]).unsqueeze(-1).repeat(1, 1, 3)
+        outputs = head(layer(x)[0])
+        losses = outputs.square().sum((1 - axis, 2))
+        graph = trace(losses)
+        uses = [node for node in graph.order if "RnnLayer" in node.name() or "Addmm" in node.name()]
+        found = proven(graph, uses, sizes[0])
+        assert found is not None
+        recurrent = [at for (node, _), at in found.items() if "RnnLayer" in node.name()]
+        assert recurrent
+        assert all(at.inner == 1 for at in recurrent)
+        rows = persample.grad(losses, layer.parameters())
+        for b in (0, sizes[0] - 1):
+            alone = torch.autograd.grad(losses[b], list(layer.parameters()), retain_graph=True)
+            for row, expected in zip(rows, alone, strict=True):
+                torch.testing.assert_close(row[b], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sizes_at_which_samples_mix_are_refused() -> None:
     """The same operations and another batch: what is proven for eight samples does not hold for six."""
 
