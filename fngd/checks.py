@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from fngd.coefficients import is_number
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -203,3 +205,17 @@ def _refuse_no_parameters(kind: type, params: Any, of_model: bool) -> None:
             f"all. Got {got}; other options go by name, as lr=0.1"
         )
     raise TypeError(f"{name} takes parameters, or parameter groups: give model.parameters(); got {got}")
+
+
+def showing(options_of: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Returns a decorator: `help()` and `inspect.signature` show another function's keywords, not `**options`."""
+
+    def decorate(function: Function) -> Function:
+        own = inspect.signature(function)
+        kept = {name: p for name, p in own.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        shown = inspect.signature(options_of).parameters
+        more = [p for name, p in shown.items() if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in kept]
+        function.__signature__ = own.replace(parameters=[*kept.values(), *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fngd.checks import showing
 from fngd.distributed import world_size
 from fngd.groups import first_parameter
 from fngd.members import parameter_of
 from fngd.met import Met
 from fngd.natural import NaturalSGD
 from fngd.ngd import NGD
-from fngd.options import Options, showing
+from fngd.options import Options
 from fngd.sharing import SHARES, CoefficientTable
 
 

@@ -24,9 +24,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fngd.checks import showing
 from fngd.joint import Found, Ranks, joined_sums
+from fngd.layer_options import LayerOptions
 from fngd.layerwise import LayerPreconditioned, State
-from fngd.options import LayerOptions, showing
 from fngd.statistics import (
     Factors,
     Statistics,

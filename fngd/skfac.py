@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from fngd.checks import showing
 from fngd.joint import Found, Ranks, joined_rows
 from fngd.kfac import damped_inverse, on_device
+from fngd.layer_options import LayerOptions
 from fngd.layerwise import LayerPreconditioned, State
-from fngd.options import LayerOptions, showing
 from fngd.statistics import (
     Factors,
     Statistics,

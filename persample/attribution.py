@@ -193,9 +193,10 @@ def attribute(
     levels = LEVELS.get(lowest, DEFAULT_LEVELS)
     owners = [None if known is None else known.owner(levels) for known in found]
     holes = [place for place, known in enumerate(found) if known is not None and known.holes]
-    for place in holes if given is not None else ():
-        owners[place] = given(place) or owners[place]
-    holes = [place for place in holes if owners[place] is not None and NOBODY in owners[place].ids]
+    if given is not None:
+        for place in holes:
+            owners[place] = given(place) or owners[place]
+    holes = [place for place in holes if NOBODY in getattr(owners[place], "ids", ())]
     if holes and finite is not None:
         with finite(lambda: backward(torch.ones_like(losses))):
             stand_ins, others = attribute(backward, losses, shapes, watch)

@@ -57,18 +57,6 @@ def _tensor(losses: object) -> str:
     return "compute it by operations of torch; what .item() or NumPy return has no gradient"
 
 
-def several_losses(samples: int | None, losses: int) -> str:
-    """What to say of several losses for each sample, as of tokens or outputs; "" where there is one."""
-    if not samples or losses <= samples or losses % samples:
-        return ""
-    return (
-        f"There are {losses} losses for {samples} samples, by dimension 0 of the inputs: {losses // samples} for each, "
-        "as of its tokens or outputs. For the gradient of every one of them there is persample.grad(losses, params); "
-        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample are "
-        "neighbours"
-    )
-
-
 def check_graph(losses: Tensor, parameters: Mapping[str, Tensor], graph: Graph | None = None) -> None:
     """Refuses losses that no gradient can be had of, as `losses.sum().backward()` does, or none but zeros.
 

@@ -24,7 +24,8 @@ from persample import memory
 from persample.backends import Problem
 from persample.backends.shared import buffers_kept
 from persample.batches import batch_size
-from persample.checks import check_losses, several_losses
+from persample.checks import check_losses
+from persample.coupling import several_losses
 from persample.cutting import part_of
 from persample.errors import CheckError, PerSampleError
 from persample.explanation import Explanation

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from persample.attribution import Output, Owner
-from persample.checks import several_losses
 from persample.errors import CoupledSamplesError, UnsupportedError
 from persample.graph import Graph, Node
 from persample.provenance import Provenance
@@ -31,6 +30,18 @@ def not_finite_error(name: str) -> UnsupportedError:
         f"the gradients at the operation that uses {name!r} are not finite for some sample, and whose they are cannot "
         "be told: the samples influence each other, or operations keep their tensors where they cannot be read. Leave "
         "the samples out that are not finite (losses.isfinite()), or call with each of them alone"
+    )
+
+
+def several_losses(samples: int | None, losses: int) -> str:
+    """What to say of several losses for each sample, as of tokens or outputs; "" where there is one."""
+    if not samples or losses <= samples or losses % samples:
+        return ""
+    return (
+        f"There are {losses} losses for {samples} samples, by dimension 0 of the inputs: {losses // samples} for each, "
+        "as of its tokens or outputs. For the gradient of every one of them there is persample.grad(losses, params); "
+        f"for one of each sample add them up, as by losses.view({samples}, -1).sum(1) where those of a sample are "
+        "neighbours"
     )
 
 

@@ -171,7 +171,7 @@ class PerSampleGrads:
 
     @reduction
     def gram(
-        self, per: Per = "total", other: PerSampleGrads | None = None
+        self, per: Per = "total", other: PerSampleGrads | Any | None = None
     ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
         """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
 
@@ -371,7 +371,7 @@ class PerSampleGrads:
         squares = self._group(self._each(squares_of), per, (self.batch,))
         # cross terms of several uses may leave a rounding error below zero
         norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
-        beyond = overflowed(add(list(norms.values())))
+        beyond = overflowed(add([norm.to(self.losses.device) for norm in norms.values()])) if norms else None
         return norms if beyond is None else self._lengths(per, norms, beyond)
 
     def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:

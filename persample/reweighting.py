@@ -220,7 +220,7 @@ class Reweighting:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Returns a context in which forward passes are ordinary ones and the policy is not asked: gradients are plain.
+        """Returns a context in which forward passes are ordinary and the policy is not asked: gradients are plain.
 
         For gradients that are differentiated again (a gradient penalty), and passes that are none of the policy's
         business. A pass that ran inside may be differentiated outside; one that ran before takes plain gradients

@@ -21,8 +21,9 @@ from persample.backends import Capture, Captured, Problem, alone, register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
 from persample.batches import batch_size
 from persample.blocks import Dense
-from persample.checks import check_graph, check_losses, several_losses
+from persample.checks import check_graph, check_losses
 from persample.containers import mapped
+from persample.coupling import several_losses
 from persample.errors import PerSampleError, UnsupportedError
 from persample.graph import precision_within, trace
 
@@ -85,7 +86,12 @@ def differentiate(problem: Problem, batch: int) -> tuple[dict[str, Tensor], Tens
     """Returns per-sample gradients by parameter, and the losses [B] of the samples alone."""
     parameters = {name: p.detach() for name, p in problem.parameters.items()}
     leaves: list = []
-    mapped(lambda leaf: leaves.append(leaf) or leaf, (problem.inputs, problem.targets))
+
+    def note(leaf: Any) -> Any:
+        leaves.append(leaf)
+        return leaf
+
+    mapped(note, (problem.inputs, problem.targets))
     samples = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and leaf.size(0) == batch]
     if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
         raise UnsupportedError(f"functorch cannot batch nested tensors among the inputs or targets. {ADVICE}")
