@@ -272,6 +272,12 @@ def samples_of_a_branch_reach_every_process(rank: int, world: int) -> None:
         losses_of(net(data(whose), heads(whose))).mean().backward()
         directions.append(grads_or_zeros(model))
         opt.step()
+        known = opt.state_dict()["coefficients"]["rows"]
+        assert {layer for layer, _ in known} == set("apqc")
+        assert all(
+            int(row.isfinite().sum()) == 4 * (world if layer in "ac" else 1 if layer == "p" else world - 1)
+            for (layer, _), row in known.items()
+        )
     check(directions[1], directions[0])
     opt.remove()
 
