@@ -225,8 +225,18 @@ class _Closure(nn.Module):
 
 
 def _connected(residuals: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """The residuals with a graph, where a group is constant: its gradients are zeros."""
-    return residuals if residuals.requires_grad else residuals + params[0].flatten()[:0].sum()
+    """The residuals; of a group that depends on no parameter with a graph that has one: its gradients are zeros."""
+    wanted = {id(p) for p in params}
+    stack, seen = [residuals.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return residuals
+        seen.add(node)
+        stack += [source for source, _ in node.next_functions]
+    return residuals + params[0].flatten()[:0].sum()
 
 
 def _residuals_themselves(residuals: Tensor, _: Any) -> Tensor:
