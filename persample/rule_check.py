@@ -36,7 +36,7 @@ DRAWS = 4
 UNITS, GROWTH = 8.0, 0.5
 """Rounding allowed, in units of the precision: `UNITS` + `GROWTH` √n for a sum of n terms, one after the other."""
 PARTS = 5e-2
-"""Rounding allowed where autograd adds the gradients of several uses in half precision, a part of their norms."""
+"""Rounding allowed where autograd adds the gradients of several uses, a part of their norms."""
 LONGEST_HALF = 256.0
 """Terms of a sum, at most, in half precision: of longer ones, added in half precision, rounding leaves too little."""
 
@@ -51,9 +51,10 @@ def check_use(uses: Mapping[str, Sequence[Use]], known: Separation, batch: int, 
 
 @torch.no_grad()
 def rounded_away(uses: Sequence[Use], known: Separation, weights: Tensor, gradient: Tensor) -> bool:
-    """Whether it is rounding in half precision that makes a parameter's rows and its batch gradient two things.
+    """Whether it is rounding that makes a parameter's rows and its batch gradient two things.
 
-    Kernels that add n numbers in half precision lose every one that is small beside the sum so far: of the gradient of
+    Where samples, or positions, nearly cancel, little but rounding is left of both. And kernels that add n numbers in
+    half precision lose every one that is small beside the sum so far: of the gradient of
     a layer normalisation's weight over 8,000 rows, all of one sign, a fifth is left. So the comparison is made in two
     steps, and what is lost is lost on both sides of the first one:
 

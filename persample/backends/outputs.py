@@ -33,11 +33,16 @@ from persample.saved import unpacked_by_hooks
 from persample.separation import Separation, z_at
 from persample.streaming import Stream, Take
 from persample.uses import Use
+from persample.watching import watched_losses_of
 
 HALF = (torch.float16, torch.bfloat16)
 LOST = (
     "the gradients that loss.backward() gives in {precision} to {names} are not the sums of the rows: autograd adds so "
     "many numbers there that most are lost beside their sum. The rows, added in float32, are right"
+)
+CANCELS = (
+    "what the gradients of {names} are sums of nearly cancels: rounding in {precision} leaves few digits, in "
+    "loss.backward(), too. The rows are as good as those"
 )
 
 
@@ -78,7 +83,7 @@ def hold_graph(problem: Problem) -> HeldGraph:
         held = HeldGraph(replace(found, known=None), problem.check)
         if found.known is not None and found.plan is not None and found.key is not None:
             if problem.check:
-                check_batch(held.stream, found, problem.parameters, problem.coupled)
+                check_batch(held.stream, found, problem.parameters, problem.coupled, held=True)
             plans.keep(found.key, found.plan)
     return held
 
@@ -162,11 +167,12 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
 
 
 def check_batch(
-    blocks: Callable[[Take], object], reading: Reading, parameters: Mapping[str, Tensor], coupled: str
+    blocks: Callable[[Take], object], reading: Reading, parameters: Mapping[str, Tensor], coupled: str, *, held: bool
 ) -> tuple[str, ...]:
     """Every parameter against autograd's gradient of weighted losses: one ordinary backward pass.
 
-    Returns what it has found out about that gradient.
+    Where they differ, and the graph is still `held`, it is found out whether that is rounding. Returns what it has
+    found out about that gradient.
     """
     losses = reading.losses
     if not parameters:
@@ -185,10 +191,11 @@ def check_batch(
     precision = precision_of(reading, parameters)
     missed = sums.misses(precision)
     for name, (miss, norm) in missed.items():
-        whole, found = gradient([name])[name] if precision in HALF else None, reading.uses.get(name, ())
+        whole, found = gradient([name])[name] if held else None, reading.uses.get(name, ())
         if whole is None or not rounded_away(found, known_again(reading, found), weights, whole):
             raise sum_error(name, miss, norm, precision=precision, backend="outputs")
-    return (LOST.format(names=", ".join(missed), precision=precision),) if missed else ()
+    note = LOST if precision in HALF else CANCELS
+    return (note.format(names=", ".join(missed), precision=precision),) if missed else ()
 
 
 def precision_of(reading: Reading, parameters: Mapping[str, Tensor]) -> torch.dtype:
@@ -209,14 +216,14 @@ def captured_by(
         captured = capture_reading(reading, reading.turn if check else None)
     elif precision_of(reading, parameters) in HALF and not reading.known.keep and not read_once(reading):
         # the check may ask for z again: the graph stays until it is done, so nothing else is held meanwhile
-        notes += check_batch(partial(stream, reading, None), reading, parameters, coupled)
+        notes += check_batch(partial(stream, reading, None), reading, parameters, coupled, held=True)
         captured = capture_reading(reading, None)
     else:
 
         def blocks(take: Take) -> None:
             captured.update(capture_reading(reading, None, take))
 
-        notes += check_batch(blocks, reading, parameters, coupled)
+        notes += check_batch(blocks, reading, parameters, coupled, held=reading.known.keep)
     if plans is not None and reading.plan is not None and reading.key is not None:
         plans.keep(reading.key, reading.plan)  # only what the check has passed
     return Capture(reading.losses.detach(), captured, notes=notes)
@@ -227,4 +234,13 @@ def capture(problem: Problem) -> Capture:
     """Runs the model and captures its losses."""
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        return captured_by(run(problem, plans), problem.parameters, plans, problem.coupled, check=problem.check)
+        reading = run(problem, plans)
+        try:
+            return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
+        except CheckError:
+            if not problem.check or reading.known is None or reading.known.keep:
+                raise
+        # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
+        losses, provenance = watched_losses_of(problem)
+        reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
+        return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
