@@ -73,9 +73,9 @@ class StepInfo:
     """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
 
 
-LAMBDA = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
+ABOVE_ZERO = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
 START = Where(NUMBER, lambda value: 0 < value <= 1, "a number > 0, at most 1")
-FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(LAMBDA)}}
+FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(ABOVE_ZERO)}}
 """Of what a state has besides torch's part."""
 
 
@@ -326,7 +326,7 @@ class GaussNewton(Checked, Optimizer):
         check_form(state_dict, {**TORCH, **FORM}, "")
         check_shapes(state_dict, self.param_groups)
         for group in state_dict["param_groups"]:
-            check_form(group, {"lr": RATE}, "parameter group")
+            check_form(group, {"lr": ABOVE_ZERO}, "parameter group")
         with whole_or_not(self, self._scalars, self._take):
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self._take(state_dict["gauss_newton"])

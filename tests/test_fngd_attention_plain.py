@@ -197,7 +197,8 @@ def test_members_of_what_is_no_layer() -> None:
     model, _ = problem("self")
     opt = NGD(model)
     assert members(opt._handle, "nothing") == (None, None)
+    entry = {"inputs": torch.eye(2), "outputs": torch.eye(2), "count": torch.ones(())}
     with pytest.raises(ValueError, match="factors of layers"):
         state = KFAC(copy.deepcopy(model)).state_dict()
-        state["preconditioner"]["running"]["attn.wrong_weight[0:2]"] = {}
+        state["preconditioner"]["running"]["attn.wrong_weight[0:2]"] = entry
         KFAC(copy.deepcopy(model)).load_state_dict(state)

@@ -14,7 +14,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed"),
+    *(
+        pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+        for name in ("transformers", "accelerate")
+    ),
     pytest.mark.filterwarnings("ignore"),  # its advice on its own options
 ]
 EPOCHS, BATCHES, BATCH, WORDS = 2, 3, 4, 40

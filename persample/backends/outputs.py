@@ -237,10 +237,14 @@ def capture(problem: Problem) -> Capture:
         reading = run(problem, plans)
         try:
             return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
-        except CheckError:
+        except CheckError as error:
             if not problem.check or reading.known is None or reading.known.keep:
                 raise
+            missed = error
         # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
         losses, provenance = watched_losses_of(problem)
         reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
-        return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
+        try:
+            return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
+        except CheckError:
+            raise missed from None
