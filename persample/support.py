@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from persample.attribution import NOBODY, Output, Owner, Visit, arranged
+from persample.attribution import NOBODY, Output, Owner, Visit, along_axis, arranged
 
 
 def supported(
@@ -103,7 +103,7 @@ class _Support:
         """Takes the gradient of the losses of samples whose number has this value at this place; 0 comes first."""
         z = z.reshape(self._ids.shape)
         self.lost |= ~z.isfinite()
-        there = z != 0
+        there = (z != 0) & z.isfinite()
         self._sizable |= z.abs() > SMALL * torch.finfo(z.dtype).tiny
         if not value:
             self._zeros += there.long() << place
@@ -116,16 +116,18 @@ class _Support:
     def owner(self, needed: Tensor | None) -> Owner | None:
         """Whom each entry belongs to, or None where samples mix, or an entry that is `needed` is nobody's."""
         bits = bits_of(self._batch)
-        ids = torch.where(self._known == bits, self._ids, NOBODY)
+        ids = torch.where((self._known == bits) & ~self.lost, self._ids, NOBODY)
         if self._mixed or bool((ids >= self._batch).any()):
             return None
+        if bool(self.lost.any()) and sum(along_axis(ids, axis) is not None for axis in range(ids.ndim)) > 1:
+            return None  # rows can be read in several ways
         owner = arranged(ids, self._batch)
         each = owner.of_entries(ids.shape)
         nobody = each == NOBODY
         # Zero in some pass with its own sample: rounding of what cancels, at nobody's loss; or it underflows. Then it
         # is that of the sample that the pattern of the others says, unless it was seen without that one.
-        partly = (self._known > 0) & (self._known < bits)
+        partly = (self._known > 0) & (self._known < bits) & ~self.lost
         without = ((self._ids & ~each) | (self._zeros & each)).bool()
         lost = partly & ((nobody & ~self._sizable) | (~nobody & without))
-        needed = lost if needed is None else needed & nobody | lost
+        needed = lost if needed is None else (needed | self.lost) & nobody | lost
         return None if bool(needed.any()) else owner
