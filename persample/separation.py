@@ -131,7 +131,8 @@ def settle(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separatio
         outputs = [known.outputs[node][output] for node, output in places.edges]
         if not any(outputs):
             continue
-        owners = supported(places.watch, losses, outputs, partial(stand_ins, graph.order))
+        before = [known.owners[node][output] for node, output in places.edges]
+        owners = supported(places.watch, losses, outputs, partial(stand_ins, graph.order), before)
         known.owners.update(places.by_node(owners))
 
 

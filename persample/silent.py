@@ -15,14 +15,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from persample.attribution import NOBODY, Owner, along_axis, arranged, attribute
+from persample.attribution import NOBODY, Owner, along_axis, arranged, attribute, told_by
 from persample.graph import Graph, Node, call_node
 from persample.saved import saved_by, unpacked_by_hooks
 from persample.separation import Places, Separation, z_at
-from persample.stand_ins import NUMBERS, ZEROS, stand_ins
-
-LEVELS = NUMBERS, ZEROS
-"""Of the numbers that stand in: zeros may keep samples apart, so they are left as long as they can be."""
+from persample.stand_ins import LEVELS, stand_ins
 
 
 def claim(graph: Graph, losses: Tensor, slots: Mapping[Node, Collection[int]], known: Separation) -> list[Node]:
@@ -80,9 +77,7 @@ class Zeros:
 
     def add(self, other: Tensor | None, others: Owner | None) -> None:
         """Takes another gradient, and its owner."""
-        if other is not None and others is not None:
-            there = (self.ids == NOBODY) & (other != 0)
-            self.ids = torch.where(there, others.of_entries(other.shape), self.ids)
+        self.ids = told_by(self.ids, other, others)
 
     def alone(self) -> Tensor:
         """A gradient that is one where it is nobody's, and zero elsewhere."""

@@ -30,6 +30,8 @@ LARGEST = 2.0**10
 """Saved numbers of such an operation that are larger, or smaller than the inverse, are replaced."""
 NUMBERS, ZEROS = 4, 5
 """Levels at which other numbers stand in for all that is not zero, and for zeros as well."""
+LEVELS = NUMBERS, ZEROS
+"""In this order: zeros may keep samples apart, so they are left as long as they can be."""
 _KEY = "persample.stand_ins"
 
 
@@ -81,7 +83,7 @@ def stand_ins(
     try:
         for switch in switches.values():
             switch.level, switch.seed = level, seed
-        for _ in range(ROUNDS if run is not None else 0):
+        for _ in range(ROUNDS if run is not None and level == 1 else 0):
             poles = _poles(nodes, run)
             raised = [switches[node] for node in poles if switches[node].level < 3]
             for switch in raised:

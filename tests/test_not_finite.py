@@ -137,9 +137,18 @@ def by_mask(model: Any, x: Tensor) -> Tensor:
     return out
 
 
+def weighed(model: Any, x: Tensor) -> Tensor:
+    """Tokens in another order, of which zeros leave out some."""
+    tokens = x.flatten(0, 1)
+    order = torch.arange(len(tokens)).flip(0).roll(4)
+    out = model.lin(tokens[order])[order.argsort()].view(len(x), 3, 2)
+    return torch.eye(3).to(x)[0][:, None] * out
+
+
 PLACED: dict[str, Callable[[], nn.Module]] = {
     "placed": lambda: Model(placed, lin=nn.Linear(4, 2)),
     "by mask": lambda: Model(by_mask, lin=nn.Linear(4, 2), other=nn.Linear(4, 2)),
+    "weighed": lambda: Model(weighed, lin=nn.Linear(4, 2)),
 }
 
 

@@ -37,8 +37,8 @@ from persample.graph import shape_of, trace
 from persample.plans import REGULAR
 from persample.precision import coarsest
 from persample.provenance import Provenance
-from persample.silent import LEVELS, Zeros
-from persample.stand_ins import stand_ins
+from persample.silent import Zeros
+from persample.stand_ins import LEVELS, stand_ins
 from persample.support import supported_by
 
 COVERED_PARAMETERS = frozenset({"weight", "bias"})
@@ -217,8 +217,8 @@ def attribute(
     edges = [record.edge for record in records]
     parameters = problem.parameters if problem.check else {}
 
-    def finite(run: Callable[[], object]) -> AbstractContextManager[None]:
-        return stand_ins(trace(losses).order, run)
+    def finite(run: Callable[[], object], level: int = 1) -> AbstractContextManager[None]:
+        return stand_ins(trace(losses).order, run, level=level)
 
     gradient: dict[str, Tensor | None] = {}
 
@@ -236,7 +236,7 @@ def attribute(
     z, owners = attribution.attribute(backward, losses, shapes, finite=finite)
     if losses.shape[0] > 1 and any(here is not None and in_doubt(owner) for here, owner in zip(z, owners, strict=True)):
         outputs_at = [None if here is None else Output.of(here) for here in z]
-        again = supported_by(backward, losses, outputs_at, finite)
+        again = supported_by(backward, losses, outputs_at, finite, owners)
         owners = [new if in_doubt(old) else old for old, new in zip(owners, again, strict=True)]
     if losses.shape[0] > 1:
         claim(losses, records, z, owners, partial(attribution.attribute, backward, losses, shapes))
