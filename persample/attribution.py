@@ -15,10 +15,10 @@ alone could make a sum look like one sample's, `persample.support` decides. Entr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from persample.precision import full_precision
+from persample.stand_ins import LEVELS as STAND_INS
 
 LEVELS = {torch.float16: 8}
 """Powers of two per probe by precision; float16 has no exponents to spare."""
@@ -153,7 +154,7 @@ def attribute(
     watch: Callable[[Tensor, Visit], None] | None = None,
     *,
     given: Callable[[int], Owner | None] | None = None,
-    finite: Callable[[Callable[[], object]], AbstractContextManager[object]] | None = None,
+    finite: Callable[..., AbstractContextManager[object]] | None = None,
 ) -> tuple[list[Tensor | None], list[Owner | None]]:
     """Returns z and owner at each of several places; an owner of None marks mixed samples (or no gradient).
 
@@ -165,7 +166,8 @@ def attribute(
         watch: `watch(v, visit)` shows the same gradients one by one, and keeps none; by default those of `backward`.
             It is called ⌈log_`LEVELS` B⌉ times. Where samples lie in a regular pattern, nothing is kept here either.
         given: the owner at a place, as far as it is known by other means; asked where z is not finite.
-        finite: `finite(run)`, a context in which passes are finite, see `persample.stand_ins`; `run` does one.
+        finite: `finite(run, level=level)`, a context in which passes are finite, see `persample.stand_ins`; `run` does
+            one.
     """
     batch = losses.shape[0]
 
@@ -197,28 +199,65 @@ def attribute(
         owners = [(given(place) if place in holes else None) or owner for place, owner in enumerate(owners)]
     holes = [place for place in holes if (owner := owners[place]) is not None and NOBODY in owner.ids]
     if holes and finite is not None:
-        with finite(lambda: backward(torch.ones_like(losses))):
-            stand_ins, others = attribute(backward, losses, shapes, watch)
-        for place in holes:
-            owners[place] = _joined(zs[place], owners[place], stand_ins[place], others[place])
+        gradients = {place: z for place in holes if (z := zs[place]) is not None}
+
+        def passes(level: int) -> AbstractContextManager[object]:
+            return finite(lambda: backward(torch.ones_like(losses)), level=level)
+
+        _fill_holes(owners, gradients, batch, passes, partial(attribute, backward, losses, shapes, watch))
     return zs, owners
 
 
-def _joined(z: Tensor | None, owner: Owner | None, other: Tensor | None, others: Owner | None) -> Owner | None:
-    """The owner of z, where it is zero or not finite that of the other gradient; None where that does not tell."""
-    if z is None or owner is None or other is None or others is None:
-        return None
-    ids = torch.where(other != 0, others.of_entries(z.shape), NOBODY)
-    ids = torch.where(z.isfinite() & (z != 0), owner.of_entries(z.shape), ids)
-    lost = (ids == NOBODY) & ~z.isfinite()
+def _fill_holes(
+    owners: list[Owner | None],
+    zs: Mapping[int, Tensor],
+    batch: int,
+    finite: Callable[[int], AbstractContextManager[object]],
+    again: Callable[[], tuple[list[Tensor | None], list[Owner | None]]],
+) -> None:
+    """Changes the owners of gradients that are not finite, by passes that are; to None where these do not tell."""
+    ids = {}
+    for place, z in zs.items():
+        owner = owners[place]
+        if owner is not None:
+            ids[place] = torch.where(z.isfinite() & (z != 0), owner.of_entries(z.shape), NOBODY)
+    for level in (1, *STAND_INS):
+        lost = [place for place in ids if bool(_lost(ids[place], zs[place]).any())]
+        if not lost:
+            break
+        with finite(level):
+            stand_ins, others = again()
+        for place in lost if level > 1 else list(ids):
+            if level == 1 and others[place] is None:
+                owners[place] = None
+                del ids[place]
+            else:
+                ids[place] = told_by(ids[place], stand_ins[place], others[place])
+    for place, each in ids.items():
+        owners[place] = _by_row(zs[place], each, batch)
+
+
+def told_by(ids: Tensor, other: Tensor | None, others: Owner | None) -> Tensor:
+    """The samples of entries, where they are nobody's those of another gradient, as far as it is not zero there."""
+    if other is None or others is None:
+        return ids
+    return torch.where((ids == NOBODY) & (other != 0), others.of_entries(other.shape), ids)
+
+
+def _lost(ids: Tensor, z: Tensor) -> Tensor:
+    return (ids == NOBODY) & ~z.isfinite()
+
+
+def _by_row(z: Tensor, ids: Tensor, batch: int) -> Owner | None:
+    """The owner of entries; what no pass shows goes by its row, where there is one way only to read rows."""
+    lost = _lost(ids, z)
     if not bool(lost.any()):
-        return arranged(ids, owner.batch)
-    # what no pass shows goes by its row, where there is one way only to read rows
+        return arranged(ids, batch)
     along = {axis: found for axis in range(z.ndim) if (found := along_axis(ids, axis)) is not None}
     if len(along) != 1:
         return None
     [(axis, found)] = along.items()
-    joined = Owner(axis, fill(found, owner.batch), owner.batch)
+    joined = Owner(axis, fill(found, batch), batch)
     return None if bool((lost & (joined.of_entries(z.shape) == NOBODY)).any()) else joined
 
 

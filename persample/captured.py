@@ -6,12 +6,14 @@ use (node, slot, route) ─▶ site ─▶ rule ─▶ block at the node ─▶ 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from persample.backends import Captured
 from persample.blocks import Block, Dense, Outer, Pulled
+from persample.coupling import not_finite_error
 from persample.graph import Route
 from persample.precision import full_precision
 from persample.saved import saved_by
@@ -30,9 +32,20 @@ def pulled(block: Block, path: Route) -> Block:
     if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
         return block.transposed
     shape = tuple(path.leaf.variable.shape)
+    pull = path.pull if path.watched or path.isometric else partial(_pulled_apart, path)
     if isinstance(block, Dense):
-        return Dense(path.pull(block.values))
-    return Pulled(block, path.pull, shape, path.isometric)
+        return Dense(pull(block.values))
+    return Pulled(block, pull, shape, path.isometric)
+
+
+def _pulled_apart(path: Route, rows: Tensor) -> Tensor:
+    """The rows, pulled; refused where an operation on the way may have made one sample's NaN that of all."""
+    arrived = path.pull(rows)
+    if not bool(arrived.sum().isfinite()):
+        before, after = (each.reshape(len(each), -1).isfinite().all(1) for each in (rows, arrived))
+        if bool((before & ~after).any()):
+            raise not_finite_error(f"a parameter of shape {tuple(path.leaf.variable.shape)}")
+    return arrived
 
 
 def saved_on_the_way(block: Block) -> list[Tensor]:

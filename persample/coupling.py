@@ -24,10 +24,10 @@ def row_owner(z: Tensor | Output, batch: int) -> Owner | None:
     return Owner(0, torch.arange(batch, device=z.device), batch)
 
 
-def not_finite_error(name: str) -> UnsupportedError:
-    """The error for parameter `name`, where z is not finite and samples cannot be told apart."""
+def not_finite_error(what: str) -> UnsupportedError:
+    """The error for a parameter, where z is not finite and samples cannot be told apart."""
     return UnsupportedError(
-        f"the gradients at the operation that uses {name!r} are not finite for some sample, and whose they are cannot "
+        f"the gradients at the operation that uses {what} are not finite for some sample, and whose they are cannot "
         "be told: the samples influence each other, or operations keep their tensors where they cannot be read. Leave "
         "the samples out that are not finite (losses.isfinite()), or call with each of them alone"
     )

@@ -314,6 +314,8 @@ class Route:
     source: Edge
     nodes: tuple[Node, ...] = field(default=())
     """Outputs first."""
+    watched: bool = True
+    """Whether it is known that the operations have read no sample's data."""
 
     @property
     def names(self) -> list[str]:

@@ -127,11 +127,12 @@ def settle(graph: Graph, losses: Tensor, nodes: Iterable[Node], known: Separatio
     new = [node for node in nodes if node not in known.settled]
     known.settled.update(new)
     for group in [new] if known.keep else _groups(graph, new, known):
-        places = _Places(graph, losses, group, 1.0)
+        places = Places(graph, losses, group, 1.0)
         outputs = [known.outputs[node][output] for node, output in places.edges]
         if not any(outputs):
             continue
-        owners = supported(places.watch, losses, outputs, partial(stand_ins, graph.order))
+        before = [known.owners[node][output] for node, output in places.edges]
+        owners = supported(places.watch, losses, outputs, partial(stand_ins, graph.order), before)
         known.owners.update(places.by_node(owners))
 
 
@@ -166,7 +167,7 @@ def _groups(graph: Graph, nodes: Collection[Node], known: Separation) -> Iterato
         yield group
 
 
-class _Places:
+class Places:
     """The outputs of nodes that something consumes, by number, and passes to them."""
 
     def __init__(self, graph: Graph, losses: Tensor, nodes: list[Node], scale: float) -> None:
@@ -209,7 +210,7 @@ def _recognise(graph: Graph, losses: Tensor, nodes: list[Node], known: Separatio
 
     for part in (slice(0, 1), slice(1, None)):
         nodes = [node for node in nodes if node not in known.owners or has_others(node)]
-        places = _Places(graph, losses, nodes, scale)
+        places = Places(graph, losses, nodes, scale)
         outputs, owners = recognise(places.watch, losses, len(places.edges), part) if nodes else ([], [])
         known.outputs.update(places.by_node(outputs))
         for node, found in places.by_node(owners).items():
@@ -230,7 +231,7 @@ def _compare(
     look: Look | None,
     looked_at: Collection[Node],
 ) -> None:
-    places = _Places(graph, losses, nodes, scale)
+    places = Places(graph, losses, nodes, scale)
     given = None if known.proof is None else partial(_proven, known.proof, places.edges)
     found = attribute(places.backward, losses, watch=places.watch, given=given, finite=partial(stand_ins, graph.order))
     zs, owners = places.by_node(found[0]), places.by_node(found[1])

@@ -28,6 +28,10 @@ ROUNDS = 8
 """Passes that look for operations which make finite gradients infinite, at most."""
 LARGEST = 2.0**10
 """Saved numbers of such an operation that are larger, or smaller than the inverse, are replaced."""
+NUMBERS, ZEROS = 4, 5
+"""Levels at which other numbers stand in for all that is not zero, and for zeros as well."""
+LEVELS = NUMBERS, ZEROS
+"""In this order: zeros may keep samples apart, so they are left as long as they can be."""
 _KEY = "persample.stand_ins"
 
 
@@ -36,7 +40,8 @@ class Switch(Reader):
     """Of one node: whether numbers stand in for what it has saved."""
 
     level: int = 0
-    """0: none; 1: for NaN and infinity; 2: for what is very large or small as well; 3: for zeros as well."""
+    """0: none; 1: for NaN and infinity; 2: for what is very large or small as well; 3: for zeros as well.
+    `NUMBERS`, `ZEROS`: for everything."""
     seed: int = 0
 
     def read(self, kept: tuple[Tensor, int | None]) -> Tensor:
@@ -51,6 +56,10 @@ class Switch(Reader):
             return saved
         if self.level == 1:
             return torch.where(saved.isfinite(), saved, _drawn(saved, self.seed))
+        if self.level == NUMBERS:
+            return torch.where(saved == 0, saved, _drawn(saved, self.seed))
+        if self.level == ZEROS:
+            return _drawn(saved, self.seed)
         size = saved.abs()
         usual = saved.isfinite() & (size <= LARGEST) & (size >= 1 / LARGEST)
         if self.level == 2:
@@ -59,19 +68,22 @@ class Switch(Reader):
 
 
 @contextmanager
-def stand_ins(nodes: Collection[Node], run: Callable[[], object] | None = None, seed: int = 0) -> Iterator[None]:
+def stand_ins(
+    nodes: Collection[Node], run: Callable[[], object] | None = None, seed: int = 0, level: int = 1
+) -> Iterator[None]:
     """Until it is left, the nodes read finite numbers where they have saved others.
 
     Args:
         nodes: autograd nodes, whose saved tensors get hooks that stay; those that have some already are left alone.
         run: does a backward pass; nodes that make finite gradients infinite in it get more numbers replaced.
         seed: of the numbers.
+        level: of all nodes to begin with, see `Switch`.
     """
     switches = {node: _switch(node) for node in nodes}
     try:
         for switch in switches.values():
-            switch.level, switch.seed = 1, seed
-        for _ in range(ROUNDS if run is not None else 0):
+            switch.level, switch.seed = level, seed
+        for _ in range(ROUNDS if run is not None and level == 1 else 0):
             poles = _poles(nodes, run)
             raised = [switches[node] for node in poles if switches[node].level < 3]
             for switch in raised:

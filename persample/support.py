@@ -17,14 +17,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from persample.attribution import NOBODY, Output, Owner, Visit, arranged
+from persample.attribution import NOBODY, Output, Owner, Visit, along_axis, arranged
 
 
 def supported(
     watch: Callable[[Tensor, Visit], None],
     losses: Tensor,
     outputs: Sequence[Output | None],
-    finite: Callable[[Callable[[], object]], AbstractContextManager[object]],
+    finite: Callable[..., AbstractContextManager[object]],
+    before: Sequence[Owner | None] | None = None,
 ) -> list[Owner | None]:
     """Returns the owner at each of several places, None where samples mix.
 
@@ -33,20 +34,23 @@ def supported(
         losses: [B].
         outputs: what is known of each gradient; None where there is none.
         finite: as of `persample.attribution.attribute`.
+        before: what that has found, which is taken where entries are not finite and no pass shows whose they are.
     """
     found = _passes(watch, losses, outputs)
     lost = [None if support is None else support.lost for support in found]
     if any(each is not None and bool(each.any()) for each in lost):
         with finite(lambda: watch(torch.ones_like(losses), lambda place, z: None)):
             found = _passes(watch, losses, outputs)
-    return [None if support is None else support.owner(each) for support, each in zip(found, lost, strict=True)]
+    triples = zip(found, lost, before or [None] * len(found), strict=True)
+    return [None if support is None else support.owner(each, owner) for support, each, owner in triples]
 
 
 def supported_by(
     backward: Callable[[Tensor], Sequence[Tensor | None]],
     losses: Tensor,
     outputs: Sequence[Output | None],
-    finite: Callable[[Callable[[], object]], AbstractContextManager[object]],
+    finite: Callable[..., AbstractContextManager[object]],
+    before: Sequence[Owner | None] | None = None,
 ) -> list[Owner | None]:
     """The same, by a backward pass that returns the gradients all at once."""
 
@@ -55,7 +59,7 @@ def supported_by(
             if z is not None:
                 visit(place, z)
 
-    return supported(watch, losses, outputs, finite)
+    return supported(watch, losses, outputs, finite, before)
 
 
 def _passes(
@@ -103,7 +107,7 @@ class _Support:
         """Takes the gradient of the losses of samples whose number has this value at this place; 0 comes first."""
         z = z.reshape(self._ids.shape)
         self.lost |= ~z.isfinite()
-        there = z != 0
+        there = (z != 0) & z.isfinite()
         self._sizable |= z.abs() > SMALL * torch.finfo(z.dtype).tiny
         if not value:
             self._zeros += there.long() << place
@@ -113,19 +117,24 @@ class _Support:
             self._known += there | self._before
         self._before = there
 
-    def owner(self, needed: Tensor | None) -> Owner | None:
+    def owner(self, needed: Tensor | None, before: Owner | None) -> Owner | None:
         """Whom each entry belongs to, or None where samples mix, or an entry that is `needed` is nobody's."""
         bits = bits_of(self._batch)
-        ids = torch.where(self._known == bits, self._ids, NOBODY)
+        ids = torch.where((self._known == bits) & ~self.lost, self._ids, NOBODY)
         if self._mixed or bool((ids >= self._batch).any()):
             return None
+        if before is not None and needed is not None:
+            ids = torch.where((needed | self.lost) & (ids == NOBODY), before.of_entries(ids.shape), ids)
+        unknown = self.lost & (ids == NOBODY)
+        if bool(unknown.any()) and sum(along_axis(ids, axis) is not None for axis in range(ids.ndim)) > 1:
+            return None  # rows can be read in several ways
         owner = arranged(ids, self._batch)
         each = owner.of_entries(ids.shape)
         nobody = each == NOBODY
         # Zero in some pass with its own sample: rounding of what cancels, at nobody's loss; or it underflows. Then it
         # is that of the sample that the pattern of the others says, unless it was seen without that one.
-        partly = (self._known > 0) & (self._known < bits)
+        partly = (self._known > 0) & (self._known < bits) & ~self.lost
         without = ((self._ids & ~each) | (self._zeros & each)).bool()
         lost = partly & ((nobody & ~self._sizable) | (~nobody & without))
-        needed = lost if needed is None else needed & nobody | lost
+        needed = lost if needed is None else (needed | self.lost) & nobody | lost
         return None if bool(needed.any()) else owner

@@ -14,7 +14,7 @@ which: from the first kind the search goes on to the consumers, the second kind 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from persample.guards import Meeting, came_in_unseen, in_doubt, mixes_inside, no
 from persample.layout import Proof
 from persample.provenance import Provenance
 from persample.separation import Separation, believe, separate, settle, z_at
+from persample.silent import claim
 
 SINGLE_STEPS = 3
 """Levels that the search climbs one by one before it looks at everything behind an unseparated node."""
@@ -106,7 +107,7 @@ def find_uses(
                     if coupled == "error" or not known.read_rows(node, batch):
                         zs = known.zs[node] if keep else z_at(graph, losses, [node])[node]
                         if not all(z is None or bool(z.isfinite().all()) for z in zs):
-                            raise not_finite_error(name)
+                            raise not_finite_error(repr(name))
                         raise coupled_at(node, name)
                     reached[name].append(meeting)
                 elif node not in regions[name]:
@@ -116,11 +117,18 @@ def find_uses(
     if keep:
         lacking = dict.fromkeys(m[0] for meetings in reached.values() for m in meetings if m[0] not in known.zs)
         known.zs.update(z_at(graph, losses, lacking))
+    slots: dict[Node, dict[int, str]] = {}
+    for name, meetings in reached.items():
+        for node, slot, _, _ in meetings:
+            slots.setdefault(node, {})[slot] = name
+    for node in claim(graph, losses, slots, known) if coupled == "error" else ():
+        raise not_finite_error(repr(next(iter(slots[node].values()))))
     uses: dict[str, list[Use]] = {name: [] for name in parameters}
     for name, meetings in reached.items():
         for node, slot, source, output in dict.fromkeys(meetings):
             if any(z is not None for z in (known.zs[node] if keep else known.outputs[node])):
-                uses[name].append(Use(node, slot, route(graph, leaves[name], (source, output), regions[name])))
+                path = route(graph, leaves[name], (source, output), regions[name])
+                uses[name].append(Use(node, slot, replace(path, watched=provenance is not None)))
     return uses, known
 
 

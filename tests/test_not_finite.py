@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracle import Grads
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import persample
 from persample.graph import trace
@@ -87,12 +88,12 @@ def losses_of(outputs: Tensor, _: Any) -> Tensor:
     return outputs.flatten(1).square().sum(1)
 
 
-def alone(model: nn.Module, x: Tensor) -> Grads:
+def alone(model: nn.Module, x: Tensor, losses: Callable[[Tensor, Any], Tensor] = losses_of) -> Grads:
     """The rows of samples that the model has met one by one."""
     parameters = dict(model.named_parameters())
     rows = [
         torch.autograd.grad(
-            losses_of(model(one[None]), None)[0], list(parameters.values()), allow_unused=True, materialize_grads=True
+            losses(model(one[None]), None)[0], list(parameters.values()), allow_unused=True, materialize_grads=True
         )
         for one in x
     ]
@@ -123,6 +124,59 @@ def test_only_the_sample_that_is_not_finite(name: str, hold: str, batch: int, da
         assert_same(persample.per_sample(model, losses_of, x, hold=hold).grads(), alone(model, x))
 
 
+def placed(model: Any, x: Tensor) -> Tensor:
+    order = torch.arange(len(x)).flip(0).roll(1)
+    return model.lin(x.index_select(0, order)).index_select(0, order.argsort())
+
+
+def by_mask(model: Any, x: Tensor) -> Tensor:
+    out = x.new_zeros(len(x), 3, 2)
+    for expert, layer in enumerate((model.lin, model.other)):
+        mine = (x.nan_to_num(0, 0, 0)[:, 0, 0] > 0) == bool(expert)
+        out = out.index_copy(0, mine.nonzero()[:, 0], layer(x[mine]).relu())
+    return out
+
+
+def weighed(model: Any, x: Tensor) -> Tensor:
+    """Tokens in another order, of which zeros leave out some."""
+    tokens = x.flatten(0, 1)
+    order = torch.arange(len(tokens)).flip(0).roll(4)
+    out = model.lin(tokens[order])[order.argsort()].view(len(x), 3, 2)
+    return torch.eye(3).to(x)[0][:, None] * out
+
+
+PLACED: dict[str, Callable[[], nn.Module]] = {
+    "placed": lambda: Model(placed, lin=nn.Linear(4, 2)),
+    "by mask": lambda: Model(by_mask, lin=nn.Linear(4, 2), other=nn.Linear(4, 2)),
+    "weighed": lambda: Model(weighed, lin=nn.Linear(4, 2)),
+}
+
+
+def saturated(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.flatten(1).mul(torch.tensor([1.0, -2.0, 3.0]).repeat_interleave(2).to(outputs)).sigmoid().sum(1)
+
+
+@pytest.mark.parametrize("way", [{"hold": "factors"}, {"hold": "graph"}, {"backend": "hooks"}])
+@pytest.mark.parametrize("name", PLACED)
+@settings(max_examples=6)
+@given(st.integers(2, 5), st.data())
+def test_zeros_are_somebodys_where_what_they_multiply_is_not_finite(
+    name: str, way: dict[str, str], batch: int, data: st.DataObject
+) -> None:
+    """A loss that has saturated hands back zeros, of which nobody's number can be read: 0 · ∞ is NaN all the same."""
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    model, x = PLACED[name]().double(), torch.randn(batch, 3, 4).double()
+    for at in data.draw(st.sets(st.integers(0, batch - 1), min_size=1, max_size=2)):
+        x[at, :, 0] = torch.inf if data.draw(st.booleans()) else -torch.inf
+    expected = alone(model, x, saturated)
+    try:
+        found = persample.per_sample(model, saturated, x, **way).grads()  # type: ignore[arg-type]
+    except persample.UnsupportedError:
+        assert "backend" in way
+    else:
+        assert_same(found, expected)
+
+
 @pytest.mark.parametrize("backend", ["outputs", "hooks", "vmap"])
 @pytest.mark.parametrize("sample", [3, 16, 39])
 def test_no_number_of_a_sample_is_special(sample: int, backend: str) -> None:
@@ -141,6 +195,27 @@ def test_grad_and_chunks(name: str) -> None:
     rows = persample.grad(losses_of(model(x), None), list(model.parameters()))
     assert_same(dict(zip(expected, rows, strict=True)), expected)
     assert_same(persample.per_sample(model, losses_of, x, chunk_size=2).grads(), expected)
+
+
+def test_grad_through_a_checkpoint_that_leads_to_rows_in_another_order() -> None:
+    """Nothing can stand in for what a checkpoint computes anew, so NaN is all that its passes show of a sample."""
+    body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = Model(
+        lambda m, x: placed(m, checkpoint(m.body, x, use_reentrant=False)), body=body, lin=nn.Linear(4, 2)
+    ).double()
+    x = torch.randn(5, 3, 4).double()
+    x[3] = torch.nan
+    expected = alone(model, x)
+    rows = persample.grad(losses_of(model(x), None), list(model.parameters()))
+    assert_same(dict(zip(expected, rows, strict=True)), expected)
+
+
+def test_grad_through_a_spectrum() -> None:
+    model = Model(lambda m, x: torch.view_as_real(torch.fft.fft(x * m.p)).flatten(2), p=torch.randn(4)).double()
+    x = torch.randn(5, 3, 4).double()
+    x[1] = torch.inf
+    expected = alone(model, x)
+    assert_same({"p": persample.grad(losses_of(model(x), None), model.p)[0]}, expected)
 
 
 def test_a_fault_in_another_sample_is_still_seen() -> None:

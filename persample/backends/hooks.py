@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_b
 from persample.backends.shared import ADVICE, buffers_kept
 from persample.blocks import Block
 from persample.checks import check_graph, check_losses, check_sum
-from persample.coupling import row_owner
+from persample.coupling import not_finite_error, row_owner
 from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph import shape_of, trace
 from persample.plans import REGULAR
 from persample.precision import coarsest
 from persample.provenance import Provenance
-from persample.stand_ins import stand_ins
+from persample.silent import Zeros
+from persample.stand_ins import LEVELS, stand_ins
 from persample.support import supported_by
 
 COVERED_PARAMETERS = frozenset({"weight", "bias"})
@@ -215,8 +217,8 @@ def attribute(
     edges = [record.edge for record in records]
     parameters = problem.parameters if problem.check else {}
 
-    def finite(run: Callable[[], object]) -> AbstractContextManager[None]:
-        return stand_ins(trace(losses).order, run)
+    def finite(run: Callable[[], object], level: int = 1) -> AbstractContextManager[None]:
+        return stand_ins(trace(losses).order, run, level=level)
 
     gradient: dict[str, Tensor | None] = {}
 
@@ -234,9 +236,43 @@ def attribute(
     z, owners = attribution.attribute(backward, losses, shapes, finite=finite)
     if losses.shape[0] > 1 and any(here is not None and in_doubt(owner) for here, owner in zip(z, owners, strict=True)):
         outputs_at = [None if here is None else Output.of(here) for here in z]
-        again = supported_by(backward, losses, outputs_at, finite)
+        again = supported_by(backward, losses, outputs_at, finite, owners)
         owners = [new if in_doubt(old) else old for old, new in zip(owners, again, strict=True)]
+    if losses.shape[0] > 1:
+        claim(losses, records, z, owners, partial(attribution.attribute, backward, losses, shapes))
     return z, owners, gradient
+
+
+def claim(
+    losses: Tensor,
+    records: Sequence[Record],
+    zs: Sequence[Tensor | None],
+    owners: list[Owner | None],
+    again: Callable[[], tuple[Sequence[Tensor | None], Sequence[Owner | None]]],
+) -> None:
+    """Finds whose zeros of z are, where a layer's input is not finite, see `persample.silent`; changes `owners`."""
+    zeros = {
+        at: Zeros(z, owner)
+        for at, (z, owner, record) in enumerate(zip(zs, owners, records, strict=True))
+        if z is not None and owner is not None and not bool((z != 0).all()) and not _finite(record)
+    }
+    if not zeros:
+        return
+    for level in LEVELS:
+        with stand_ins(trace(losses).order, level=level):
+            found, others = again()
+        for at, zero in zeros.items():
+            zero.add(found[at], others[at])
+    for at, zero in zeros.items():
+        owner = owners[at] = zero.owner()
+        if zero.left_by(owner):
+            raise not_finite_error(f"the parameters of {records[at].hooked.path!r}")
+
+
+def _finite(record: Record) -> bool:
+    """Whether the arguments of a call are finite."""
+    numbers = [each for each in record.arguments.values() if isinstance(each, Tensor) and each.is_floating_point()]
+    return all(bool(each.isfinite().all()) for each in numbers)
 
 
 def in_doubt(owner: Owner | None) -> bool:
