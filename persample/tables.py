@@ -34,7 +34,17 @@ def inner(a: Rows, b: Rows) -> Float[Tensor, " batch"]:
 
 
 def gram(a: Rows, b: Rows) -> Float[Tensor, "batch other"]:
-    """Returns K_ij = ⟨g_i, h_j⟩, [B, B']."""
+    """Returns K_ij = ⟨g_i, h_j⟩, [B, B']; NaN for a sample that is not finite, with those too that touch other rows."""
+    return _by_touched_rows(a, b) + (_nothing(a)[:, None] + _nothing(b))
+
+
+def _nothing(block: Rows) -> Float[Tensor, " batch"]:
+    """Zero for each sample, NaN for one that is not finite."""
+    z = full_precision(block.z)
+    return 0 * torch.linalg.vector_norm(z, torch.inf, (1, 2)) if z[:1].numel() else z.new_zeros(len(z))
+
+
+def _by_touched_rows(a: Rows, b: Rows) -> Tensor:
     if a.device.type != "cpu":
         return by_pairs(once(a), once(b))
     if a is b:
