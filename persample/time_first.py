@@ -96,9 +96,10 @@ def by_model(ends: Ends) -> bool | None:
         return None
     data = _of_data(ends.graph, prod(ends.sizes))
     of_steps, of_samples = _mixed(steps, samples, data), _mixed(samples, steps, data)
-    if of_samples:
+    if any(kind.startswith(_MIXING) for kind in of_samples):
         return None if of_steps and ends.sizes[0] == ends.sizes[1] else False
-    return True if of_steps and all(kind.startswith(_MIXING) for kind in of_steps) else None
+    sure = of_steps and not of_samples and all(kind.startswith(_MIXING) for kind in of_steps)
+    return True if sure else None
 
 
 def _mixed(here: Places, there: Places, data: set[Node]) -> list[str]:
@@ -139,18 +140,12 @@ class Question:
     def __init__(self, output: Any, samples: int, uses: Mapping[Layer, Uses], axes: Sequence[int]) -> None:
         self._uses = {layer: ref(each) for layer, each in uses.items()}
         self._samples = samples
-        self._ways: dict[int, dict[Layer, Calls]] = {}
-        for axis in axes:
-            leaves = [
-                each for each in tensors_of(output) if readable(each) and each.shape[axis : axis + 1] == (samples,)
-            ]
-            starts = {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, samples) for leaf in leaves}
-            try:
-                way = calls_of(uses, trace_all(leaves), starts, samples) if leaves else None
-            except UnsupportedError:
-                way = None
-            if way is not None:
-                self._ways[axis] = way
+        self._ends: dict[tuple[int, int], dict[int, Place]] = {}  # of nodes the graph makes new objects
+        for leaf in tensors_of(output):
+            fitting = [axis for axis in axes if readable(leaf) and leaf.shape[axis : axis + 1] == (samples,)]
+            if fitting and leaf.grad_fn is not None:
+                number = leaf.grad_fn._sequence_nr(), leaf.output_nr
+                self._ends[number] = {axis: start(leaf.shape, axis, samples) for axis in fitting}
 
     def answer(self, batch: int | None) -> tuple[int, dict[Layer, Calls]] | None:
         """The axis of the output that counts them, and what is proven of the layers; None where nothing says so.
@@ -164,29 +159,33 @@ class Question:
             layer: each for layer, each in ((layer, use()) for layer, use in self._uses.items()) if each is not None
         }
         taps = {tap() for each in uses.values() for tap in each.taps} - {None}
-        for root in _roots() if self._ways else ():
+        for root in _roots() if self._ends else ():
             try:
                 graph = trace(root)
                 ends = _unreduced(graph, root, taps & graph.order.keys())
                 if ends and all(edge_shape(edge) == (self._samples,) for edge in ends):
                     lying = {edge: Place(1, 0, self._samples) for edge in ends}
-                    proven = calls_of(uses, graph, lying, self._samples) or {}
-                    axis = next((axis for axis, way in self._ways.items() if _agree(proven, way)), None)
-                    if axis is not None and any(_otherwise(*each, batch, self._samples) for each in proven.items()):
+                    axis = self._axis(places(graph, lying, self._samples))
+                    proven = None if axis is None else calls_of(uses, graph, lying, self._samples)
+                    if axis is not None and proven and self._news(proven, batch):
                         return axis, proven
             except UnsupportedError:
                 pass
         return None
 
+    def _axis(self, found: Places) -> int | None:
+        """The axis of the output along which the samples of the losses lie."""
+        for (node, number), place in found.known.items():
+            for axis, end in self._ends.get((node._sequence_nr(), number), {}).items():
+                if end == place:
+                    return axis
+        return None
 
-def _agree(some: Mapping[Layer, Calls], others: Mapping[Layer, Calls]) -> bool:
-    """Whether the same is proven of the same calls."""
-    pairs = [
-        (segment, others[layer].proven.get(number))
-        for layer, calls in some.items()
-        for number, segment in calls.proven.items()
-    ]
-    return bool(pairs) and all(one == other for one, other in pairs)
+    def _news(self, proven: Mapping[Layer, Calls], batch: int | None) -> bool:
+        """Whether layers are read otherwise than that."""
+        if not any(calls.proven for calls in proven.values()):
+            return batch != self._samples
+        return any(_otherwise(layer, calls, batch, self._samples) for layer, calls in proven.items())
 
 
 def _otherwise(layer: Layer, calls: Calls, batch: int | None, samples: int) -> bool:

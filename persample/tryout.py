@@ -72,10 +72,10 @@ class Tryout:
         """The pass has met an output of that shape."""
         if batch == 1:  # all rows are the sample's
             layer.forget_axis(shape)
+        self._calls[layer, shape] += 1
         candidates = layer.unsure(shape, batch)
         if candidates:
             self._unsure[layer, shape] = candidates
-            self._calls[layer, shape] += 1
 
     def end(
         self,
@@ -177,12 +177,14 @@ class Tryout:
     ) -> dict[trial.Key, Reading | None]:
         """What a trial tells of the outputs of layers, and of the model's."""
         self._unsure = {**unsure, **doubtful}
-        if not self._unsure or self.axis:  # samples are replaced along axis 0
+        if not self._unsure:
             return {}
         confirmed = {key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings}
         confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
         selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind}
-        return trial.readings(self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected)
+        return trial.readings(
+            self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected, self.axis or 0
+        )
 
     def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> int | None:
         """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow.
@@ -193,12 +195,10 @@ class Tryout:
         if min(steps, samples) < 2:
             return None
         ends = Ends.of(output, (steps, samples))
-        if ends is None:
-            answer, axis = None, by_output(output, steps, samples, uses)
-        else:
-            answer, axis = by_model(ends), None
-            if answer is not None:
-                axis = ends.axes[1] if answer else ends.axes[0]
+        answer = None if ends is None else by_model(ends)
+        axis = by_output(output, steps, samples, uses) if ends is None else None
+        if ends is not None and answer is not None:
+            axis = ends.axes[answer]
         if steps == samples and ends is not None and axis is not None:
             # Which axis of the input these are is left open: the model may have put the other one in front.
             self._ask_later(output, uses, forward, shape, [axis])
@@ -210,7 +210,7 @@ class Tryout:
             self._ask_later(output, uses, forward, shape, [0, 1])
             return None
         self._time_first(uses, forward, samples, axis)
-        self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._unsure}
+        self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._calls}
         self._unsure = {key: each for key, each in self._unsure.items() if each}
         return axis
 
@@ -242,6 +242,7 @@ class Tryout:
         if axis == 0:
             self._time_first(proven, forward, samples, axis)
             _settle(Way(None, proven), samples, {})
+            self._met.clear()  # what is not proven is tried in the next pass
             told += " for the samples from now on: the model puts them in front"
         else:
             self.axis = 0

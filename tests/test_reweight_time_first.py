@@ -121,6 +121,39 @@ def test_outputs_that_hold_no_steps_of_the_input(name: str, mode: Mode) -> None:
             same(step(model, losses), expected)
 
 
+class Chosen(nn.Module):
+    """The last steps of sequences that have lengths, and rows that a mask picks: here as many as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(20, 6), nn.GRU(6, 6)
+        self.inp, self.masked, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.rnn(self.inp(self.table(x)))[0]
+        return self.out(h[lengths - 1, torch.arange(B)]) + self.masked(h[x == 0]).sum(), h
+
+
+def test_rows_that_are_selected_are_tried_with_other_samples() -> None:
+    """Along axis 1: one layer has a row of each sample, the other as many rows, two of them of one."""
+    model, x = Chosen(), torch.randint(1, 20, (7, B))
+    x[[0, 2, 3, 5], [0, 1, 1, 2]] = 0
+    lengths, sizes = torch.tensor([7, 4, 5, 2]), {}
+
+    def policy(layer: str, grads: LayerGrads) -> None:
+        sizes[layer] = None if layer == "masked" else grads.batch_size
+
+    with reweight(model, policy) as handle:
+        step(model, lambda: model(x, lengths)[0].sin().mean(1))
+        assert sizes["out"] == B
+        assert handle.explain()["out"].endswith("axis 0 of its output")
+    with (
+        reweight(model, lambda layer, grads: torch.ones(grads.batch_size)),
+        pytest.raises(ValueError, match="cannot tell which axis of layer 'masked'"),
+    ):
+        step(model, lambda: model(x, lengths)[0].sin().mean(1))
+
+
 def test_an_output_of_features_holds_no_samples() -> None:
     """[F], of an input [B, F]: as many as it has features, and every one depends on every sample."""
     layer = nn.Linear(5, 5)
