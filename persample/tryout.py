@@ -21,6 +21,7 @@ from persample.precision import full_precision
 from persample.provenance import tensors_of
 from persample.taps import Pass, Uses
 from persample.time_first import Ends, Question, by_model, by_output
+from persample.uncertain import told_by_losses
 from persample.weights import Layer
 
 _REMEMBERED = 1000
@@ -235,26 +236,13 @@ class Tryout:
             return
         axis, proven = answer
         samples = shape[1]
-        told = (
-            f"The losses of this batch are [{samples}], one for each entry of axis {axis} of the model's output. These "
-            f"are taken for the entries of axis 1 of its input, {list(shape)}, and"
-        )
         if axis == 0:
             self._time_first(proven, forward, samples, axis)
             _settle(Way(None, proven), samples, {})
             self._met.clear()  # what is not proven is tried in the next pass
-            told += " for the samples from now on: the model puts them in front"
         else:
             self.axis = 0
-            told += (
-                " yet the samples are taken to be on its axis 0, over which the losses are a mean or sum: if the model "
-                "takes time first, that is wrong"
-            )
-        warnings.warn(
-            f"{told} (persample.reweight). Say which axis of the layers' outputs counts samples by batch_axis=1, or "
-            "batch_axis=0, and this warning goes",
-            stacklevel=2,
-        )
+        warnings.warn(told_by_losses(shape, axis), stacklevel=2)
 
     def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[trial.Shape, Tensor]]]:
         """Runs the model; shapes and marks of outputs by layer."""
