@@ -148,7 +148,7 @@ def stack(step: Step) -> Lying | None:
 
 
 @passage(
-    "Softmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
+    "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
     "Narrow Flip Kthvalue Sort Topk"
 )
 def along_another(step: Step) -> Lying | None:
@@ -164,6 +164,12 @@ def matrix_product(step: Step) -> Lying | None:
     if factor < 0:
         return by_entry(step)
     return step.kept() if step.at.axis == factor else None
+
+
+@passage("Mv")
+def matrix_vector_product(step: Step) -> Lying | None:
+    """Entries of the output come from rows of the matrix."""
+    return step.kept() if step.slot == 0 else None
 
 
 @passage("Bmm Baddbmm")

@@ -52,11 +52,11 @@ class OutputGraph:
     graph: Graph
     leaves: list[Tensor]
     batch: int
-    axis: int = 0
-    """Where samples are looked for first: 1 in models that take time first."""
+    axis: int | None = None
+    """Which axis counts samples, where that is known: in models that take time first."""
 
     @classmethod
-    def behind(cls, output: Any, batch: int, axis: int = 0) -> OutputGraph | None:
+    def behind(cls, output: Any, batch: int, axis: int | None = None) -> OutputGraph | None:
         """Of a model's output; None where there is no graph, or none that can be read."""
         leaves = [each for each in tensors_of(output) if readable(each) and foldings(each.shape, batch)]
         try:
@@ -79,7 +79,7 @@ class OutputGraph:
         return {choice: Way(choice, found) for choice, found in ways.items() if found is not None}
 
     def _reading(self, leaf: Tensor) -> Reading | None:
-        if self.axis and leaf.shape[self.axis : self.axis + 1] == (self.batch,):
+        if self.axis is not None and leaf.shape[self.axis : self.axis + 1] == (self.batch,):
             return Reading(1, 1, self.axis)
         return by_size(foldings(leaf.shape, self.batch))
 

@@ -5,14 +5,16 @@ That a first tensor is [T, B] and not [B, T] no size says. Two things do:
     the model    entries of axis 0 influence each other (attention, recurrence), those of axis 1 nowhere do
     the losses   [n], before their mean or sum is taken: one loss for each entry of axis 1, and not of axis 0
 
-The first goes by itself. Where a model keeps the entries of both axes apart, the losses of the first backward pass are
-looked at, and if they speak against axis 0, a warning says so.
+The first goes by itself, and so does the second where these are the entries of axis 0 of what the model returns: it
+has put samples in front. Where they are those of axis 1 of that, and the model keeps the entries of both axes apart,
+the losses may as well be sums over a batch that is in front, as it usually is: a warning says so.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import ref
@@ -27,7 +29,7 @@ from persample.layout import leading_to
 from persample.output_graph import Calls, calls_of, readable, start, trace_all
 from persample.places import SEVERAL, Place, Places, places
 from persample.provenance import tensors_of
-from persample.taps import Uses
+from persample.taps import Tap, Uses
 from persample.weights import Layer
 
 _MIXING = (
@@ -38,93 +40,162 @@ _MIXING = (
 
 
 class Ends(NamedTuple):
-    """The tensors of a model's output that begin with the first two axes of its first input, [steps, samples, …]."""
+    """The tensors of a model's output whose first two axes are those of its first input, [steps, samples, …]."""
 
     graph: Graph
     leaves: list[Tensor]
     sizes: tuple[int, int]
+    axes: tuple[int, int]
+    """Which of them counts steps, and which samples; as in the input, where the sizes are the same."""
 
     @classmethod
     def of(cls, output: Any, sizes: tuple[int, int]) -> Ends | None:
         """Of an output; None where there are none, or no graph that can be read."""
-        leaves = [each for each in tensors_of(output) if readable(each) and each.shape[:2] == sizes]
-        try:
-            return cls(trace_all(leaves), leaves, sizes) if leaves else None
-        except UnsupportedError:  # a reentrant checkpoint, nested tensors
-            return None
+        for axes in ((0, 1), (1, 0)):
+            shape = sizes[axes[0]], sizes[axes[1]]
+            leaves = [each for each in tensors_of(output) if readable(each) and each.shape[:2] == shape]
+            if leaves:
+                try:
+                    return cls(trace_all(leaves), leaves, sizes, axes)
+                except UnsupportedError:  # a reentrant checkpoint, nested tensors
+                    return None
+        return None
 
-    def along(self, axis: int) -> dict[Edge, Place]:
-        """Where samples lie if they lie along that axis."""
-        return {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, self.sizes[axis]) for leaf in self.leaves}
+    def along(self, which: int) -> dict[Edge, Place]:
+        """Where they lie: 0 the steps, 1 the samples."""
+        axis, size = self.axes[which], self.sizes[which]
+        return {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, size) for leaf in self.leaves}
 
 
-def by_output(output: Any, steps: int, samples: int, uses: Mapping[Layer, Uses]) -> bool:
-    """Whether a model that is given a first tensor [steps, samples, …] takes time first, by what it returns.
+def by_output(output: Any, steps: int, samples: int, uses: Mapping[Layer, Uses]) -> int | None:
+    """The axis of the output that counts samples, if it tells that a model, given [steps, samples, …], has time first.
 
-    So it does where nothing of that can hold `steps` samples, but an axis before the third can hold `samples`, from
+    So it does where nothing of it can hold `steps` samples, but an axis before the third can hold `samples`, from
     which it is proven of every call of every layer where they lie: of the last step, or of another sequence.
     """
     leaves = [each for each in tensors_of(output) if readable(each)]
     along = [(leaf, axis) for leaf in leaves for axis in (1, 0) if leaf.shape[axis : axis + 1] == (samples,)][:1]
     if not along or any(foldings(leaf.shape, steps) for leaf in leaves):
-        return False
+        return None
     [(leaf, axis)] = along
     starts = {(leaf.grad_fn, leaf.output_nr): start(leaf.shape, axis, samples)}
     try:
         proven = calls_of(uses, trace(leaf), starts, samples)
     except UnsupportedError:
-        return False
+        return None
     found = list((proven or {}).values())
-    return bool(found) and all(each.shapes and each.proven.keys() == each.shapes.keys() for each in found)
+    sure = bool(found) and all(each.shapes and each.proven.keys() == each.shapes.keys() for each in found)
+    return axis if sure else None
 
 
 def by_model(ends: Ends) -> bool | None:
-    """Whether a model takes time first, by what it mixes; None where it mixes entries of neither axis."""
+    """Whether a model takes time first, by what it mixes; None where that does not tell."""
     try:
-        steps, samples = (places(ends.graph, ends.along(axis), ends.sizes[axis]) for axis in (0, 1))
+        steps, samples = (places(ends.graph, ends.along(which), ends.sizes[which]) for which in (0, 1))
     except UnsupportedError:
-        return False
-    if _mixed(samples, steps):
-        return False
-    mixing = [kind.startswith(_MIXING) for kind in _mixed(steps, samples)]
-    return all(mixing) if mixing else None
+        return None
+    data = _of_data(ends.graph, prod(ends.sizes))
+    of_steps, of_samples = _mixed(steps, samples, data), _mixed(samples, steps, data)
+    if any(kind.startswith(_MIXING) for kind in of_samples):
+        return None if of_steps and ends.sizes[0] == ends.sizes[1] else False
+    sure = of_steps and not of_samples and all(kind.startswith(_MIXING) for kind in of_steps)
+    return True if sure else None
 
 
-def _mixed(here: Places, there: Places) -> list[str]:
+def _mixed(here: Places, there: Places, data: set[Node]) -> list[str]:
     """By what entries are mixed along one axis where they are apart along the other."""
     # What all of one step depends on, as its copy of a weight, says nothing of samples.
-    return [kind for edge, kind in here.mixed.items() if edge in there.known and there.known[edge].count > 1]
+    return [
+        kind
+        for edge, kind in here.mixed.items()
+        if edge[0] in data and edge in there.known and there.known[edge].count > 1
+    ]
+
+
+def _of_data(graph: Graph, entries: int) -> set[Node]:
+    """The nodes that data flow through, and not weights alone: one that has an own value at each position goes with
+    those of every sample, and mixes nothing. So does a table of positions, which is not looked up for each entry."""
+    found: set[Node] = set()
+    for node in graph.order:
+        kind, sources = node.name(), [source for source, _ in node.next_functions]
+        own = getattr(node, "_forward_cls", None) is Tap or (None in sources and kind.startswith(_MIXING))
+        own = own or (kind.startswith("Embedding") and prod(edge_shape((node, 0))[:-1]) % entries == 0)
+        if own or any(source in found for source in sources):
+            found.add(node)
+    return found
 
 
 class Question:
-    """Whether the losses of a backward pass are one for each entry of axis 1 of the model's output, and not of axis 0.
+    """Whether the losses of a backward pass are one for each of so many samples, which lie elsewhere than it was read.
 
     It holds nothing of the graph, which it belongs to.
+
+    Arguments:
+        output: of the model.
+        samples: how many.
+        uses: of the layers.
+        axes: of the output, that may count samples.
     """
 
-    def __init__(self, ends: Ends, uses: Mapping[Layer, Uses]) -> None:
+    def __init__(self, output: Any, samples: int, uses: Mapping[Layer, Uses], axes: Sequence[int]) -> None:
         self._uses = {layer: ref(each) for layer, each in uses.items()}
-        self._samples = ends.sizes[1]
-        self._ways = [calls_of(uses, ends.graph, ends.along(axis), ends.sizes[axis]) for axis in (0, 1)]
+        self._samples = samples
+        self._ends: dict[tuple[int, int], dict[int, Place]] = {}  # of nodes the graph makes new objects
+        for leaf in tensors_of(output):
+            fitting = [axis for axis in axes if readable(leaf) and leaf.shape[axis : axis + 1] == (samples,)]
+            if fitting and leaf.grad_fn is not None:
+                number = leaf.grad_fn._sequence_nr(), leaf.output_nr
+                self._ends[number] = {axis: start(leaf.shape, axis, samples) for axis in fitting}
 
-    def answer(self) -> dict[Layer, Calls] | None:
-        """What is proven of the layers if they are; None where nothing says so. To be called in the backward pass."""
+    def answer(self, batch: int | None) -> tuple[int, dict[Layer, Calls]] | None:
+        """The axis of the output that counts them, and what is proven of the layers; None where nothing says so.
+
+        To be called in the backward pass.
+
+        Arguments:
+            batch: as many samples as the layers are read by.
+        """
         uses = {
             layer: each for layer, each in ((layer, use()) for layer, use in self._uses.items()) if each is not None
         }
         taps = {tap() for each in uses.values() for tap in each.taps} - {None}
-        by_steps, by_samples = self._ways
-        for root in _roots() if by_samples is not None and by_samples != by_steps else ():
+        for root in _roots() if self._ends else ():
             try:
                 graph = trace(root)
                 ends = _unreduced(graph, root, taps & graph.order.keys())
                 if ends and all(edge_shape(edge) == (self._samples,) for edge in ends):
-                    places_of_losses = {edge: Place(1, 0, self._samples) for edge in ends}
-                    if calls_of(uses, graph, places_of_losses, self._samples) == by_samples:
-                        return by_samples
+                    lying = {edge: Place(1, 0, self._samples) for edge in ends}
+                    axis = self._axis(places(graph, lying, self._samples))
+                    proven = None if axis is None else calls_of(uses, graph, lying, self._samples)
+                    if axis is not None and proven and self._news(proven, batch):
+                        return axis, proven
             except UnsupportedError:
                 pass
         return None
+
+    def _axis(self, found: Places) -> int | None:
+        """The axis of the output along which the samples of the losses lie."""
+        for (node, number), place in found.known.items():
+            for axis, end in self._ends.get((node._sequence_nr(), number), {}).items():
+                if end == place:
+                    return axis
+        return None
+
+    def _news(self, proven: Mapping[Layer, Calls], batch: int | None) -> bool:
+        """Whether layers are read otherwise than that."""
+        if not any(calls.proven for calls in proven.values()):
+            return batch != self._samples
+        return any(_otherwise(layer, calls, batch, self._samples) for layer, calls in proven.items())
+
+
+def _otherwise(layer: Layer, calls: Calls, batch: int | None, samples: int) -> bool:
+    """Whether one of a layer's calls is read otherwise than it is proven."""
+    taken = {
+        number: layer.taken(batch, calls.number, number, segment.shape) for number, segment in calls.proven.items()
+    }
+    return any(
+        each is not None and (batch != samples or each != calls.proven[number]) for number, each in taken.items()
+    )
 
 
 def _roots() -> Iterator[Tensor]:

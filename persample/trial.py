@@ -86,6 +86,7 @@ def readings(
     batch: int,
     confirmed: Mapping[Key, Reading | None] | None = None,
     selected: Mapping[Key, float] | None = None,
+    axis: int = 0,
 ) -> dict[Key, Reading | None]:
     """Returns for each output the one of its candidates that all rows agree with; undecided ones are left out.
 
@@ -95,7 +96,7 @@ def readings(
         model: its modules are put into evaluation mode where the mode of training leaves outputs undecided
             (batch normalisation couples samples), and back.
         run: runs the model once, within `rehearsal`.
-        args, kwargs: what the model was called with. The first tensor with `batch` samples on axis 0 is changed;
+        args, kwargs: what the model was called with. The first tensor with `batch` samples on its axis is changed;
             the next (it may be a mask, and its axis no batch) only for layers that do not depend on the first; then
             all of them together.
         candidates: by layer and shape.
@@ -105,6 +106,7 @@ def readings(
         selected: outputs of rows that were selected from others: None, too, where they change and nothing is decided.
             With the rounding of theirs: where samples are replaced, others are multiplied in other company, and of that
             their rows change in their last digits.
+        axis: of tensors that the model is called with, which counts samples; 0 in those where it has another size.
     """
     found: dict[Key, Reading | None] = {}
     touched: set[Key] = set()
@@ -116,7 +118,7 @@ def readings(
             if left and (training or any(was for _, was in modes)):
                 for module, was in modes:
                     module.training = was and training
-                new, touched = _by_inputs(model, run, args, kwargs, left, batch, sure, selected)
+                new, touched = _by_inputs(model, run, args, kwargs, left, batch, sure, selected, axis)
                 found |= new
     finally:
         for module, was in modes:
@@ -214,10 +216,11 @@ def _by_inputs(
     batch: int,
     sure: Mapping[Key, Reading | None],
     rounding: Mapping[Key, float],
+    axis: int,
 ) -> tuple[dict[Key, Reading | None], set[Key]]:
     """One input after the other is changed, then all together; returns what was found, and which outputs changed."""
     leaves, tree = tree_flatten((args, kwargs))
-    places = [each for each in leaves if isinstance(each, Tensor) and _sizes(each)[:1] == (batch,)]
+    places = [each for each in leaves if isinstance(each, Tensor) and _axis(each, batch, axis) is not None]
     places = list({id(each): each for each in places}.values())
     # Samples may be on other axes of other tensors, or in what is no tensor.
     rest = [each for each in leaves if all(each is not place for place in places)]
@@ -250,7 +253,7 @@ def _by_inputs(
             for bit, half in enumerate(_halves(batch) if evidence else ()):
                 if bit and not any(each.open for each in evidence.values()):
                     break
-                both = [rehearse(_replaced(leaves, chosen, each)) for each in (half, ~half)]
+                both = [rehearse(_replaced(leaves, chosen, each, axis)) for each in (half, ~half)]
                 for key, each in evidence.items():
                     each.add(before[key], [marks.get(key) for marks in both], half)
         except Exception:  # lengths that must fall, say: what the model refuses tells nothing
@@ -262,6 +265,12 @@ def _by_inputs(
         if number == 0:  # the tensor that says how many samples there are
             found |= {key: None for key, each in evidence.items() if each.foreign and key not in found}
     return found, touched
+
+
+def _axis(tensor: Tensor, batch: int, axis: int) -> int | None:
+    """The axis of a tensor that counts samples."""
+    sizes = _sizes(tensor)
+    return next((each for each in (axis, 0) if sizes[each : each + 1] == (batch,)), None)
 
 
 def _sizes(tensor: Tensor) -> Shape:
@@ -276,11 +285,11 @@ def _halves(batch: int) -> Iterator[Tensor]:
         yield (numbers >> bit) & 1 == 1
 
 
-def _replaced(leaves: list[Any], chosen: Sequence[Tensor], replaced: Tensor) -> list[Any]:
+def _replaced(leaves: list[Any], chosen: Sequence[Tensor], replaced: Tensor, axis: int) -> list[Any]:
     """The leaves, with those samples of the chosen ones replaced by their neighbours."""
     others: dict[int, Tensor] = {}
     for each in chosen:
-        leaf = each.detach()
-        where = replaced.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1))
-        others[id(each)] = torch.where(where, leaf.roll(1, 0), leaf)  # a tensor given twice stays one
+        leaf, at = each.detach(), _axis(each, len(replaced), axis) or 0
+        where = replaced.to(leaf.device).view(-1, *[1] * (leaf.dim() - at - 1))
+        others[id(each)] = torch.where(where, leaf.roll(1, at), leaf)  # a tensor given twice stays one
     return [others.get(id(each), each) for each in leaves]

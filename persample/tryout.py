@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from persample.precision import full_precision
 from persample.provenance import tensors_of
 from persample.taps import Pass, Uses
 from persample.time_first import Ends, Question, by_model, by_output
+from persample.uncertain import told_by_losses
 from persample.weights import Layer
 
 _REMEMBERED = 1000
@@ -45,6 +46,8 @@ class Tryout:
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
         self.axis: int | None = None
         """The axis of the first tensor that counts samples, where it is known: 1 in models that take time first."""
+        self._output_axis: int | None = None
+        """The axis of the output that counts samples, in these."""
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
         self.running: dict[Any, list[tuple[trial.Shape, Tensor]]] | None = None
@@ -70,10 +73,10 @@ class Tryout:
         """The pass has met an output of that shape."""
         if batch == 1:  # all rows are the sample's
             layer.forget_axis(shape)
+        self._calls[layer, shape] += 1
         candidates = layer.unsure(shape, batch)
         if candidates:
             self._unsure[layer, shape] = candidates
-            self._calls[layer, shape] += 1
 
     def end(
         self,
@@ -97,15 +100,16 @@ class Tryout:
             first: whether it was the first pass.
         """
         readable = {layer: each for layer, each in uses.items() if layer.provable}
+        axis = self._output_axis
         if self.new:  # a pass that raised will be new again
             if len(self._met) == _REMEMBERED:  # a number that counts steps, say
                 self._met.clear()
             self._met.add(self._signature)
             if readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
-                self._look_at_time(output, readable, forward, shape)
+                axis = self._look_at_time(output, readable, forward, shape)
         batch = forward.batch
         if batch is not None and batch > 1:
-            behind = OutputGraph.behind(output, batch, self.axis or 0) if self.new else None
+            behind = OutputGraph.behind(output, batch, axis) if self.new else None
             self._read(behind, readable, args, kwargs, batch, first)
         self.forget()
 
@@ -179,47 +183,66 @@ class Tryout:
         confirmed = {key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings}
         confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
         selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind}
-        return trial.readings(self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected)
+        return trial.readings(
+            self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected, self.axis or 0
+        )
 
-    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> None:
-        """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow."""
+    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> int | None:
+        """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow.
+
+        Returns the axis of the output that counts samples, where that is sure.
+        """
         steps, samples, *_ = shape
         if min(steps, samples) < 2:
-            return
+            return None
         ends = Ends.of(output, (steps, samples))
-        answer = by_output(output, steps, samples, uses) if ends is None else by_model(ends)
-        if ends is None and not answer:
-            return
-        if ends is not None and answer is None:
-            forward.question = partial(self._ask_losses, forward, Question(ends, uses), shape)
-        elif not answer:
+        answer = None if ends is None else by_model(ends)
+        axis = by_output(output, steps, samples, uses) if ends is None else None
+        if ends is not None and answer is not None:
+            axis = ends.axes[answer]
+        if steps == samples and ends is not None and axis is not None:
+            # Which axis of the input these are is left open: the model may have put the other one in front.
+            self._ask_later(output, uses, forward, shape, [axis])
+            return axis
+        if answer is False:
             self.axis = 0
-        else:
-            self._time_first(uses, forward, samples)
-            self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._unsure}
-            self._unsure = {key: each for key, each in self._unsure.items() if each}
+            return None
+        if axis is None:
+            self._ask_later(output, uses, forward, shape, [0, 1])
+            return None
+        self._time_first(uses, forward, samples, axis)
+        self._unsure = {(layer, at): layer.unsure(at, samples) for layer, at in self._calls}
+        self._unsure = {key: each for key, each in self._unsure.items() if each}
+        return axis
 
-    def _time_first(self, layers: Iterable[Layer], forward: Pass, samples: int) -> None:
-        self.axis, forward.batch = 1, samples
+    def _time_first(self, layers: Iterable[Layer], forward: Pass, samples: int, axis: int) -> None:
+        self.axis, self._output_axis, forward.batch = 1, axis, samples
         for layer in layers:
             layer.forget()
 
-    def _ask_losses(self, forward: Pass, question: Question, shape: trial.Shape) -> None:
+    def _ask_later(
+        self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape, axes: Sequence[int]
+    ) -> None:
         """In the first backward pass."""
+        question = Question(output, shape[1], uses, axes)
+        forward.question = partial(self._ask_losses, forward, question, shape)
+
+    def _ask_losses(self, forward: Pass, question: Question, shape: trial.Shape) -> None:
         forward.question = None
-        proven = question.answer() if self.axis is None else None
-        self.axis = self.axis or 0
-        if proven is not None:
-            steps, samples = shape[:2]
-            self._time_first(proven, forward, samples)
+        answer = question.answer(forward.batch) if self.axis is None else None
+        if answer is None:
+            if shape[0] != shape[1]:  # else another batch may tell
+                self.axis = self.axis or 0
+            return
+        axis, proven = answer
+        samples = shape[1]
+        if axis == 0:
+            self._time_first(proven, forward, samples, axis)
             _settle(Way(None, proven), samples, {})
-            warnings.warn(
-                f"The losses of this batch are [{samples}], one for each entry of axis 1 of the model's input, "
-                f"{list(shape)}, and its axis 0 is their mean or sum: these {samples} are taken for the samples from "
-                f"now on, and not the {steps} of axis 0 (persample.reweight). Say which by batch_axis=1, or "
-                "batch_axis=0, and this warning goes",
-                stacklevel=2,
-            )
+            self._met.clear()  # what is not proven is tried in the next pass
+        else:
+            self.axis = 0
+        warnings.warn(told_by_losses(shape, axis), stacklevel=2)
 
     def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[trial.Shape, Tensor]]]:
         """Runs the model; shapes and marks of outputs by layer."""

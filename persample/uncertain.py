@@ -76,3 +76,23 @@ def disagreeing(path: str, shape: Sequence[int], batch: int | None, given: Folde
         f"samples, which does not agree with batch_axis={{'{path}': {given}}}: axis {given.axis} must hold before · "
         "batch · after rows. Give the numbers that it holds, with None for one that follows from the others."
     )
+
+
+def told_by_losses(shape: Sequence[int], axis: int) -> str:
+    """Returns the warning that a model may take time first.
+
+    Arguments:
+        shape: of its first input, of which the losses are one for each entry of axis 1.
+        axis: which axis of the output those are; 0 are taken for the samples.
+    """
+    taken = (
+        "These are taken for the samples from now on: the model puts them in front"
+        if axis == 0
+        else "Yet its axis 0 is taken to count samples, over which the losses are a mean or sum: if the model takes "
+        "time first, that is wrong"
+    )
+    return (
+        f"The losses of this batch are [{shape[1]}], one for each entry of axis {axis} of the model's output, and of "
+        f"axis 1 of its input, {list(shape)}. {taken} (persample.reweight). Say which axis of the layers' outputs "
+        "counts samples by batch_axis=1, or batch_axis=0, and this warning goes"
+    )

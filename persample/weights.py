@@ -296,6 +296,14 @@ class Layer:
             return Reading(1, rows[0], 0) if rows[0] else None
         return self.readings.get((batch, shape)) or self.by_size(shape, batch)
 
+    def taken(self, batch: int | None, calls: int, number: int, shape: tuple[int, ...]) -> Segment | None:
+        """What a call is taken to hold, of so many in a forward pass; None where it cannot be told."""
+        if batch is None:
+            return None
+        segment = self.segments.get((batch, calls, number, shape))
+        reading = self._reading(shape, batch) if self.axis is None else Reading(1, 1, self.axis)
+        return segment or (None if reading is None else Segment(shape, reading, 0, batch))
+
     def by_size(self, shape: tuple[int, ...], batch: int) -> Reading | None:
         """The one axis with as many entries as samples, where no other is as likely."""
         return None if self.foreign else by_size(self.candidates(shape, batch))

@@ -191,3 +191,22 @@ class Stop(Exception):
 
 def stop(*_: Any) -> None:
     raise Stop
+
+
+class Tokens(nn.Module):
+    """Embedding, something in between, and two linear layers."""
+
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table, self.between = nn.Embedding(20, 6), nn.Identity() if between is None else between
+        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.between(self.table(x))
+        h = h[0] if isinstance(h, tuple) else h
+        return self.out(self.layer(h).tanh())
+
+
+def of_samples(output: Tensor) -> Tensor:
+    """[T, B, O] → [B]."""
+    return output.sin().mean((0, 2))

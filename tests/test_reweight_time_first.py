@@ -8,30 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracle import loop_grads_of
-from passes import B, Mode, every_mode, modules_of, same, step
+from passes import B, Mode, Tokens, every_mode, modules_of, of_samples, same, step
 from torch import Tensor, nn
 
-import fngd
 from persample.layers import LayerGrads
 from persample.reweight import reweight
 
 pytestmark = pytest.mark.usefixtures("double")
 
 Losses = Callable[[Tensor], Tensor]
-
-
-class Tokens(nn.Module):
-    """Embedding, something in between, and two linear layers."""
-
-    def __init__(self, between: nn.Module | None = None) -> None:
-        super().__init__()
-        self.table, self.between = nn.Embedding(20, 6), nn.Identity() if between is None else between
-        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.between(self.table(x))
-        h = h[0] if isinstance(h, tuple) else h
-        return self.out(self.layer(h).tanh())
 
 
 class Cell(nn.Module):
@@ -65,11 +50,6 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0),
     "attention with weights": Attention,
 }
-
-
-def of_samples(output: Tensor) -> Tensor:
-    """[T, B, O] → [B]."""
-    return output.sin().mean((0, 2))
 
 
 @every_mode
@@ -121,6 +101,39 @@ def test_outputs_that_hold_no_steps_of_the_input(name: str, mode: Mode) -> None:
             same(step(model, losses), expected)
 
 
+class Chosen(nn.Module):
+    """The last steps of sequences that have lengths, and rows that a mask picks: here as many as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(20, 6), nn.GRU(6, 6)
+        self.inp, self.masked, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.rnn(self.inp(self.table(x)))[0]
+        return self.out(h[lengths - 1, torch.arange(B)]) + self.masked(h[x == 0]).sum(), h
+
+
+def test_rows_that_are_selected_are_tried_with_other_samples() -> None:
+    """Along axis 1: one layer has a row of each sample, the other as many rows, two of them of one."""
+    model, x = Chosen(), torch.randint(1, 20, (7, B))
+    x[[0, 2, 3, 5], [0, 1, 1, 2]] = 0
+    lengths, sizes = torch.tensor([7, 4, 5, 2]), {}
+
+    def policy(layer: str, grads: LayerGrads) -> None:
+        sizes[layer] = None if layer == "masked" else grads.batch_size
+
+    with reweight(model, policy) as handle:
+        step(model, lambda: model(x, lengths)[0].sin().mean(1))
+        assert sizes["out"] == B
+        assert handle.explain()["out"].endswith("axis 0 of its output")
+    with (
+        reweight(model, lambda layer, grads: torch.ones(grads.batch_size)),
+        pytest.raises(ValueError, match="cannot tell which axis of layer 'masked'"),
+    ):
+        step(model, lambda: model(x, lengths)[0].sin().mean(1))
+
+
 def test_an_output_of_features_holds_no_samples() -> None:
     """[F], of an input [B, F]: as many as it has features, and every one depends on every sample."""
     layer = nn.Linear(5, 5)
@@ -162,37 +175,6 @@ def test_functions_of_models_that_mix_steps(name: str) -> None:
     for path, parameter in model.named_parameters():
         weights = c if id(parameter) in own else torch.ones(B)
         torch.testing.assert_close(got[path], torch.tensordot(weights, rows[path], 1))
-
-
-@every_mode
-@pytest.mark.parametrize("steps", [7, B])
-def test_losses_of_a_model_that_mixes_nothing_tell(steps: int, mode: Mode) -> None:
-    model, x = Tokens(), torch.randint(20, (steps, B))
-    expected = mode.expected(model, of_samples(model(x)))
-    with mode.on(model):
-        with pytest.warns(
-            UserWarning, match=rf"losses of this batch are \[{B}\], one for each entry of axis 1"
-        ) as told:
-            same(step(model, lambda: of_samples(model(x))), expected)
-        assert len(told) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            same(step(model, lambda: of_samples(model(x))), expected)
-            other = torch.randint(20, (3, B))
-            step(model, lambda: model(other).sin().sum())
-    with mode.on(model, batch_axis=1), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same(step(model, lambda: of_samples(model(x))), expected)
-
-
-def test_optimisers_are_asked_about_samples() -> None:
-    model, x = Tokens(), torch.randint(20, (7, B))
-    optimizer = fngd.NGD(model, lr=0.1)
-    with pytest.warns(UserWarning, match="batch_axis=1"):
-        of_samples(model(x)).mean().backward()
-    with pytest.warns(UserWarning, match="NGD preconditions 35 %"):  # most of the model is its table
-        optimizer.step()
-    optimizer.remove()
 
 
 class Flattened(Tokens):
