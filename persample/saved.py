@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from persample.graph import Node
@@ -54,5 +55,12 @@ def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
             except RuntimeError:
                 continue  # freed by a backward pass, or changed in place, of which autograd tells
             several = value if isinstance(value, (tuple, list)) else (value,)
-            found += [each for each in several if isinstance(each, Tensor)]
+            found += [each for each in several if isinstance(each, Tensor) and not _memory_gone(each)]
     return found
+
+
+def _memory_gone(tensor: Tensor) -> bool:
+    """Whether its memory was given back behind autograd, as FSDP does with gathered parameters; never to be read."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
