@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW = 256
-"""Integers that have a factor each; rows of as many are told apart by their place in the result."""
+"""Integers that have a factor each, by column; rows of as many are told apart by their place in the result."""
 DATA = "a tensor of the inputs or targets was modified in place"
 _PIECE = 2**18
-"""Integers that are multiplied at a time: on a CPU few enough for its cache."""
+"""Integers that are added up at a time, by row and by column: on a CPU few enough for its cache."""
 
 
 class Unchanged:
@@ -92,7 +92,11 @@ def bits(tensor: Tensor) -> Tensor:
     integers = real.view(-1).view(torch.int64 if wide else _INTEGERS[size])
     whole = integers.numel() // _ROW * _ROW
     factors = _factors(real.device)
-    sums = [(piece.view(-1, _ROW) * factors).sum(1) for piece in integers[:whole].split(_PIECE)]
+    sums = []
+    rows = integers[:whole].view(whole // _ROW, _ROW)
+    for piece in rows.split(_PIECE // _ROW) if whole else ():
+        # Of rows, and of columns with factors: a product for each entry would take five times as long.
+        sums += [piece.sum(1), (piece.sum(0) * factors).sum(0, keepdim=True)]
     rest = integers[whole:]
     return torch.cat([*sums, (rest * factors[: len(rest)]).sum(0, keepdim=True)])
 
