@@ -150,13 +150,6 @@ def pcg(
     return Solution(solution, "nystrom", torch.linalg.vector_norm(left).item() / norm, steps)
 
 
-def relative_residual(gram: Tensor, damping: float, coefficients: Tensor, rhs: Tensor) -> float:
-    """‖(K + λI)a − s‖/‖s‖; 0 where s is 0."""
-    norm = torch.linalg.vector_norm(rhs.double()).item()
-    left = gram.double() @ coefficients + damping * coefficients - rhs.double()
-    return torch.linalg.vector_norm(left).item() / norm if norm else 0.0
-
-
 def _shifted(gram: Tensor, damping: float) -> Tensor:
     shifted = gram.clone()
     shifted.diagonal().add_(damping)

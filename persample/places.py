@@ -14,7 +14,7 @@ nothing is proven. Batch normalisation counts as keeping rows: what flows throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -183,10 +183,6 @@ def _gradient_to(node: Node, output: int, slot: int) -> bool:
 def _passed_on(node: Node) -> bool:
     """Whether output k is input k as it is, and other inputs get no gradient of it."""
     return getattr(node, "_forward_cls", None) in (Tap, BackwardHookFunction)
-
-
-Cut = Callable[[Node, int, Shape, Shape], tuple[int, int, int]]
-"""(node, output, its shape, the input's) → (dim, start, length) of the part of the input that it is."""
 
 
 def _split(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:

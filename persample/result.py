@@ -288,8 +288,9 @@ class PerSampleGrads:
                 raise ValueError(
                     f"max_norm must name every layer once; layers are {sorted(norms)}, got {sorted(max_norm)}"
                 )
-            return self.weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
-        return self.weighted_sum(_clip(self._norms("total")[""], max_norm))
+            return self._weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
+        factors = _clip(self._norms("total")[""], max_norm)
+        return self._weighted_sum(dict.fromkeys(self.layers, factors))
 
     def explain(self) -> list[Explanation]:
         """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
