@@ -1,10 +1,10 @@
 """Whether tensors are what they were when a batch was captured, for reductions that use them again.
 
 Versions do not tell of every change: fused optimizers, `parameter.data` and NumPy arrays on the same memory raise none.
-So the bits are added up with random factors, as integers modulo 2^64: exact, and other where an entry has changed its
-value or its place. It is one pass over memory, and made over that alone which the caller can write to: inputs, targets,
-parameters and buffers, which are known by their addresses. Whatever else is held (activations, output gradients) is
-known by version.
+So the bits are added up with random factors, as integers: exact, and other where an entry has changed its value or its
+place. It is one pass over memory, and made over that alone which the caller can write to: inputs, targets, parameters
+and buffers, which are known by their addresses. Whatever else is held (activations, output gradients) is known by
+version.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ROW = 256
-"""Integers that have a factor each, by column; rows of as many are told apart by their place in the result."""
+_INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""By bytes, the widest first; a CPU has no vector product of wider ones."""
+_ROW = 4093
+"""Integers in a row; rows have a factor each, columns are told apart by their place in the result.
+
+A prime: of a sign, the highest bit, a sum tells only whether an odd number of them changed, and so those of a whole
+tensor, or of some of its rows or columns, must not come in pairs.
+"""
 DATA = "a tensor of the inputs or targets was modified in place"
-_PIECE = 2**18
-"""Integers that are added up at a time, by row and by column: on a CPU few enough for its cache."""
 
 
 class Unchanged:
@@ -76,29 +79,41 @@ def require(parameters: Unchanged | None, data: Unchanged, *, way: str) -> None:
 
 @torch.no_grad()
 def bits(tensor: Tensor) -> Tensor:
-    """Sums of the bits of all entries, read as integers, with random factors; in eight bytes where memory allows.
+    """Sums of the bits of all entries, read as integers, with random factors.
 
     >>> from persample.unchanged import bits
     >>> values = torch.arange(4.0)
     >>> bool((bits(values) == bits(values.clone())).all()), bool((bits(values) == bits(values.flip(0))).all())
     (True, False)
     """
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.detach()
-    if 0 in real.stride():  # the same entries many times
-        real = real[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in real.stride())]
-    in_memory = sorted(range(real.ndim), key=real.stride, reverse=True)  # the last one is that of neighbours
-    real, size = real.permute(in_memory).contiguous(), real.element_size()
-    wide = real.nbytes % 8 == 0 and real.storage_offset() * size % 8 == 0
-    integers = real.view(-1).view(torch.int64 if wide else _INTEGERS[size])
-    whole = integers.numel() // _ROW * _ROW
-    factors = _factors(real.device)
-    sums = []
-    rows = integers[:whole].view(whole // _ROW, _ROW)
-    for piece in rows.split(_PIECE // _ROW) if whole else ():
-        # Of rows, and of columns with factors: a product for each entry would take five times as long.
-        sums += [piece.sum(1), (piece.sum(0) * factors).sum(0, keepdim=True)]
-    rest = integers[whole:]
-    return torch.cat([*sums, (rest * factors[: len(rest)]).sum(0, keepdim=True)])
+    flat = _in_memory_order(tensor.detach())
+    offset, size = flat.storage_offset() * flat.element_size(), flat.nbytes
+    kind = next(kind for width, kind in _INTEGERS.items() if offset % width == size % width == 0)
+    integers = flat.view(kind)
+    whole = len(integers) // _ROW * _ROW
+    rest = integers[whole:] if whole else integers
+    sums = (rest * _factors(rest.device, torch.int64)[: len(rest)]).sum(0, keepdim=True)
+    return torch.cat([_weighted(integers[:whole].view(-1, _ROW)), sums]) if whole else sums
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """All entries in one row, neighbours in memory beside each other."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_contiguous():
+        if 0 in tensor.stride():  # the same entries many times
+            tensor = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).contiguous()
+    return tensor.view(-1)
+
+
+def _weighted(rows: Tensor) -> Tensor:
+    """The sum of rows of integers, each times a random factor."""
+    factors = _factors(rows.device, rows.dtype)
+    factors = (factors if len(rows) <= _ROW else factors.repeat(-(-len(rows) // _ROW)))[: len(rows)]
+    if rows.device.type == "cpu":
+        return factors @ rows  # one pass, which no other device has for integers
+    return (rows * factors[:, None]).sum(0)
 
 
 def addresses(tensors: Iterable[Tensor]) -> frozenset[int]:
@@ -136,6 +151,7 @@ def _address(tensor: Tensor) -> int:
 
 
 @cache
-def _factors(device: torch.device) -> Tensor:
+def _factors(device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**63), 2**63 - 1, (_ROW,), generator=generator).to(device) | 1  # odd: one to one
+    drawn = torch.randint(-(2**63), 2**63 - 1, (_ROW,), generator=generator) | 1  # odd: no bit is lost
+    return drawn.to(device, dtype)

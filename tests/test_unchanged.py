@@ -218,3 +218,23 @@ def test_factors_off_the_cpu_are_copies() -> None:
     copied = factors.owned(uses, unchanged.addresses([x]), devices=())
     assert copied["a"][0].block.x is copied["b"][0].block.x is not x
     assert copied["a"][0].block.z is use.block.z
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (4096,), (300, 64), (5000, 4)])
+def test_sums_of_bits_are_of_signs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """All signs, those of an entry in each row and those of a block with an even number of rows and columns."""
+    values = torch.randn(shape).to(dtype)
+    before = bits(values)
+    for part in (values, values[..., -1:], values[:2], values[-1:]):
+        part.data.neg_()
+        assert not torch.equal(before, bits(values))
+        part.data.neg_()
+        assert torch.equal(before, bits(values))
+
+
+def test_sums_of_bits_are_those_of_other_devices() -> None:
+    """The product of rows and factors is a sum of products, in the same integers."""
+    rows = torch.randint(-(2**31), 2**31 - 1, (5000, 64), dtype=torch.int32)
+    factors = unchanged._factors(rows.device, rows.dtype).repeat(2)[:5000]
+    assert torch.equal(unchanged._weighted(rows), (rows * factors[:, None]).sum(0, dtype=torch.int32))
