@@ -25,7 +25,7 @@ from benchmarks import check, growth, memory, processes, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
 from benchmarks.variants import WHATS, Variant
-from persample.command_line import whole
+from persample.testing.command_line import whole
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ import torch
 from benchmarks import peers
 from benchmarks.models import Problem, Task
 from benchmarks.variants import VARIANTS, Step, Variant, stored_optimizer, training
-from persample.machine import quiet
+from persample.testing.machine import quiet
 
 CALLS = 3
 PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

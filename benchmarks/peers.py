@@ -1,7 +1,7 @@
 """The same quantities from other libraries, each called as its documentation says, with its fastest options.
 
 Peers get the model that ours get. A library that raises is reported as refused, one whose result differs from ours
-as wrong; `persample.peers` holds the adapters for the conformance cases, where set-up and computation are one.
+as wrong; `persample.testing.peers` holds the adapters for the conformance cases, where set-up and computation are one.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from persample.machine import environment
-from persample.measure import Ratio
+from persample.testing.machine import environment
+from persample.testing.measure import Ratio
 
 FORMAT = 1
 PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "numpy")

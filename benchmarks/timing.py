@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.models import Problem
 from benchmarks.variants import OURS, STEPS, VARIANTS, Step, Variant, rows_nbytes
-from persample.machine import quiet
+from persample.testing.machine import quiet
 
 SHORTEST = 0.02
 """Seconds: shorter steps are repeated within a repetition until they take about that long."""

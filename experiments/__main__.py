@@ -24,9 +24,9 @@ import torch
 from experiments import record as records
 from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
-from fngd.data import DataError
-from fngd.report import writable
-from persample.command_line import check_device, stop_flag, whole
+from fngd.training.data import DataError
+from fngd.training.report import writable
+from persample.testing.command_line import check_device, stop_flag, whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 The paper shows UᵀU of the first two and the last two layers of ResNet-32 and says that neighbours are alike while the
 ends differ. Here the matrices are drawn as cosines, and alikeness is measured for all pairs of layers: see
-`fngd.inspection`. A batch is looked at before training and after some steps of SGD. The batch normalisation's coupling
-of samples is taken as in the paper: a sample's gradient is what flows through its rows.
+`fngd.training.inspection`. A batch is looked at before training and after some steps of SGD. The batch normalisation's
+coupling of samples is taken as in the paper: a sample's gradient is what flows through its rows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from experiments.record import Claim, Context, Experiment, Record, Result, Settings, Verdict
 from experiments.statistics import mean, spread
-from fngd import data, inspection
-from fngd.models import build_model
-from fngd.recipes import Config
-from fngd.training import batches
+from fngd.training import data, inspection
+from fngd.training.loop import batches
+from fngd.training.models import build_model
+from fngd.training.recipes import Config
 
 SMALL: Settings = {
     "data": "cifar10",

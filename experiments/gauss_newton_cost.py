@@ -14,7 +14,7 @@ import torch
 import persample
 from experiments.pinn_problems import PROBLEMS
 from fngd import GaussNewton
-from fngd.residuals import read_residuals
+from fngd.least_squares.residuals import read_residuals
 
 WARMUP, REPEATS, DAMPING = 12, 9, 1e-9
 """The search tries more in the first steps."""

@@ -27,9 +27,9 @@ from experiments import tuning
 from experiments.images_report import CLAIMS, draw, report
 from experiments.record import Context, Experiment, Result, Settings
 from experiments.runs import Plan, train
-from fngd import data, training
-from fngd.models import build_model
-from fngd.recipes import SCHEDULES, Config
+from fngd.training import data, loop
+from fngd.training.models import build_model
+from fngd.training.recipes import SCHEDULES, Config
 
 METHODS = ["sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd", "fngd-per-layer"]
 TRIAL_SEED = 1000
@@ -142,7 +142,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     plan = Plan(
         model,
         tuning.OPTIMISERS[base].build(model, tuning.Training(steps, inverse_every=task["inverse_every"]), options),
-        batches=lambda epoch: training.batches(trained, config, seed, epoch),
+        batches=lambda epoch: loop.batches(trained, config, seed, epoch),
         loss=lambda batch: _loss(model, batch),
         factor=lambda step: SCHEDULES["step"](step / (epochs * steps)),
         test=lambda: _test(model, tested),
@@ -160,7 +160,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float
 
 
 def _test(model: nn.Module, split: data.Split) -> dict[str, float]:
-    loss, accuracy = training.evaluate(model, split)
+    loss, accuracy = loop.evaluate(model, split)
     return {"loss": loss, "accuracy": accuracy}
 
 

@@ -1,4 +1,4 @@
-"""The networks of the FNGD paper's Section V by name; ResNets come from `fngd.models`.
+"""The networks of the FNGD paper's Section V by name; ResNets come from `fngd.training.models`.
 
 The Transformer is that of Vaswani et al. (2017): normalised after each residual branch, sinusoidal positions,
 embeddings times √width. Attention is written with four linear layers of its own, so that every weight matrix is a

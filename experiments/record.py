@@ -57,7 +57,7 @@ from typing import Any
 
 import torch
 
-from persample.machine import environment as machine
+from persample.testing.machine import environment as machine
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"

@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from experiments.record import Context, Experiment, Result, Settings
 from experiments.sharing_report import CLAIMS, draw, parsed, report
-from fngd import FNGD, NGD, data, smw_coefficients
-from fngd.models import build_model
-from fngd.recipes import SCHEDULES
-from fngd.training import evaluate
+from fngd import FNGD, NGD, smw_coefficients
+from fngd.training import data
+from fngd.training.loop import evaluate
+from fngd.training.models import build_model
+from fngd.training.recipes import SCHEDULES
 from persample import LayerGrads
-from persample.reweight import Policy
+from persample.reweighting import Policy
 
 METHODS = ("constant", "ngd", "fngd", "permuted", "sample", "refreshed")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

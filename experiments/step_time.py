@@ -35,8 +35,8 @@ from experiments.step_time_claims import CLAIMS
 from experiments.step_time_ratios import shares
 from experiments.step_time_report import draw, report
 from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
-from fngd.models import build_model
-from persample.machine import quiet
+from fngd.training.models import build_model
+from persample.testing.machine import quiet
 
 METHODS = ("sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd")
 MODELS = ("resnet32", "resnet110", "resnet18", "resnet34", "transformer")

@@ -8,7 +8,7 @@ from experiments.record import Claim, Record, Verdict
 from experiments.statistics import mean
 from experiments.step_time_ratios import by_round, parts, ratio, results
 from experiments.step_time_report import PAPER
-from persample.measure import Ratio
+from persample.testing.measure import Ratio
 
 SECOND_ORDER = ("kfac", "shampoo", "eva", "skfac", "ngd", "fngd")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.record import Record, Result
 from experiments.regions import REGIONS
-from persample.measure import Ratio
+from persample.testing.measure import Ratio
 
 SHARES: dict[str, dict[str, float]] = {
     "kfac": {"plain": 0.90, "statistics": 0.09, "inverse": 0.01},

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments.models import PADDING
-from fngd.data import DataError
+from fngd.training.data import DataError
 
 BEGIN, END = 1, 2
 SPECIAL = ("<pad>", "<s>", "</s>")

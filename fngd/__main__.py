@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fngd import data, inspect_command, report
-from fngd.memory import measure
-from fngd.models import MODELS
-from fngd.recipes import DEFAULTS, OPTIMIZERS, SCHEDULES, Config
-from fngd.training import Comparison, Progress
-from persample.command_line import check_device, stop_flag, whole
+from fngd.training import data, inspect_command, report
+from fngd.training.loop import Comparison, Progress
+from fngd.training.memory import measure
+from fngd.training.models import MODELS
+from fngd.training.recipes import DEFAULTS, OPTIMIZERS, SCHEDULES, Config
+from persample.testing.command_line import check_device, stop_flag, whole
 
 CHECKPOINT, RESULTS, FIGURE = "checkpoint.pt", "results.json", "figure.png"
 

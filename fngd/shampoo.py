@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fngd.distributed import sharded_like, whole_tensor
-from fngd.forms import COUNT, REMEDY, Table, check_form
-from fngd.groups import sgd_options
-from fngd.kfac import symmetric_eigen
-from fngd.members import Part
-from fngd.preconditioned import Preconditioned, checked_state
-from fngd.states import check_state
+from fngd.kronecker.kfac import symmetric_eigen
+from fngd.optim.distributed import sharded_like, whole_tensor
+from fngd.optim.groups import sgd_options
+from fngd.optim.layers import Part
+from fngd.optim.preconditioned import Preconditioned, checked_state
+from fngd.optim.state.forms import COUNT, REMEDY, Table, check_form
+from fngd.optim.state.parts import check_state
 
 PRESETS = (None, "shampoo-pytorch")
 

@@ -1,13 +1,13 @@
 """The gradient of every sample in a batch, for any PyTorch model: exactly, fast, never silently wrong."""
 
 from persample.api import backends, grad, per_sample
+from persample.blocks.kernels import force_kernel
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
-from persample.explanation import Explanation
-from persample.folded import Folded
-from persample.kernels import force_kernel
-from persample.layers import LayerGrads
-from persample.result import PerSampleGrads
-from persample.reweight import Reweighting, reweight
+from persample.result.explanation import Explanation
+from persample.result.per_sample_grads import PerSampleGrads
+from persample.reweighting.api import Reweighting, reweight
+from persample.reweighting.batch_axis.folded import Folded
+from persample.reweighting.layer_grads import LayerGrads
 
 __all__ = [
     "CheckError",

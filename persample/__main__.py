@@ -7,12 +7,12 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from persample.command_line import whole
+from persample.testing.command_line import whole
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from persample.compare import MODELS
+    from persample.testing.compare import MODELS
 
     top = argparse.ArgumentParser(prog="python -m persample", description="Per-sample gradients, side by side.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -67,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m persample {options.command}: {error}", file=sys.stderr)
         return 2
     if options.command == "compare":
-        from persample import compare
+        from persample.testing import compare
 
         compare.run(options.model, options.batch, out, options.repeats)
         return 0
-    from persample import conformance
+    from persample.testing import conformance
 
     return conformance.run(peers=options.peers, out=options.out, containing=options.cases)
 

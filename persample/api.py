@@ -11,15 +11,16 @@ from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from persample.backends import BACKENDS, Capture, Problem
+from persample.backends import BACKENDS
 from persample.backends.outputs import capture_losses, hold_graph
-from persample.chunked import ChunkedPerSampleGrads, batch_of, whole
+from persample.capture.replay import within_reach
+from persample.capture.sharded import refuse_sharded
+from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
-from persample.graph_result import GraphPerSampleGrads
-from persample.result import PerSampleGrads
-from persample.sharded import refuse_sharded
-from persample.unchanged import addresses
-from persample.watching import within_reach
+from persample.result.chunked import ChunkedPerSampleGrads, batch_of, whole
+from persample.result.graph_held import GraphPerSampleGrads
+from persample.result.per_sample_grads import PerSampleGrads
+from persample.result.unchanged import addresses
 
 
 def per_sample(
@@ -51,7 +52,8 @@ def per_sample(
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
-            (`persample.chunked`). A model that draws random numbers draws others for chunks than it does for the whole
+            (`persample.result.chunked`). A model that draws random numbers draws others for chunks than it does for the
+            whole
             batch: other dropout masks, the same ones in every reduction.
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with

@@ -24,22 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from persample import attribution
-from persample.attribution import Output, Owner
-from persample.backends import Capture, Captured, Problem, outputs, register
+from persample.attribution import probing
+from persample.attribution.coupling import not_finite_error, row_owner
+from persample.attribution.probing import Output, Owner
+from persample.attribution.silent import Zeros
+from persample.attribution.stand_ins import LEVELS, stand_ins
+from persample.attribution.support import supported_by
+from persample.backends import outputs, register
 from persample.backends.module_rules import MODULE_RULES, Call, ModuleRule, by_batch_statistics, place, rule_of
 from persample.backends.shared import ADVICE, buffers_kept
-from persample.blocks import Block
-from persample.checks import check_graph, check_losses, check_sum
-from persample.coupling import not_finite_error, row_owner
+from persample.blocks.precision import coarsest
+from persample.blocks.types import Block
+from persample.capture.plans import REGULAR
+from persample.capture.sum_check import check_graph, check_losses, check_sum
+from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CoupledSamplesError, PerSampleError, UnsupportedError
-from persample.graph import shape_of, trace
-from persample.plans import REGULAR
-from persample.precision import coarsest
-from persample.provenance import Provenance
-from persample.silent import Zeros
-from persample.stand_ins import LEVELS, stand_ins
-from persample.support import supported_by
+from persample.graph.nodes import shape_of, trace
+from persample.graph.provenance import Provenance
 
 COVERED_PARAMETERS = frozenset({"weight", "bias"})
 """Names of the parameters that rules build blocks for."""
@@ -233,13 +234,13 @@ def attribute(
         return found[: len(edges)]
 
     shapes = [record.shape for record in records]
-    z, owners = attribution.attribute(backward, losses, shapes, finite=finite)
+    z, owners = probing.attribute(backward, losses, shapes, finite=finite)
     if losses.shape[0] > 1 and any(here is not None and in_doubt(owner) for here, owner in zip(z, owners, strict=True)):
         outputs_at = [None if here is None else Output.of(here) for here in z]
         again = supported_by(backward, losses, outputs_at, finite, owners)
         owners = [new if in_doubt(old) else old for old, new in zip(owners, again, strict=True)]
     if losses.shape[0] > 1:
-        claim(losses, records, z, owners, partial(attribution.attribute, backward, losses, shapes))
+        claim(losses, records, z, owners, partial(probing.attribute, backward, losses, shapes))
     return z, owners, gradient
 
 
@@ -250,7 +251,8 @@ def claim(
     owners: list[Owner | None],
     again: Callable[[], tuple[Sequence[Tensor | None], Sequence[Owner | None]]],
 ) -> None:
-    """Finds whose zeros of z are, where a layer's input is not finite, see `persample.silent`; changes `owners`."""
+    """Finds whose zeros of z are, where a layer's input is not finite, see `persample.attribution.silent`; changes
+    `owners`."""
     zeros = {
         at: Zeros(z, owner)
         for at, (z, owner, record) in enumerate(zip(zs, owners, records, strict=True))

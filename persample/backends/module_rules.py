@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from persample.attribution import NOBODY, Owner
-from persample.blocks import Block, Dense, Outer, Rows
-from persample.convolution_blocks import conv_block
+from persample.attribution.probing import NOBODY, Owner
+from persample.blocks.convolution.build import conv_block
+from persample.blocks.reductions import full_precision, materialise
+from persample.blocks.types import Block, Dense, Outer, Rows
 from persample.errors import UnsupportedError
-from persample.reductions import full_precision, materialise
 
 
 def place(path: str) -> str:

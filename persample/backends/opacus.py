@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.backends import Capture, Captured, Problem, register
+from persample.backends import register
 from persample.backends.module_rules import place
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
-from persample.blocks import Block, Dense
-from persample.checks import check_graph, check_losses
+from persample.blocks.types import Block, Dense
+from persample.capture.sum_check import check_graph, check_losses
+from persample.capture.types import Capture, Captured, Problem
 from persample.errors import UnsupportedError
-from persample.provenance import tensors_of
+from persample.graph.provenance import tensors_of
 
 
 @register("opacus", covers="what Opacus covers, in training mode, with the batch first", requires="opacus")

@@ -3,11 +3,13 @@
 The per-sample gradient is had from gradients with respect to the *outputs* of the operations that use a
 parameter (section IV-C of the FNGD paper); no parameter gradient is computed on the way. Data flow:
 
-    model ─▶ losses ─▶ graph ─▶ plan of an earlier batch, or `persample.uses` ─▶ sites (z, owner) ─▶ rules ─▶ blocks
+    model ─▶ losses ─▶ graph ─▶ plan of an earlier batch, or `persample.attribution.uses` ─▶ sites (z, owner) ─▶ rules
+    ─▶ blocks
 
 The first batch with a graph is attributed by probing and checked in full. Where the layout is proven to follow
-from the graph (`persample.layout`), later batches cost one backward pass to the outputs, and every
-`persample.plans.CHECK_EVERY`-th of them verifies one use in turn. Otherwise each batch is probed and checked in full.
+from the graph (`persample.attribution.proof`), later batches cost one backward pass to the outputs, and every
+`persample.capture.plans.CHECK_EVERY`-th of them verifies one use in turn. Otherwise each batch is probed and checked in
+full.
 """
 
 from __future__ import annotations
@@ -19,21 +21,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from persample.backends import Capture, Captured, Problem, register
-from persample.blocks import Block
-from persample.captured import capture_use, merged
-from persample.checks import SumCheck, binary_weights, sum_error
+from persample.attribution.separation import Separation, z_at
+from persample.attribution.uses import Use
+from persample.backends import register
+from persample.blocks.precision import coarsest
+from persample.blocks.types import Block
+from persample.capture.analysis import Reading, read, run
+from persample.capture.assemble import capture_use, merged
+from persample.capture.plans import Plans, plans_of
+from persample.capture.replay import watched_losses_of
+from persample.capture.rule_check import check_site, check_use, rounded_away, site_of
+from persample.capture.streaming import Stream, Take
+from persample.capture.sum_check import SumCheck, binary_weights, sum_error
+from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
-from persample.plans import Plans, plans_of
-from persample.precision import coarsest
-from persample.reading import Reading, read, run
-from persample.rule_check import check_site, check_use, rounded_away, site_of
+from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
-from persample.saved import unpacked_by_hooks
-from persample.separation import Separation, z_at
-from persample.streaming import Stream, Take
-from persample.uses import Use
-from persample.watching import watched_losses_of
 
 HALF = (torch.float16, torch.bfloat16)
 LOST = (

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from persample.blocks import Block
-from persample.checks import SumCheck, distinct_weights
-from persample.graph import precision_within
+from persample.blocks.types import Block
+from persample.capture.sum_check import SumCheck, distinct_weights
+from persample.graph.nodes import precision_within
 
 ADVICE = "Use backend='outputs', which covers every operation."
 

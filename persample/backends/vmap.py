@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from persample.backends import Capture, Captured, Problem, alone, register
+from persample.attribution.coupling import several_losses
+from persample.backends import register
 from persample.backends.shared import ADVICE, buffers_kept, check_rows
-from persample.batches import batch_size
-from persample.blocks import Dense
-from persample.checks import check_graph, check_losses
-from persample.containers import mapped
-from persample.coupling import several_losses
+from persample.blocks.types import Dense
+from persample.capture.sum_check import check_graph, check_losses
+from persample.capture.types import Capture, Captured, Problem, alone
 from persample.errors import PerSampleError, UnsupportedError
-from persample.graph import precision_within, trace
+from persample.graph.batch_size import batch_size
+from persample.graph.containers import mapped
+from persample.graph.nodes import precision_within, trace
 
 RANDOMNESS = ("error", "same", "different")
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from persample.attribution import Owner
-from persample.blocks import Block
-from persample.graph import Node, edge_shape
+from persample.attribution.probing import Owner
+from persample.blocks.types import Block
+from persample.graph.nodes import Node, edge_shape
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from persample.blocks import Block, Conv, Dense
-from persample.convolution import ConvSpec, per_sample_grads
+from persample.blocks.convolution.gradients import ConvSpec, per_sample_grads
+from persample.blocks.types import Block, Conv, Dense
 from persample.rules import Site, rule
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from persample.blocks import Block, Dense
-from persample.graph import call_node, sum_to
+from persample.blocks.types import Block, Dense
+from persample.graph.nodes import call_node, sum_to
 from persample.rules import Site, rule
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from persample.blocks import Block, Rows
-from persample.reductions import full_precision
+from persample.blocks.reductions import full_precision
+from persample.blocks.types import Block, Rows
 from persample.rules import Site, rule
 
 

@@ -4,8 +4,8 @@ Exact for every node, because a node's backward is linear in z. It costs B calls
 has a batching rule), so rules exist for what is common.
 
 Zero times NaN is NaN: where what a node has saved of one sample is not finite, calling it for another gives NaN, too.
-Then it is called with numbers in the place of those (`persample.stand_ins`), and with two draws of them: an entry that
-is the same both times depends on none of them.
+Then it is called with numbers in the place of those (`persample.attribution.stand_ins`), and with two draws of them: an
+entry that is the same both times depends on none of them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from persample.blocks import Dense
-from persample.chunking import chunks
-from persample.graph import call_node_rows
+from persample.attribution.stand_ins import stand_ins
+from persample.blocks.chunking import chunks
+from persample.blocks.types import Dense
+from persample.graph.nodes import call_node_rows
 from persample.rules import Site
-from persample.stand_ins import stand_ins
 
 
 def generic(site: Site) -> Dense:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from persample.blocks import Block, Dense, Outer
+from persample.blocks.types import Block, Dense, Outer
 from persample.rules import Site, rule
 from persample.rules.elementwise import summed
 

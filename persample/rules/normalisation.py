@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from persample.blocks import Block, Dense
-from persample.reductions import full_precision
+from persample.blocks.reductions import full_precision
+from persample.blocks.types import Block, Dense
 from persample.rules import Site, allowance, rule
 from persample.rules.elementwise import summed
 

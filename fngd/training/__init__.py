@@ -1,0 +1,20 @@
+"""Training loops that compare optimisers: data, models, settings and the commands.
+
+Public: the names below. The submodules are private.
+"""
+
+from fngd.training.data import Dataset, Split, load
+from fngd.training.loop import Comparison
+from fngd.training.recipes import OPTIMIZERS, SCHEDULES, Config, OptimizerSpec, build_optimizer
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Comparison",
+    "Config",
+    "Dataset",
+    "OptimizerSpec",
+    "Split",
+    "build_optimizer",
+    "load",
+]

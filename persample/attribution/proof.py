@@ -1,0 +1,315 @@
+"""Proof that the samples' layout depends on the graph alone, so that an attribution may be kept for the next batch.
+
+`persample.attribution.probing` tells whose row is whose for the batch at hand. The next batch may route rows elsewhere
+(mixtures of experts, packed sequences, permutations), so its result is kept only where the kinds of the
+operations between a use and the loss leave no choice: each of them must be known to treat samples apart,
+whatever the data. Everything else is asked again for each batch, at the cost of one more backward pass.
+
+Where samples lie in a tensor is one number, the stride s: entry i, counted in row-major order, belongs to sample
+(i // s) mod B. Views keep it; other operations see it as (axis, inner): samples along one axis, `inner`
+neighbouring entries of it each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from persample.attribution.probing import Owner
+from persample.graph.nodes import REARRANGING, Edge, Graph, Node, edge_shape
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Samples along `axis`, `inner` neighbouring entries each; the axis holds whole rounds of B · inner entries."""
+
+    axis: int
+    inner: int
+
+
+def lying(stride: int, shape: Sequence[int], batch: int) -> Lying | None:
+    """The axis along which samples with that stride lie, or None if they spread over several."""
+    if batch * stride == 0:
+        return None
+    for axis in range(len(shape)):
+        below = prod(shape[axis + 1 :])
+        if below and stride % below == 0 and shape[axis] % (stride // below * batch) == 0:
+            return Lying(axis, stride // below)
+    return None
+
+
+def stride_of(at: Lying, shape: Sequence[int]) -> int:
+    """The inverse of `lying`."""
+    return at.inner * prod(shape[at.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation, backwards: where samples lie in its output, and the input slot that is asked for."""
+
+    node: Node
+    slot: int
+    at: Lying
+    shape: tuple[int, ...]
+    """Shape of the output."""
+    entering: tuple[int, ...]
+    """Shape of the input."""
+    output: int = 0
+    """Which output of the node it is."""
+
+    def saved(self, name: str) -> Any:
+        """A saved attribute of the node."""
+        return getattr(self.node, f"_saved_{name}")
+
+    def dims(self, name: str, ndim: int) -> tuple[int, ...]:
+        """A saved dimension or tuple of dimensions, counted from the front."""
+        value = self.saved(name)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        # autograd keeps C++ integers: -1 arrives as the largest unsigned one
+        return tuple((d - 2**64 if d >= 2**63 else d) % max(ndim, 1) for d in values)
+
+    def kept(self) -> Lying | None:
+        """The same place, where the axis has the same size in the input."""
+        axis = self.at.axis
+        return self.at if axis < len(self.entering) and self.entering[axis] == self.shape[axis] else None
+
+
+Passage = Callable[[Step], Lying | None]
+PASSAGES: dict[str, Passage] = {}
+
+
+def passage(*kinds: str) -> Callable[[Passage], Passage]:
+    """Registers where samples lie in the inputs of operations of these kinds; None: not along one axis."""
+
+    def add(function: Passage) -> Passage:
+        PASSAGES.update({f"{kind}Backward{n}": function for kind in " ".join(kinds).split() for n in range(4)})
+        return function
+
+    return add
+
+
+@passage(
+    "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Expm1 Log Log1p Sin Cos Tanh Sigmoid Relu Gelu Silu Elu Celu "
+    "LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Threshold LogSigmoid Mish Selu Erf Reciprocal Square Clamp "
+    "ClampMin ClampMax Maximum Minimum Where MaskedFill NativeDropout Clone ToCopy Addcmul Addcdiv Lerp "
+    "PreluKernel MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits Expand Xlogy"
+)
+def by_entry(step: Step) -> Lying | None:
+    """Entry by entry after broadcasting; losses reduced to fewer entries do not keep the axis."""
+    aligned = step.at.axis - (len(step.shape) - len(step.entering))
+    if aligned < 0 or step.entering[aligned] != step.shape[step.at.axis]:
+        return None
+    return Lying(aligned, step.at.inner)
+
+
+@passage("Transpose")
+def transpose(step: Step) -> Lying | None:
+    """Two axes change places."""
+    a, b = step.dims("dim0", len(step.shape))[0], step.dims("dim1", len(step.shape))[0]
+    return Lying({a: b, b: a}.get(step.at.axis, step.at.axis), step.at.inner)
+
+
+@passage("T")
+def matrix_transpose(step: Step) -> Lying | None:
+    """The two axes of a matrix change places."""
+    return Lying(len(step.shape) - 1 - step.at.axis, step.at.inner)
+
+
+@passage("Permute")
+def permute(step: Step) -> Lying | None:
+    """Axis d of the output is axis dims[d] of the input."""
+    return Lying(step.dims("dims", len(step.shape))[step.at.axis], step.at.inner)
+
+
+@passage("Sum Mean Amax Amin Logsumexp LinalgVectorNorm Norm Var Std Select Unbind Max Min")
+def dropping(step: Step) -> Lying | None:
+    """Some axes of the input are reduced or indexed away; the samples' axis is among those that stay."""
+    if not hasattr(step.node, "_saved_dim"):
+        return None
+    dims = step.dims("dim", len(step.entering))
+    if len(step.shape) == len(step.entering):
+        return step.kept() if step.at.axis not in dims else None
+    stay = [axis for axis in range(len(step.entering)) if axis not in dims]
+    return Lying(stay[step.at.axis], step.at.inner) if len(stay) == len(step.shape) else None
+
+
+@passage("Stack")
+def stack(step: Step) -> Lying | None:
+    """A new axis."""
+    dim = step.dims("dim", len(step.shape))[0]
+    if step.at.axis == dim:
+        return None
+    return Lying(step.at.axis - (step.at.axis > dim), step.at.inner)
+
+
+@passage(
+    "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
+    "Narrow Flip Kthvalue Sort Topk"
+)
+def along_another(step: Step) -> Lying | None:
+    """Whatever happens along `dim`, the other axes are kept apart."""
+    name = "dim" if hasattr(step.node, "_saved_dim") else "dims"
+    return step.kept() if step.at.axis not in step.dims(name, len(step.shape)) else None
+
+
+@passage("Addmm Mm")
+def matrix_product(step: Step) -> Lying | None:
+    """Rows of the output come from rows of the left factor, columns from columns of the right one."""
+    factor = step.slot - (step.node.name().startswith("Addmm"))
+    if factor < 0:
+        return by_entry(step)
+    return step.kept() if step.at.axis == factor else None
+
+
+@passage("Mv")
+def matrix_vector_product(step: Step) -> Lying | None:
+    """Entries of the output come from rows of the matrix."""
+    return step.kept() if step.slot == 0 else None
+
+
+@passage("Bmm Baddbmm")
+def batched_matrix_product(step: Step) -> Lying | None:
+    """As `matrix_product`, and axis 0 is kept apart."""
+    factor = step.slot - (step.node.name().startswith("Baddbmm"))
+    if factor < 0:
+        return by_entry(step)
+    return step.kept() if step.at.axis in (0, factor + 1) else None
+
+
+@passage(
+    "Convolution MaxPool1D MaxPool2DWithIndices MaxPool3DWithIndices AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D "
+    "MkldnnAdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D UpsampleNearest1D "
+    "UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D NativeGroupNorm PixelShuffle "
+    "PixelUnshuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D "
+    "ReplicationPad3D ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention "
+    "ScaledDotProductFlashAttention ScaledDotProductCudnnAttention NllLoss NllLoss2D UpsampleLinear1D"
+)
+def first_axis(step: Step) -> Lying | None:
+    """Axis 0 is the batch of the operation, in what it works on: weights, biases and masks count something else."""
+    return step.kept() if step.at.axis == 0 and step.slot < _data_slots(step.node) else None
+
+
+def _data_slots(node: Node) -> int:
+    """How many of an operation's first inputs have its batch along axis 0: of attention query, key and value."""
+    return 3 if node.name().startswith("ScaledDotProduct") else 1
+
+
+@passage("ConstantPadNd")
+def pad(step: Step) -> Lying | None:
+    """Padded axes, counted from the last, are not the samples'."""
+    padded = len(step.saved("pad")) // 2
+    return step.kept() if step.at.axis < len(step.shape) - padded else None
+
+
+@passage("NativeLayerNorm FusedRmsNorm")
+def layer_norm(step: Step) -> Lying | None:
+    """Normalised over the last axes, which are those of weight and bias."""
+    normalised = len(step.saved("normalized_shape"))
+    return step.kept() if step.slot == 0 and step.at.axis < len(step.shape) - normalised else None
+
+
+@passage("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm")
+def batch_norm(step: Step) -> Lying | None:
+    """By running statistics every entry is apart; by the batch's, every channel."""
+    training = getattr(step.node, "_saved_training", True)
+    return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
+
+
+@passage("CudnnRnn MiopenRnn MkldnnRnnLayer")
+def recurrent(step: Step) -> Lying | None:
+    """The sequence and the outputs at its steps have the batch on axis 0 or 1, states [layers, B, H] on axis 1."""
+    if len(step.entering) != 3 or len(step.shape) != 3 or step.saved("batch_sizes"):
+        return None  # weights, or a packed sequence
+    # Before oneDNN's operation torch transposes what is batch first.
+    sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
+    here, there = (1 if state else sequence for state in (step.output, step.slot))
+    return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
+
+
+def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
+    """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
+
+    Args:
+        graph: traced from the losses.
+        cuts: nodes at which parameters meet the data.
+        batch: number of samples B.
+    """
+    targets = set(cuts)
+    found = places(graph, targets, batch)
+    at_cuts = {edge: at for edge, at in found.items() if edge[0] in targets}
+    return None if None in at_cuts.values() else {edge: at for edge, at in at_cuts.items() if at is not None}
+
+
+def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lying | None]:
+    """Returns where samples lie at every output on the way from the losses to the nodes; None where no proof is."""
+    leads = leading_to(graph, set(nodes))
+    strides: dict[Edge, int | None] = {(graph.root, 0): 1}
+    found: dict[Edge, Lying | None] = {}
+    for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
+        count = 1 if hasattr(node, "variable") else len(node._input_metadata)
+        for edge in [(node, output) for output in range(count) if (node, output) in strides]:
+            shape, stride = edge_shape(edge), strides[edge]
+            at = found[edge] = None if stride is None else lying(stride, shape, batch)
+            for slot, (source, output) in enumerate(node.next_functions):
+                if source is None or source not in leads:
+                    continue
+                step = None if at is None else Step(node, slot, at, shape, edge_shape((source, output)), edge[1])
+                before = None if step is None or stride is None else _stride_before(step, stride)
+                if strides.setdefault((source, output), before) != before:
+                    strides[source, output] = None
+    return found
+
+
+def _stride_before(step: Step, stride: int) -> int | None:
+    function = PASSAGES.get(step.node.name())
+    if function is not None:
+        before = function(step)
+        return None if before is None else stride_of(before, step.entering)
+    # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
+    return stride if step.node.name() in REARRANGING and prod(step.shape) == prod(step.entering) else None
+
+
+def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
+    """Nodes on a path from one of the targets to the losses, targets included."""
+    found: set[Node] = set()
+    stack = list(targets)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
+    return found
+
+
+class Proof:
+    """Whose rows are whose as far as the graph alone proves it; made when it is first asked."""
+
+    def __init__(self, graph: Graph, batch: int) -> None:
+        self._graph, self._batch = graph, batch
+
+    def covers(self, node: Node) -> bool:
+        """Whether samples are proven to be apart at every output of a node that something consumes."""
+        return all(self._places.get((node, output)) is not None for output in self._graph.outputs(node))
+
+    def owner(self, node: Node, output: int) -> Owner | None:
+        """The owner of the gradient at an output, or None where there is no proof."""
+        place = self._places.get((node, output))
+        if place is None:
+            return None
+        meta = node._input_metadata[output]
+        return owner_at(place, edge_shape((node, output)), self._batch, meta.device)
+
+    @cached_property
+    def _places(self) -> dict[Edge, Lying | None]:
+        return places(self._graph, self._graph.order, self._batch)
+
+
+def owner_at(place: Lying, shape: Sequence[int], batch: int, device: torch.device) -> Owner:
+    """The owner of entries that lie so."""
+    ids = torch.arange(shape[place.axis], device=device) // place.inner % batch
+    return Owner(place.axis, ids, batch)

@@ -1,0 +1,81 @@
+"""From sites to blocks: what is captured of a parameter, whatever pass z came from.
+
+use (node, slot, route) ─▶ site ─▶ rule ─▶ block at the node ─▶ pulled back along the route ─▶ uses merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from persample.attribution.coupling import not_finite_error
+from persample.attribution.uses import Use
+from persample.blocks.precision import full_precision
+from persample.blocks.types import Block, Dense, Outer, Pulled
+from persample.capture.types import Captured
+from persample.graph.nodes import Route
+from persample.graph.saved import saved_by
+
+
+def capture_use(use: Use, block: Block, rule: str) -> Captured:
+    """One use of a parameter, from the block at the node that uses it."""
+    return Captured(pulled(block, use.route), use.node.name().replace("Backward0", ""), rule)
+
+
+def pulled(block: Block, path: Route) -> Block:
+    """The block behind the operations between the parameter and its use."""
+    if not path.nodes:
+        return block
+    if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
+        return block.transposed
+    shape = tuple(path.leaf.variable.shape)
+    pull = path.pull if path.watched or path.isometric else partial(_pulled_apart, path)
+    if isinstance(block, Dense):
+        return Dense(pull(block.values))
+    return Pulled(block, pull, shape, path.isometric)
+
+
+def _pulled_apart(path: Route, rows: Tensor) -> Tensor:
+    """The rows, pulled; refused where an operation on the way may have made one sample's NaN that of all."""
+    arrived = path.pull(rows)
+    if not bool(arrived.sum().isfinite()):
+        before, after = (each.reshape(len(each), -1).isfinite().all(1) for each in (rows, arrived))
+        if bool((before & ~after).any()):
+            raise not_finite_error(f"a parameter of shape {tuple(path.leaf.variable.shape)}")
+    return arrived
+
+
+def saved_on_the_way(block: Block) -> list[Tensor]:
+    """The tensors that operations between the parameter and its use read again when rows are pulled back."""
+    path = getattr(block.pull, "__self__", None) if isinstance(block, Pulled) and not block.isometric else None
+    return saved_by(path.nodes) if isinstance(path, Route) else []
+
+
+def merged(uses: list[Captured]) -> tuple[Captured, ...]:
+    """Uses with the same kind of block made one: a recurrent weight, a module called twice."""
+    joined: list[Captured] = []
+    outer = [use.block for use in uses if isinstance(use.block, Outer)]
+    dense = [use.block for use in uses if isinstance(use.block, Dense)]
+    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense))):
+        same = [use for use in uses if isinstance(use.block, kind)]
+        if block is not None:
+            joined.append(Captured(block, f"{same[0].operation} × {len(same)}", same[0].rule))
+            uses = [use for use in uses if not isinstance(use.block, kind)]
+    return *joined, *uses
+
+
+def join_outer(blocks: Sequence[Outer]) -> Outer | None:
+    """Σ of outer products: the positions of all; None for fewer than two."""
+    if len(blocks) < 2:
+        return None
+    return Outer(torch.cat([block.x for block in blocks], dim=1), torch.cat([block.z for block in blocks], dim=1))
+
+
+def join_dense(blocks: Sequence[Dense]) -> Dense | None:
+    """Σ of rows; None for fewer than two blocks."""
+    if len(blocks) < 2:
+        return None
+    return Dense(torch.stack([full_precision(block.values) for block in blocks]).sum(0))

@@ -1,0 +1,243 @@
+"""Plans: what one batch has taught about a model's graph, kept for the next batch with the same graph.
+
+A plan names nodes by their position in the graph, never by reference, so it holds no graph alive. It is keyed by
+the graph's signature (kinds, edges, shapes, dimensions, leaves); where `persample.attribution.proof` proves that the
+samples' layout follows from the graph alone, its owners are valid for every batch with that signature. A batch of
+another size, or of longer sequences, has a graph of the same structure and other shapes: there the proof is made anew,
+and takes the place of probing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from persample.attribution.probing import Owner
+from persample.attribution.proof import Lying, owner_at, proven
+from persample.attribution.separation import Separation
+from persample.attribution.uses import Use
+from persample.capture.replay import Trust
+from persample.graph.nodes import Graph, Node, Route, edge_shape, shape_of
+from persample.rules import RULES, Rule
+
+PLANS_PER_MODEL = 16
+CHECK_EVERY = 8
+"""Of batches with a proven plan, one in this many verifies one use against autograd; every new shape does."""
+REGULAR = ("identity", "grouped", "tiled")
+"""How samples may lie along an axis, as `Owner.layout` calls it, for a plan to follow the graph alone."""
+_STATIC = (
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_pad", "_saved_normalized_shape",
+    "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
+)  # fmt: skip
+_static_of_kind: dict[str, tuple[str, ...]] = {}
+
+
+UsePositions = tuple[int, int, tuple[int, int], tuple[int, ...]]
+"""Node, slot, (source, output) that feeds it, and the route: the parameter's leaf, then its nodes."""
+
+
+@dataclass
+class Plan:
+    """Where each parameter meets the data, by position in the graph, and whose rows are whose there."""
+
+    uses: Mapping[str, tuple[UsePositions, ...]]
+    """By parameter."""
+    owners: Mapping[int, tuple[Owner | None, ...]] | None
+    """Owners by node, where proven; None: to be asked of each batch."""
+    rules: Mapping[str, Rule | None]
+    """The rules the first, fully checked batch was built by."""
+    calls: int = 0
+    alone: bool = False
+    """Whether it was made from a single sample, which is apart everywhere: in operations on parameters alone, too."""
+
+    @property
+    def turn(self) -> int | None:
+        """Which use is to be verified with the present batch, None for none."""
+        return None if self.calls % CHECK_EVERY else self.calls // CHECK_EVERY
+
+    def current(self) -> bool:
+        """Whether the rules are still those that were checked."""
+        return all(RULES.get(kind) is rule for kind, rule in self.rules.items())
+
+    def restore(self, graph: Graph) -> dict[str, list[Use]]:
+        """The uses in a graph of the same signature."""
+        nodes = list(graph.order)
+
+        def route(source: tuple[int, int], through: tuple[int, ...]) -> Route:
+            return Route(nodes[through[0]], (nodes[source[0]], source[1]), tuple(nodes[i] for i in through[1:]))
+
+        return {
+            name: [Use(nodes[node], slot, route(source, through)) for node, slot, source, through in uses]
+            for name, uses in self.uses.items()
+        }
+
+
+def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: int) -> Plan:
+    """Returns the plan of a graph whose uses have been found."""
+    order = graph.order
+    cuts = list(dict.fromkeys(use.node for found in uses.values() for use in found))
+    places = proven(graph, cuts, batch) if batch > 1 else {}
+    # an output without a gradient, in this batch, has no owner that a later batch could use
+    complete = all(found[output] is not None for node, found in known.outputs.items() for output in graph.outputs(node))
+    regular = (
+        complete
+        and places is not None
+        and all(
+            owner is None or _agrees(owner, places.get((node, output)), batch)
+            for node in cuts
+            for output, owner in enumerate(known.owners[node])
+        )
+    )
+    return Plan(
+        uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
+        owners={order[node]: known.owners[node] for node in cuts} if regular else None,
+        rules={node.name(): RULES.get(node.name()) for node in cuts},
+        alone=batch == 1,
+    )
+
+
+def derived(plan: Plan, graph: Graph, batch: int) -> Plan | None:
+    """Returns the plan for a graph of the same structure and other shapes, if the layout is proven for that, too."""
+    if batch < 2 or plan.owners is None or not plan.current():
+        return None
+    nodes = list(graph.order)
+    places = proven(graph, [nodes[position] for position in plan.owners], batch)
+    if places is None:
+        return None
+    owners = {}
+    for position, before in plan.owners.items():
+        node = nodes[position]
+        now = tuple(
+            None if owner is None else _owner_at(places.get((node, output)), edge_shape((node, output)), batch, owner)
+            for output, owner in enumerate(before)
+        )
+        if any(owner is not None and found is None for owner, found in zip(before, now, strict=True)):
+            return None
+        owners[position] = now
+    return Plan(plan.uses, owners, plan.rules, (plan.calls // CHECK_EVERY + 1) * CHECK_EVERY)
+
+
+def _owner_at(place: Lying | None, shape: tuple[int, ...], batch: int, like: Owner) -> Owner | None:
+    """The owner of entries that lie so, or None where not in a regular pattern."""
+    if place is None:
+        return None
+    owner = owner_at(place, shape, batch, like.ids.device)
+    return owner if owner.layout in REGULAR else None
+
+
+def _positions(order: Mapping[Node, int], use: Use) -> UsePositions:
+    source, output = use.route.source
+    return (
+        order[use.node],
+        use.slot,
+        (order[source], output),
+        tuple(order[n] for n in (use.route.leaf, *use.route.nodes)),
+    )
+
+
+def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:
+    """Whether an owner found by probing lies where the proof says, along one axis in a regular pattern."""
+    if batch == 1:
+        return True
+    return place is not None and owner.axis == place.axis and owner.layout in REGULAR
+
+
+Signature = tuple[tuple[Hashable, ...], ...]
+"""By node: kind, edges, shapes and static attributes. Of a leaf its shape, and which parameter it is, if it is one."""
+
+
+def signature(graph: Graph, parameters: Iterable[Tensor]) -> Signature:
+    """Everything about the graph that a plan relies on.
+
+    What the other leaves are (inputs that require a gradient) makes no difference: rows are gradients of the losses for
+    parameters alone, and where samples lie is proven from the losses back to these.
+    """
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    parts: list[tuple[Hashable, ...]] = []
+    for node in graph.order:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            parts.append(("leaf", places.get(id(variable)), tuple(variable.shape)))
+            continue
+        kind = node.name()
+        if kind not in _static_of_kind:
+            _static_of_kind[kind] = tuple(name for name in _STATIC if hasattr(node, name))
+        parts.append(
+            (
+                kind,
+                tuple((graph.order.get(source), output) for source, output in node.next_functions),
+                tuple(shape_of(meta) for meta in node._input_metadata),
+                tuple(_hashable(getattr(node, name)) for name in _static_of_kind[kind]),
+            )
+        )
+    return tuple(parts)
+
+
+def _hashable(value: object) -> Hashable:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a plan is for."""
+
+    graph: Signature
+    coupled: str
+    parameters: tuple[tuple[str, int], ...]
+    """Names and identities."""
+
+    @property
+    def structure(self) -> Hashable:
+        """The same without the shapes, which may differ from batch to batch."""
+        return tuple(part[:2] + part[3:] for part in self.graph), self.coupled, self.parameters
+
+
+class Plans:
+    """Plans of one model, the latest `PLANS_PER_MODEL` keys; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Key, Plan] = OrderedDict()
+        self._of_structure: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+        self.trust = Trust()
+
+    def find(self, key: Key) -> Plan | None:
+        """The plan for a key."""
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is not None:
+                self._plans.move_to_end(key)
+                plan.calls += 1
+            return plan
+
+    def similar(self, key: Key) -> Plan | None:
+        """The latest plan for a graph of the same structure, see `derived`; none that was made from a single sample."""
+        with self._lock:
+            return self._of_structure.get(key.structure)
+
+    def keep(self, key: Key, plan: Plan) -> None:
+        """Adds a plan and forgets the one unused longest."""
+        with self._lock:
+            if self._plans.get(key) is plan:
+                return
+            self._plans[key] = plan
+            if not plan.alone:
+                self._of_structure[key.structure] = plan
+            for kept in (self._plans, self._of_structure):
+                while len(kept) > PLANS_PER_MODEL:
+                    kept.popitem(last=False)
+
+
+_OF_MODEL: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
+
+
+def plans_of(model: nn.Module) -> Plans:
+    """The plans of a model; they go when the model goes."""
+    if model not in _OF_MODEL:
+        _OF_MODEL[model] = Plans()
+    return _OF_MODEL[model]

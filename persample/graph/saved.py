@@ -1,0 +1,66 @@
+"""Tensors that autograd saved for the backward pass: what a graph, or a piece of one, still reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.graph.nodes import Node
+
+_RAW_SAVED: dict[str, tuple[str, ...]] = {}
+
+
+class Reader:
+    """Base of what unpacks saved tensors for this library: they may be read as often as one likes."""
+
+
+def raw_saved(node: Node) -> Iterator[Any]:
+    """The tensors saved for a node, packed as they are; None among them."""
+    for name in _names(node):
+        raw = getattr(node, name)
+        yield from raw if isinstance(raw, (tuple, list)) else (raw,)
+
+
+def unpacked_by_hooks(nodes: Iterable[Node]) -> bool:
+    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
+    return any(saved is not None and _hooked(saved) for node in nodes for saved in raw_saved(node))
+
+
+def _hooked(saved: Any) -> bool:
+    """Whether a saved tensor, packed, comes from hooks of others; a torch that does not tell is not trusted."""
+    hook = getattr(saved, "unpack_hook", saved)
+    return hook is not None and not isinstance(getattr(hook, "__self__", None), Reader)
+
+
+def _names(node: Node) -> tuple[str, ...]:
+    kind = node.name()
+    if kind not in _RAW_SAVED:
+        _RAW_SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved"))
+    return _RAW_SAVED[kind]
+
+
+def saved_by(nodes: Iterable[Node]) -> list[Tensor]:
+    """The tensors saved for the nodes, as far as they are still there and may be read more than once."""
+    found: list[Tensor] = []
+    for node in nodes:
+        if unpacked_by_hooks([node]):
+            continue
+        for name in _names(node):
+            unpacked = name.removeprefix("_raw")  # of a Function in Python without the underscore
+            try:
+                value = getattr(node, unpacked if hasattr(type(node), unpacked) else unpacked[1:])
+            except RuntimeError:
+                continue  # freed by a backward pass, or changed in place, of which autograd tells
+            several = value if isinstance(value, (tuple, list)) else (value,)
+            found += [each for each in several if isinstance(each, Tensor) and not _memory_gone(each)]
+    return found
+
+
+def _memory_gone(tensor: Tensor) -> bool:
+    """Whether its memory was given back behind autograd, as FSDP does with gathered parameters; never to be read."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0

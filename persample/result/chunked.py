@@ -1,0 +1,332 @@
+"""Reductions over a batch too large for memory: captured chunk by chunk, each chunk anew for each reduction.
+
+Exact, because the rows of a chunk do not depend on other chunks. Memory is that of one chunk (two for a Gram
+matrix) and of the result; time is one forward and backward pass over the batch for each reduction, and for a
+Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
+dropout masks. That the losses of a chunk are those of the whole batch is checked, by one forward pass without a graph:
+they are not where a tensor is cut that all samples share, or where samples are padded to the longest. Where random
+numbers are drawn, it takes two more, without chance (`persample.result.deterministic`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from persample import memory
+from persample.attribution.coupling import several_losses
+from persample.backends.shared import buffers_kept
+from persample.blocks.precision import coarsest
+from persample.capture.sum_check import check_losses
+from persample.capture.types import Problem
+from persample.errors import CheckError, PerSampleError
+from persample.graph.batch_size import batch_size
+from persample.graph.provenance import tensors_of
+from persample.result.cutting import part_of
+from persample.result.deterministic import Still, random_state
+from persample.result.explanation import Explanation
+from persample.result.per_sample_grads import Per, PerSampleGrads, refuse_other
+from persample.result.unchanged import Unchanged, require
+
+JITTERS, ROUNDINGS = 3, 32
+"""Times that the inputs are rounded in another way, and how many times the largest change in a loss is allowed."""
+
+Captured = Callable[[Any, Any], PerSampleGrads]
+PerName = dict[str, Tensor]
+
+
+INSTEAD = "Or leave chunk_size out: hold='graph' saves memory too, and does not cut the batch"
+
+
+class ChunkedPerSampleGrads:
+    """Per-sample gradients of one batch in chunks; the methods are those of `PerSampleGrads`."""
+
+    def __init__(
+        self,
+        capture: Captured,
+        inputs: Any,
+        targets: Any,
+        chunk_size: int,
+        batch: int,
+        state: Sequence[Tensor],
+        whole: Whole | None = None,
+    ) -> None:
+        if whole is not None and len(whole.losses) != batch:
+            raise ValueError(
+                f"chunk_size cuts along dimension 0, which of the first tensor of the inputs has {batch} entries; but "
+                f"there are {len(whole.losses)} samples, by the losses{_remedy(batch, len(whole.losses))}"
+            )
+        self.batch = batch
+        self._whole = whole
+        self._capture = capture
+        self._data, self._state = (inputs, targets), state
+        self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
+        self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._losses: dict[int, Tensor] = {}
+        self._read_again: Unchanged | None = None
+        self._parts_unchanged = [Unchanged(_strided(self._part(i))) for i in range(len(self._slices))]
+        self._data_unchanged = Unchanged(_others(self._data), tensors_of(self._data))
+        first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
+        self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
+        self._explanation = first.explain()
+
+    def __repr__(self) -> str:
+        return (
+            f"ChunkedPerSampleGrads(batch={self.batch}, chunks={len(self._slices)} of {self._slices[0].stop}, "
+            f"backend={self.backend!r})"
+        )
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "per-sample gradients with chunk_size cannot be copied, pickled or saved: they hold the model and the "
+            "batch, and are formed when they are asked for. Leave chunk_size out, or keep what the reductions return"
+        )
+
+    @property
+    def losses(self) -> Float[Tensor, " batch"]:
+        """The losses, [B]."""
+        for i in range(len(self._slices)):
+            if i not in self._losses:
+                self._chunk(i)
+        return torch.cat([self._losses[i] for i in range(len(self._slices))])
+
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
+        """See `PerSampleGrads.grads`."""
+        self._check_buffers({} if out is None else out)
+        result = dict(out or {})
+        for i, part in enumerate(self._slices):
+            psg = self._chunk(i)
+            filled = {name: buffer[part] for name, buffer in result.items()}
+            for name, rows in psg._rows(filled).items():
+                if name not in result:
+                    reused = memory.rows(psg._parameters[name], self.batch, rows.dtype)
+                    result[name] = rows.new_empty(self.batch, *rows.shape[1:]) if reused is None else reused
+                if name not in filled:
+                    result[name][part] = rows
+        return result
+
+    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+        """See `PerSampleGrads.norms`."""
+        return _cat([self._chunk(i).norms(per) for i in range(len(self._slices))])
+
+    def gram(
+        self, per: Per = "total", other: PerSampleGrads | ChunkedPerSampleGrads | None = None
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        """See `PerSampleGrads.gram`; `other` may be chunked too."""
+        if other is not None:
+            refuse_other(other)
+        grid: list[list[Any]] = []
+        for i in range(len(self._slices)):
+            left = self._chunk(i)
+            if isinstance(other, PerSampleGrads):
+                grid.append([left.gram(per, other)])
+            elif other is not None:
+                grid.append([left.gram(per, other._chunk(j)) for j in range(len(other._slices))])
+            else:
+                grid.append([tree_map(torch.t, grid[j][i]) for j in range(i)])  # symmetric: only j ≥ i is captured
+                later = (self._chunk(j) for j in range(i + 1, len(self._slices)))
+                grid[i] += [left.gram(per), *(left.gram(per, right) for right in later)]
+        return _cat([_cat(blocks, dim=1) for blocks in grid])
+
+    def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
+        """See `PerSampleGrads.weighted_sum`."""
+        for layer, values in c.items() if isinstance(c, Mapping) else [("all", c)]:
+            if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
+        parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
+        return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
+
+    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+        """See `PerSampleGrads.dot`."""
+        return torch.cat([self._chunk(i).dot(vectors) for i in range(len(self._slices))])
+
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
+        """See `PerSampleGrads.clipped_sum`."""
+        return _sum(self._chunk(i).clipped_sum(max_norm) for i in range(len(self._slices)))
+
+    def _check_buffers(self, out: Mapping[str, Tensor]) -> None:
+        """Raises unless each buffer is a tensor of all samples; the rest is seen when a chunk is written there."""
+        if not isinstance(out, Mapping):
+            raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
+        for name, buffer in out.items():
+            if not isinstance(buffer, Tensor) or buffer.ndim == 0 or len(buffer) != self.batch:
+                got = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+                raise ValueError(f"out[{name!r}] must be a tensor with B = {self.batch} rows; got {got}")
+
+    def explain(self) -> list[Explanation]:
+        """See `PerSampleGrads.explain`; of the first chunk."""
+        return self._explanation
+
+    def _chunk(self, i: int) -> PerSampleGrads:
+        """The capture of chunk i, with the random numbers of its first capture."""
+        for data in (self._data_unchanged, self._parts_unchanged[i]):
+            require(self._read_again, data, way="chunk_size")
+        part, (inputs, targets) = self._slices[i], self._part(i)
+        if i not in self._random:
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            self._random[i] = torch.get_rng_state(), cuda
+            psg = self._captured(inputs, targets)
+        else:
+            with torch.random.fork_rng():
+                torch.set_rng_state(self._random[i][0])
+                if self._random[i][1]:
+                    torch.cuda.set_rng_state_all(self._random[i][1])
+                psg = self._captured(inputs, targets)
+        if psg.batch != part.stop - part.start:
+            raise ValueError(
+                f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
+                f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there. {INSTEAD}"
+            )
+        if (
+            self._whole is not None
+            and not (i in self._losses and self._whole.still)
+            and not self._whole.agrees(part, psg.losses, inputs, targets)
+        ):
+            raise CheckError(
+                f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
+                f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
+                "0, and one of them may hold no samples (then give it a first dimension of one), or the model's state "
+                f"or padding depends on the whole batch. {INSTEAD}. check=False turns this check off"
+            )
+        self._losses[i] = psg.losses
+        if self._read_again is None:
+            self._read_again = Unchanged(self._state)
+        else:
+            self._read_again.remember()  # the model may change them itself: max_norm of an embedding
+        return psg
+
+    def _part(self, i: int) -> Any:
+        """Inputs and targets of chunk i."""
+        return part_of(self._data, self._slices[i], self.batch)
+
+    def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
+        try:
+            return self._capture(inputs, targets)
+        except (RuntimeError, IndexError, ValueError) as error:
+            if self._whole is None or isinstance(error, (PerSampleError, torch.OutOfMemoryError)):
+                raise
+            raise ValueError(
+                f"the model runs on the whole batch and not on a part of it: {error}. chunk_size cuts every tensor of "
+                f"inputs and targets with {self.batch} entries along dimension 0 alone; the batch must lie there. "
+                f"{INSTEAD}"
+            ) from error
+
+
+def _remedy(entries: int, losses: int) -> str:
+    several = several_losses(entries, losses)
+    return f". {several}" if several else f"; the batch must lie there. {INSTEAD}"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The losses of the whole batch, to compare those of chunks with."""
+
+    problem: Problem
+    losses: Float[Tensor, " batch"]
+    still: bool
+    """Whether they are without chance, because the model draws random numbers."""
+
+    def agrees(self, part: slice, losses: Tensor, inputs: Any, targets: Any) -> bool:
+        """Whether a part of the samples has the same losses alone."""
+        if self.still:
+            alone, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=True)
+            if alone is None:
+                return True
+            losses = alone
+        precision = computed_in(self.losses, self.problem.parameters.values())
+        expected = self.losses[part]
+        return _agree(losses, expected, self.losses, precision) or self._rounded(losses, expected, inputs, targets)
+
+    def _rounded(self, losses: Tensor, expected: Tensor, inputs: Any, targets: Any) -> bool:
+        """Whether the difference is no more than rounding the inputs makes of losses: they may be what is left of
+        large numbers that cancel."""
+        generator, largest = torch.Generator().manual_seed(0), torch.zeros_like(losses)
+
+        def jittered(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.layout != torch.strided:
+                return leaf
+            signs = 2 * torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8) - 1
+            return leaf * (1 + torch.finfo(leaf.dtype).eps * signs.to(leaf))
+
+        before, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=self.still)
+        for _ in range(JITTERS if before is not None else 0):
+            other = replace(self.problem, inputs=tree_map(jittered, inputs), targets=targets)
+            after, _ = losses_without_graph(other, still=self.still)
+            largest = largest.maximum((after - before).abs()) if after is not None else largest
+        return bool(((losses - expected).abs() <= ROUNDINGS * largest.max()).all()) if len(losses) else True
+
+
+def whole(problem: Problem) -> Whole | None:
+    """The losses of the whole batch; None where there are none, for the model differentiates or lacks the memory."""
+    losses, drawn = losses_without_graph(problem, still=False)
+    if drawn:
+        losses, _ = losses_without_graph(problem, still=True)
+    return None if losses is None else Whole(problem, check_losses(losses), drawn)
+
+
+def losses_without_graph(problem: Problem, *, still: bool) -> tuple[Any, bool]:
+    """Runs the model, which is left as it was; returns the losses, None if there are none, and whether it has drawn.
+
+    With `still` it runs without chance.
+    """
+    before = random_state()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it treats padding in another way
+    try:
+        with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad(), Still() if still else nullcontext():
+            losses = problem.losses()
+            drawn = any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=False))
+    except RuntimeError:
+        return None, False
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return losses, drawn
+
+
+def computed_in(losses: Tensor, parameters: Collection[Tensor]) -> torch.dtype:
+    """The coarsest precision that losses are computed in, as far as one can tell without running the model."""
+    found = coarsest(losses, *parameters)
+    if torch.is_autocast_enabled(losses.device.type):
+        return max(found, torch.get_autocast_dtype(losses.device.type), key=lambda dtype: torch.finfo(dtype).eps)
+    return found.to_real()
+
+
+def _agree(losses: Tensor, expected: Tensor, whole: Tensor, precision: torch.dtype | None) -> bool:
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(precision or losses.dtype, 5e-2)
+    finite = whole[whole.isfinite()].abs()
+    largest = float(finite.max()) if len(finite) else 0.0
+    return torch.allclose(losses, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+
+
+def batch_of(inputs: Any) -> int | None:
+    """The number of samples in the inputs: entries along dimension 0 of the first tensor that is not shared."""
+    return batch_size((inputs,), {})
+
+
+def _strided(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is torch.strided]
+
+
+def _others(data: Any) -> list[Tensor]:
+    return [each for each in tensors_of(data) if each.layout is not torch.strided]
+
+
+def _cat(parts: list[Any], dim: int = 0) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+    return torch.cat(parts, dim)
+
+
+def _sum(parts: Any) -> PerName:
+    total: PerName = {}
+    for part in parts:
+        total = {name: total[name] + value if total else value for name, value in part.items()}
+    return total

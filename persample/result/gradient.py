@@ -1,0 +1,85 @@
+"""The per-sample gradient of one parameter: the sum of the blocks of all its uses, cross terms included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from persample.blocks import reductions, sums
+from persample.blocks.kernels import FORMS, forced_among
+from persample.blocks.precision import full_precision
+from persample.blocks.types import Block, Conv, Dense, Outer
+from persample.capture.types import Captured
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Rows g_b of one parameter; every method forms what it returns. Without uses all of them are zero."""
+
+    parameter: Tensor
+    uses: tuple[Captured, ...]
+    losses: Tensor
+    """[B]; zeros have their precision and device."""
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """One block for each use."""
+        return tuple(use.block for use in self.uses)
+
+    def zeros(self, *leading: int) -> Tensor:
+        """Zeros [*leading, *shape] in the precision of the results."""
+        return full_precision(self.parameter.new_zeros((*leading, *self.parameter.shape)))
+
+    def materialise(self, out: Tensor | None = None) -> Tensor:
+        """g_b, [B, *shape]."""
+        if not self.blocks:
+            return self.zeros(self._batch) if out is None else out.zero_()
+        total = reductions.materialise(self.blocks[0], out)
+        for block in self.blocks[1:]:
+            rows = reductions.materialise(block)
+            total = total + rows if out is None else total.add_(rows)
+        return total
+
+    def condensed(self) -> Gradient:
+        """The same, with rows in place of larger factors: norms and Gram matrix form the rows anyway."""
+        if len(self.uses) != 1 or forced_among(FORMS) == "hadamard":
+            return self
+        (use,) = self.uses
+        block = use.block
+        if not isinstance(block, Conv | Outer) or block.batch * block.numel * block.dtype.itemsize > block.nbytes:
+            return self
+        return replace(self, uses=(replace(use, block=Dense(reductions.materialise(block))),))
+
+    def squared_norms(self) -> tuple[Tensor, Tensor | None]:
+        """‖g_b‖², [B], and the samples of which rows were formed for it; see `persample.blocks.sums`."""
+        return sums.squared_norms(self.blocks) if self.blocks else (self._no_numbers(self._batch), None)
+
+    def lengths_of(self, samples: Tensor) -> Tensor:
+        """‖g_b‖ of some samples, from their rows, [n]."""
+        return sums.lengths_of(self.blocks, samples) if self.blocks else self._no_numbers(len(samples))
+
+    def gram(self, right: Gradient) -> Tensor:
+        """⟨g_a, h_b⟩, [B, B'], with h the rows of `right`, which may be this gradient itself."""
+        if not self.blocks or not right.blocks:
+            return self._no_numbers(self._batch, right._batch)
+        return sums.gram(self.blocks, right.blocks)
+
+    def weighted_sum(self, c: Tensor, apart: Tensor | None = None) -> Tensor:
+        """Σ_b c_b g_b, [*shape]; `apart`: samples whose rows are formed for it."""
+        return sums.weighted_sum(self.blocks, c, apart) if self.blocks else self.zeros()
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """⟨g_b, v⟩, [B]."""
+        total = self._no_numbers(self._batch)
+        for block in self.blocks:
+            total = total + reductions.dot(block, vector.to(block.device)).to(total)
+        return total
+
+    @property
+    def _batch(self) -> int:
+        return self.losses.shape[0]
+
+    def _no_numbers(self, *shape: int) -> Tensor:
+        return self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)

@@ -1,0 +1,458 @@
+"""The result of `persample.per_sample`: quantities formed from blocks when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+from persample import memory
+from persample.blocks.cancellation import lengths
+from persample.blocks.precision import full_precision
+from persample.blocks.reductions import overwrites
+from persample.blocks.sums import add, overflowed
+from persample.blocks.types import Block
+from persample.capture.types import Capture
+from persample.result.explanation import Explanation, explained
+from persample.result.factors import held, owned, portable, watched
+from persample.result.gradient import Gradient
+
+Per = Literal["total", "layer", "param"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def reduction(method: Method) -> Method:
+    """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
+
+    @wraps(method)
+    def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
+        self._require()
+        with torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
+
+
+class PerSampleGrads:
+    """Per-sample gradients of one batch, held as factors; every method forms what it returns when called.
+
+    With θ the parameters, ℓ_b the loss of sample b and g_b = ∂ℓ_b/∂θ. Results have the precision of the
+    parameters, float32 where those are half precision, and carry no graph.
+
+    >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+    >>> psg.losses.shape, psg.batch, psg.backend
+    (torch.Size([2]), 2, 'outputs')
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        parameters: Mapping[str, Tensor],
+        backend: str,
+        caller: frozenset[int] = frozenset(),
+    ) -> None:
+        """`caller`: the `persample.result.unchanged.addresses` of tensors that others may write to."""
+        self.losses: Float[Tensor, " batch"] = capture.losses
+        self.backend = backend
+        self.notes = capture.notes
+        self._parameters = dict(parameters)
+        self._apart: dict[str, Tensor] = {}
+        """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
+        uses = owned(capture.uses, caller)
+        self._gradients = {
+            name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
+        }
+        self._unchanged = watched(self._gradients.values(), caller)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, pickled and saved: the factors, and of the parameters their shapes."""
+        self._require()
+        gradients = portable(self._gradients)
+        parameters = {name: gradient.parameter for name, gradient in gradients.items()}
+        return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._unchanged = watched(self._gradients.values(), frozenset())
+
+    def __repr__(self) -> str:
+        held = sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
+        return (
+            f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, backend={self.backend!r}, "
+            f"factors={held / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.batch
+        2
+        """
+        return self.losses.shape[0]
+
+    @property
+    def blocks(self) -> dict[str, tuple[Block, ...]]:
+        """The factors: name -> one block for each use of the parameter, whose rows add up to g_b.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> [type(block).__name__ for block in psg.blocks["weight"]]
+        ['Outer']
+        """
+        return {name: gradient.blocks for name, gradient in self._held().items()}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of trainable parameters that no loss depends on; their gradients are zero.
+
+        >>> model = nn.ModuleDict({"used": nn.Linear(2, 1, bias=False), "spare": nn.Linear(2, 1, bias=False)})
+        >>> model.forward = lambda x: model["used"](x)
+        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 2)).unused
+        ('spare.weight',)
+        """
+        return tuple(name for name, gradient in self._gradients.items() if not gradient.uses)
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model.
+
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
+        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 3)).layers
+        {'0': ('0.weight', '0.bias'), '2': ('2.weight',)}
+        """
+        found: dict[str, list[str]] = {}
+        for name in self._parameters:
+            found.setdefault(layer_of(name), []).append(name)
+        return {layer: tuple(names) for layer, names in found.items()}
+
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
+        """Returns g_b for every parameter: name -> [B, *shape].
+
+        Args:
+            out: buffers to write into, name -> contiguous [B, *shape] in the result's dtype, for some or all
+                parameters: the result of an earlier call, for example. Without, large results are written where
+                earlier ones were that nothing refers to any more, or to fresh memory (`persample.memory`).
+
+        Raises:
+            ValueError: a buffer of another shape, dtype or device.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.grads()["weight"]
+        tensor([[[3., 4.]],
+                [[0., 1.]]])
+        """
+        largest = max((parameter.nbytes for parameter in self._parameters.values()), default=0)
+        if 2 * self.batch * largest < memory.SMALLEST:  # twice, because rows of half precision are float32
+            return self._rows(out or {})
+        return self._rows(out or {}, reused)
+
+    @reduction
+    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+        """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.norms()
+        tensor([5., 1.])
+        >>> sorted(psg.norms(per="param"))
+        ['weight']
+        """
+        return _total(self._norms(per), per)
+
+    @reduction
+    def gram(
+        self, per: Per = "total", other: PerSampleGrads | Any | None = None
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
+
+        Args:
+            per: over all parameters ("total"), or a dict for each "layer" or "param".
+            other: per-sample gradients of the same parameters on another batch, or at another point; what `per_sample`
+                returned, in chunks or not.
+
+        Raises:
+            ValueError: `other` holds other parameters.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.gram()
+        tensor([[25.,  4.],
+                [ 4.,  1.]])
+        """
+        if other is not None and not isinstance(other, PerSampleGrads):
+            return _transposed(refuse_other(other).gram(per, self))
+        self._condense()
+        right = self if other is None else other
+        if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
+            raise ValueError(
+                f"other= must hold the same parameters with the same shapes; got {len(right._parameters)} parameters "
+                f"against {len(self._parameters)}: differing names "
+                f"{sorted(set(right._parameters) ^ set(self._parameters))[:5]}"
+            )
+        if other is None:
+            matrices = self._each(lambda _, gradient: gradient.gram(gradient))
+        else:
+            other._require()
+            theirs = other._held()
+            matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
+        return _total(self._group(matrices, per, (self.batch, right.batch)), per)
+
+    @reduction
+    def weighted_sum(
+        self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
+    ) -> dict[str, Inexact[Tensor, " *shape"]]:
+        """Returns Σ_b c_b g_b for every parameter: name -> shape. No per-sample gradient is formed.
+
+        Args:
+            c: coefficients [B]; or a dict layer -> [B], one for each layer of `layers`.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.weighted_sum(torch.tensor([1.0, 2.0]))
+        {'weight': tensor([[3., 6.]])}
+        """
+        by_layer = c if isinstance(c, Mapping) else dict.fromkeys(self.layers, c)
+        if set(by_layer) != set(self.layers):
+            raise ValueError(
+                f"c names layers {sorted(set(by_layer) - set(self.layers))} that are not there and misses "
+                f"{sorted(set(self.layers) - set(by_layer))}; layers are {sorted(self.layers)}"
+            )
+        for layer, values in by_layer.items():
+            if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
+        return self._weighted_sum(by_layer)
+
+    @reduction
+    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+        """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
+
+        Parameters that are left out count as v = 0.
+
+        Raises:
+            ValueError: a name that is no trainable parameter, or a vector of another shape.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.dot({"weight": torch.ones(1, 2)})
+        tensor([7., 1.])
+        """
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"vectors must be a dict, parameter name -> tensor; got {type(vectors).__name__}")
+        unknown = set(vectors) - set(self._parameters)
+        if unknown:
+            raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
+        for name, vector in vectors.items():
+            if not isinstance(vector, Tensor):
+                raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
+            if vector.shape != self._parameters[name].shape:
+                raise ValueError(
+                    f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
+                    f"got {tuple(vector.shape)}"
+                )
+        parts = self._each(lambda name, gradient: gradient.dot(vectors[name]) if name in vectors else None)
+        total = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
+        for part in parts.values():
+            total = total if part is None else total + part.to(total.device)
+        return total
+
+    @reduction
+    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
+        """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
+
+        What is added of each sample is within the bound, rounding included. A sample whose gradient is NaN or infinite
+        has no norm, and makes the sum NaN.
+
+        Args:
+            max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
+                clips each layer by its own norm.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.clipped_sum(max_norm=1.0)  # (3, 4) / 5 + (0, 1)
+        {'weight': tensor([[0.6000, 1.8000]])}
+        """
+        if isinstance(max_norm, Mapping):
+            norms = self._norms("layer")
+            if set(max_norm) != set(norms):
+                raise ValueError(
+                    f"max_norm must name every layer once; layers are {sorted(norms)}, got {sorted(max_norm)}"
+                )
+            return self._weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
+        factors = _clip(self._norms("total")[""], max_norm)
+        return self._weighted_sum(dict.fromkeys(self.layers, factors))
+
+    def explain(self) -> list[Explanation]:
+        """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> for use in psg.explain():
+        ...     print(use.parameter, use.operation, use.block)
+        weight Mm Outer
+        """
+        return [row for rows in self._each(explained).values() for row in rows]
+
+    @reduction
+    def _rows(
+        self, out: Mapping[str, Tensor], elsewhere: Callable[[Gradient], Tensor | None] | None = None
+    ) -> dict[str, Tensor]:
+        """`grads`; where `out` has no buffer, in the memory that `elsewhere` finds, which by default is fresh."""
+        buffers = self._checked(out)
+        if elsewhere is None:
+            return self._each(lambda name, gradient: gradient.materialise(buffers.get(name)))
+        return self._each(
+            lambda name, gradient: gradient.materialise(buffers[name] if name in buffers else elsewhere(gradient))
+        )
+
+    # --- what depends on how the gradients are held ---------------------------------------------------------
+
+    def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
+        """`form` of every parameter's gradient, by name."""
+        return {name: form(name, gradient) for name, gradient in self._held().items()}
+
+    def _held(self) -> Mapping[str, Gradient]:
+        """Every parameter's gradient, all at once."""
+        return self._gradients
+
+    def _condense(self) -> None:
+        """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
+        before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
+        if any(self._gradients[name] is not each for name, each in before.items()):
+            self._unchanged.forget(held(self._gradients.values()))
+
+    def _require(self) -> None:
+        """Raises `RuntimeError` unless factors are as they were captured."""
+        if not self._unchanged.still():
+            raise RuntimeError(
+                "a tensor that these per-sample gradients are formed from was modified in place after they were "
+                "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
+            )
+
+    # --- all parameters -------------------------------------------------------------------------------------
+
+    def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not isinstance(out, Mapping):
+            raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
+        for name, buffer in out.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
+            if name not in self._parameters:
+                raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
+            parameter = self._parameters[name]
+            wanted, dtype = (self.batch, *parameter.shape), full_precision(parameter.new_empty(0)).dtype
+            if buffer.shape != wanted or buffer.dtype != dtype or buffer.device != parameter.device:
+                raise ValueError(
+                    f"out[{name!r}] must be {wanted}, {dtype} on {parameter.device}; got "
+                    f"{tuple(buffer.shape)}, {buffer.dtype} on {buffer.device}"
+                )
+            if not buffer.is_contiguous():
+                raise ValueError(f"out[{name!r}] must be contiguous; got strides {buffer.stride()}")
+        return out
+
+    def _norms(self, per: Per) -> dict[str, Tensor]:
+        self._condense()
+        self._apart = {}
+
+        def squares_of(name: str, gradient: Gradient) -> Tensor:
+            squares, apart = gradient.squared_norms()
+            if apart is not None:
+                self._apart[name] = apart
+            return squares
+
+        squares = self._group(self._each(squares_of), per, (self.batch,))
+        # cross terms of several uses may leave a rounding error below zero
+        norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
+        beyond = overflowed(add([norm.to(self.losses.device) for norm in norms.values()])) if norms else None
+        return norms if beyond is None else self._lengths(per, norms, beyond)
+
+    def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
+        """Norms in which those of some samples are found from their rows, whose squares may be no numbers."""
+        found = self._each(lambda _, gradient: gradient.lengths_of(samples))
+        for name in found:
+            before = self._apart.get(name)
+            self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
+        grouped = self._group(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
+        return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
+
+    def _weighted_sum(self, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        apart = self._apart
+        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)], apart.get(name)))
+
+    def _group(
+        self,
+        values: Mapping[str, Tensor],
+        per: Per,
+        shape: Sequence[int],
+        together: Callable[[list[Tensor]], Tensor] = add,
+    ) -> dict[str, Tensor]:
+        """Values of parameters, added up as `per` says; the total under the name ""."""
+        if per == "param":
+            return dict(values)
+        if per == "layer":
+            return {layer: together([values[name] for name in names]) for layer, names in self.layers.items()}
+        if per == "total":
+            parts = [value.to(self.losses.device) for value in values.values()]
+            return {
+                "": together(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
+            }
+        raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+
+
+def reused(gradient: Gradient) -> Tensor | None:
+    """Memory of earlier rows of a parameter, where there is some and its rows are as cheaply written there."""
+    batch, numel = gradient.losses.shape[0], gradient.parameter.numel()
+    if not gradient.blocks or batch * numel * gradient.blocks[0].dtype.itemsize < memory.SMALLEST:
+        return None
+    first, *more = gradient.blocks
+    if not overwrites(first) or any(block.dtype != first.dtype for block in more):
+        return None
+    return memory.rows(gradient.parameter, batch, first.dtype)
+
+
+def layer_of(name: str) -> str:
+    """The path of the module that owns a parameter; "" is the model."""
+    return name.rpartition(".")[0]
+
+
+def refuse_other(other: Any) -> Any:
+    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
+        raise ValueError(
+            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
+            "with given vectors there is dot(vectors)"
+        )
+    return other
+
+
+def _transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+
+
+def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
+    return values[""] if per == "total" else values
+
+
+def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
+    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
+    try:
+        positive = bool(max_norm > 0)
+    except (TypeError, ValueError, RuntimeError):
+        positive = False
+    if not positive:
+        raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
+    return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)

@@ -1,0 +1,1 @@
+"""Cases by architecture: language, vision, graphs, sequences, fields, densities."""

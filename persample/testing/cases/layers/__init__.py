@@ -1,0 +1,1 @@
+"""Cases by layer: every kind of module, attention, weights that are computed."""

@@ -1,0 +1,1 @@
+"""Cases by how a model is used: batches, layouts, couplings, training."""

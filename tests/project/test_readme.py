@@ -1,0 +1,133 @@
+"""What the pages say is so: examples run as written, commands exist, links and paths lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import persample
+from fngd.training.recipes import OPTIMIZERS
+from persample.backends import BACKENDS
+from persample.rules import RULES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+def fenced(text: str, language: str) -> list[tuple[int, str]]:
+    """Returns the blocks of a language in a page: (line where it begins, code)."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in found]
+
+
+EXAMPLES = [
+    pytest.param(page, line, code, id=f"{page.stem}-{line}")
+    for page in PAGES
+    for line, code in fenced(page.read_text(), "python")
+]
+
+
+@pytest.fixture
+def _registries_kept() -> Iterator[None]:
+    """Examples may register rules, backends and optimisers; they are gone afterwards."""
+    registries: list[dict[str, Any]] = [RULES, BACKENDS, OPTIMIZERS]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.mark.usefixtures("_registries_kept")
+@pytest.mark.parametrize(("page", "line", "code"), EXAMPLES)
+def test_example_runs(page: Path, line: int, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile("\n" * (line - 1) + code, str(page), "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    for comment in re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE):
+        for shape in re.findall(r"\[[\d, ]+\]", comment):
+            assert shape in printed, f"{page.name}: the comment {comment!r} promises {shape}"
+
+
+def test_examples_are_found() -> None:
+    assert {page.stem for page, _, _ in (example.values for example in EXAMPLES)} >= {"README", "architecture"}
+    assert len(EXAMPLES) >= 7
+
+
+def test_readme_examples_are_short() -> None:
+    for _, code in fenced(README, "python"):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 20
+
+
+# --- commands, tables and links -----------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Returns every `python -m …` line of the README's console blocks, without its comment."""
+    lines = [line for _, block in fenced(README, "console") for line in block.splitlines()]
+    return [line.partition("#")[0].strip() for line in lines if line.startswith("python -m")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_knows_its_options(command: str) -> None:
+    words = shlex.split(command)
+    options = {word for word in words if word.startswith("--")}
+    run = subprocess.run(
+        [sys.executable, *words[1:4], "--help"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert not {option for option in options if option not in run.stdout}
+
+
+def test_readme_names_the_commands() -> None:
+    named = {" ".join(shlex.split(command)[2:4]) for command in commands()}
+    assert named == {"persample compare", "persample conformance", "fngd compare"}
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        mentioned = set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE))
+        assert mentioned <= targets, page.name
+
+
+def test_backend_table_is_the_registry() -> None:
+    table = README.partition("## Backends")[2].partition("##")[0]
+    assert tuple(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == persample.backends()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        found = page.parent / target if target else page
+        assert found.exists(), f"{page.name} links to {target}, which is not there"
+        if anchor:
+            assert anchor in anchors(found.read_text()), f"{page.name} links to #{anchor}, which is not there"
+    for path in re.findall(r"`((?:persample|fngd|tests|docs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+def anchors(text: str) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub and GitLab make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("package", ["persample", "fngd"])
+def test_the_map_names_every_module(package: str) -> None:
+    section = (ROOT / "docs" / "map.md").read_text().partition(f"## `{package}/`")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.py)`", section))
+    there = {path.name for path in (ROOT / package).glob("**/*.py")} - {"__init__.py"}
+    assert not named - there, "files that are not there"
+    # one operation a file, one family of models a file: named by their folders
+    families = {path.name for folder in ("rules", "cases") for path in (ROOT / package / folder).glob("*.py")}
+    assert not there - named - families, "modules that docs/map.md leaves out"
