@@ -30,8 +30,8 @@ install: $(READY) ## make .venv with everything but the benchmark extras
 demo: $(READY) ## train on digits with SGD, AdamW, NGD and FNGD; table, JSON and figure in results/demo
 	$(BIN)/python -m fngd compare --out results/demo $(ARGS)
 
-test: $(READY) ## the tests, but for the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## the tests, but for the slow ones, on all cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 slow: $(READY) ## the slow tests, and many more examples for each property
 	$(BIN)/python -m pytest -m slow --hypothesis-profile=slow $(ARGS)

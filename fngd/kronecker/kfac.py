@@ -1,7 +1,7 @@
 """KFAC: the Fisher matrix of a layer as a Kronecker product of two small ones.
 
     symbol     meaning                                                                 shape
-    N, T, R    samples, positions in a sample, R = N·T                                 (see `fngd.kronecker.statistics`)
+    N, T, R    samples, positions in a sample, R = N·T                                 (see `statistics`)
     A          (1/N) Σ_bt x_bt x_btᵀ, of inputs or patches, 1 appended for the bias    [inp, inp]
     G          (1/R) Σ_bt (N z_bt)(N z_bt)ᵀ, of the output gradients of own losses     [out, out]
     Q_A, d_A   eigenvectors and eigenvalues of A; Q_G, d_G of G

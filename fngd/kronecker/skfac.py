@@ -1,7 +1,7 @@
 """SKFAC: KFAC's factors inverted through the batch, for which matrices of the size of the batch suffice.
 
     symbol   meaning                                                               shape
-    N, T     samples, positions in a sample                                        (see `fngd.kronecker.statistics`)
+    N, T     samples, positions in a sample                                        (see `statistics`)
     Ā        x_bt/√N as columns, so that A = ĀĀᵀ is KFAC's                         [inp, R]
     Ḡ        (N z_bt)/√R as columns, so that G = ḠḠᵀ is KFAC's                     [out, R]
     γ'       √γ, the damping of either factor

@@ -5,11 +5,11 @@
                ╰──────────────── linear_model.py ─────────────────╯                        line_search.py
 
     symbol   meaning                                                                      shape
-    s        scaled residuals, L = ½‖s‖² (fngd.least_squares.residuals)                                 [B]
+    s        scaled residuals, L = ½‖s‖² (residuals)                                      [B]
     J        ∂s/∂θ                                                                        [B, P]
     λ, μ     damping, momentum
     φ        the step taken last, before the learning rate                                [P]
-    d        the direction; θ ← θ − lr·t·d, and a term of t² (fngd.least_squares.acceleration)          [P]
+    d        the direction; θ ← θ − lr·t·d, and a term of t² (acceleration)               [P]
 
     d = μφ + Jᵀ(J Jᵀ + λI)⁻¹(s − μJφ)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fngd.natural.directions import Pair, dot, inner_products
+from fngd.natural.solve.directions import Pair, dot, inner_products
 from persample import LayerGrads
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fngd.natural.adaptive_damping import AdaptiveDamping
+from fngd.natural.layer_groups import LayerGroups
 from fngd.natural.measuring import Measuring
-from fngd.natural.method import Method
 from fngd.natural.policy import NETWORK, Policy
+from fngd.natural.saved_state import check_saved
 from fngd.natural.sharing.table import CoefficientTable
+from fngd.natural.solve.method import Method
 from fngd.natural.true_fisher.sampling import Sampling
 from fngd.optim.coverage import Coverage, told
 from fngd.optim.distributed import world_size
@@ -41,16 +43,9 @@ from fngd.optim.layers import (
     unseen,
 )
 from fngd.optim.state.copying import Copied
-from fngd.optim.state.forms import COUNT, NUMBER, Table, Where, check_form
-from fngd.optim.state.parts import OwnState, check_layers, check_state, not_compiled
+from fngd.optim.state.parts import OwnState, check_state, not_compiled
 from persample import Reweighting, reweight
 from persample.reweighting import BatchAxis
-
-FORM = {
-    "adaptive?": {"factor": Where(NUMBER, lambda value: value > 0, "a number > 0"), "completed": COUNT},
-    "sampling?": Tensor, "met?": Where(Tensor, lambda value: value.dtype == torch.long, "integers"),
-}  # fmt: skip
-"""Of what a state has besides torch's part and the coefficients."""
 
 
 class NaturalSGD(Sampling, Measuring, Copied, OwnState):
@@ -125,6 +120,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
             follow=self._policy.meeting.follow if gram == "global" else None,
         )
         self._policy.meeting.handle = handle
+        self._layers = LayerGroups(handle)
         defaults = sgd_options(lr, momentum, nesterov, weight_decay, decoupled_weight_decay, foreach=foreach)
         try:
             chosen = {param for path in handle.explain() for param in parameters(handle, path)}
@@ -145,37 +141,16 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """Adds a group, as any optimiser does."""
         super().add_param_group(completed_group(param_group))
         check_group(self.param_groups[-1])
-        if hasattr(self, "_group_of"):  # torch's constructor calls this, too
+        if hasattr(self, "_coverage"):  # torch's constructor calls this, too
             self._find_groups()
             self._coverage.add(self.param_groups[-1:])
 
     def _find_groups(self) -> None:
-        """Notes each layer's group by its number: loading a state makes new groups, and FSDP swaps parameters."""
-        self._numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
-        self._group_of: dict[str, int | None] = {}
-        for path in self._handle.explain():
-            self._find_group(path)
+        self._layers.find_groups(self.param_groups)
         self._unchanged = Unchanged(self._model)
 
-    def _find_group(self, layer: str) -> bool:
-        """Whether it is known which group the layer is in; functions are known when they have been called."""
-        if layer not in self._group_of:
-            weight, _ = members(self._handle, layer)
-            if weight is None:
-                return False
-            self._group_of[layer] = self._numbers.get(id(weight.param))
-        return True
-
     def _chosen(self, layer: str) -> bool:
-        """Whether the layer is to be preconditioned: not where another optimiser steps its weight."""
-        if not self._find_group(layer):
-            return False
-        number = self._group_of[layer]
-        return number is not None and bool(self.param_groups[number].get("precondition", True))
-
-    def _option(self, layer: str, name: str, default: Any) -> Any:
-        number = self._group_of.get(layer)
-        return default if number is None else self.param_groups[number].get(name, default)
+        return self._layers.chosen(layer, self.param_groups)
 
     @property
     def handle(self) -> Reweighting:
@@ -242,7 +217,7 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         inner = self._policy.inner
         if self._method.kl_clip is None or not (inner or world_size(self._group) > 1):
             return {}
-        rates = {layer: self._option(layer, "lr", 0.0) for layer in inner}
+        rates = {layer: self._layers.rate(layer, self.param_groups) for layer in inner}
         passes, device = by_pass(inner, rates), first_parameter(self.param_groups).device
         scale = kl_clip_bound(passes, self._method.kl_clip, self._group, device)
         parts = by_parameter([*(members(self._handle, layer) for layer in inner), *self._elsewhere(inner)])
@@ -321,24 +296,8 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         return own
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if "preconditioner" in state:
-            raise ValueError(
-                f"the state was saved by {state['preconditioner']['method']}, and this optimiser is "
-                f"{type(self).__name__}. Load what its own state_dict() returned"
-            )
-        if self._table is not None and "coefficients" not in state:
-            raise ValueError(
-                "the state has no 'coefficients': it was not saved by an optimiser that shares them, or by way of "
-                "torch.distributed.checkpoint, which keeps nothing but 'state' and 'param_groups'. Save what "
-                "state_dict() returns as it is"
-            )
-        check_form(state, FORM, "")
+        check_saved(state, type(self).__name__, self._table, self._model)
         check_state(state, self.param_groups, self.defaults)
-        if self._table is not None:
-            check_form(state["coefficients"], {"rows": Table(tuple, Tensor)}, "coefficients")
-            layers = {layer for layer, _ in state["coefficients"]["rows"]} - {NETWORK}
-            check_layers(self._model, layers, "coefficients")
-            self._table.check_state(state["coefficients"])
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         device = first_parameter(self.param_groups).device
@@ -372,13 +331,8 @@ class NaturalSGD(Sampling, Measuring, Copied, OwnState):
         """
         result = {}
         for path, reason in self._handle.explain().items():
-            if reason.startswith("reweighted") and not self._find_group(path):
-                reason = "plain: its bias is no parameter, nor rows of one"
-            elif reason.startswith("reweighted") and self._group_of[path] is None:
-                reason = "plain: its weight is in no parameter group of this optimiser"
-            elif reason.startswith("reweighted") and not self._chosen(path):
-                reason = "plain: its weight is in a group with precondition=False"
-            elif reason.startswith("reweighted") and self._table is not None:
+            reason = self._layers.explained(path, reason, self.param_groups)
+            if reason.startswith("reweighted") and self._table is not None:
                 reason = self._table.explained(reason, NETWORK if self._method.gram == "network" else path)
             result[path] = reason
         return result | unseen(self._model, list(result), functions=self._functions)

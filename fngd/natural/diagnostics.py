@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fngd.natural.directions import relative_damping
+from fngd.natural.solve.directions import relative_damping
 
 
 def effective_rank(gram: Float[Tensor, "batch batch"]) -> Float[Tensor, ""]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fngd.natural.adaptive_damping import AdaptiveDamping
-from fngd.natural.directions import Pair
-from fngd.natural.method import Method
 from fngd.natural.policy import Policy
+from fngd.natural.solve.directions import Pair
+from fngd.natural.solve.method import Method
 from fngd.optim.distributed import mean_over_processes
 from fngd.optim.guards import CheckedLoss
 from fngd.optim.layers import Members, Part, by_parameter, covered, members

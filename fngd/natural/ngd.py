@@ -39,7 +39,7 @@ class NGD(NaturalSGD):
         accumulate: with several backward passes a step: "separate" (each has coefficients of its own), or "joint"
             (one Gram matrix over the samples of all passes: the direction of the joined batch, if the losses add up to
             the joined batch's: divide means by the number of passes). "joint" keeps x and z of every layer and
-            pass, and one more gradient, until the step; see `fngd.natural.accumulation` for the cost.
+            pass, and one more gradient, until the step; see `fngd.natural.solve.accumulation` for the cost.
         adapt_damping: an `fngd.natural.adaptive_damping.AdaptiveDamping`; `alpha` or `damping` is then multiplied by a
             factor
             that follows how well steps are predicted. After `step()`: `if opt.measuring: opt.adapt(loss,

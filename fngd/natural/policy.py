@@ -1,27 +1,26 @@
 """What NGD and FNGD answer in each backward pass: the natural-gradient direction of a layer, or of the network.
 
-Symbols: `fngd.natural.directions`. A policy in the sense of `persample.reweight`.
+Symbols: `fngd.natural.solve.directions`. A policy in the sense of `persample.reweight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fngd.natural.accumulation import Passes, joined_gradients
 from fngd.natural.adaptive_damping import Model
 from fngd.natural.diagnostics import Recorder, Solve
-from fngd.natural.directions import Pair, coefficient_factors, dot, relative_damping, scaled
-from fngd.natural.meeting import Joint, Meeting
-from fngd.natural.method import Method
 from fngd.natural.sharing.table import CoefficientTable
+from fngd.natural.solve.accumulation import Passes, joined_gradients
+from fngd.natural.solve.directions import Pair, coefficient_factors, dot, relative_damping, scaled, squared_lengths
+from fngd.natural.solve.meeting import Joint, Meeting
+from fngd.natural.solve.method import Method
 from fngd.natural.true_fisher.drawn import Drawn
-from fngd.optim.discarded_passes import FirstPass, accumulates, nothing_left
+from fngd.optim.discarded_passes import FirstPass, UnderWay, accumulates, nothing_left
 from fngd.optim.distributed import Exchange
 from fngd.optim.groups import first_parameter
 from fngd.optim.guards import warn_of_skipped
@@ -69,8 +68,7 @@ class Policy:
         self.models: dict[str, Model] = {}
         self.inner: dict[str, list[Tensor]] = {}  # ⟨d, g⟩ of each backward pass since the last step
         self.met_batch = False
-        self._heard = -1
-        self._under_way: set[int] = set()  # backward passes that have begun and not ended: they run, or have raised
+        self._under_way = UnderWay()
         self._first, self._groups, self._warned = FirstPass(), groups, False
         if table is not None:
             table.restarts = self._restarts
@@ -99,15 +97,6 @@ class Policy:
         self.met_batch = False
         for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
-
-    def _hear(self) -> None:
-        """A backward pass is under way, perhaps one that is known."""
-        task = torch._C._current_graph_task_id()
-        if task != self._heard and task >= 0:
-            self._heard = task
-            self._under_way.add(task)
-            # Of a pass that raises it is not called.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._under_way.discard, task))
 
     def _begin(self, layer: str) -> None:
         self.met_batch = True
@@ -170,7 +159,7 @@ class Policy:
         table = self._table
         if table is None or self._drawing or self.measuring:
             return None
-        self._hear()
+        self._under_way.hear()
         if self.met_batch:
             ready = table.ready(layer, batch)
             if ready is not None:
@@ -192,7 +181,7 @@ class Policy:
     def of_all(self, grads: dict[str, LayerGrads]) -> dict[str, Any]:
         """The policy where layers are asked together."""
         method = self._method
-        self._hear()
+        self._under_way.hear()
         if grads and not self.met_batch:
             self._begin(next(iter(grads)))
         elif grads:
@@ -303,20 +292,10 @@ class Policy:
         return factors[mine] * share, good, Solve(gram, **damping)
 
     def _right_hand_side(self, batch: int) -> Tensor | None:
-        """‖∂ℓ/∂output‖² by sample, of the shares of the training loss; None for 1."""
+        """Of each sample; None for 1."""
         if self._method.fisher != "improved":
             return None
-        grad = self.handle.output_grad
-        axis = self._method.output_axis
-        if grad is None or grad.dim() <= axis or grad.shape[axis] != batch:
-            found = "none was seen" if grad is None else f"it has shape {list(grad.shape)}"
-            raise ValueError(
-                f"fisher='improved' needs the gradient at the model's output, with {batch} samples on axis {axis}, "
-                f"but {found}. Call the model itself, compute the loss from what it returns, and give output_axis= "
-                "if samples are on another axis."
-            )
-        grad = grad.movedim(axis, 0).flatten(1)
-        return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum(1)
+        return squared_lengths(self.handle.output_grad, self._method.output_axis, batch)
 
     def _keep_model(self, key: str, plain: dict[str, Pair], curvature: dict[str, LayerGrads], solve: Solve) -> None:
         """Keeps the quadratic model of the loss until the step is known."""

@@ -12,6 +12,7 @@ from one that throws them away.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,3 +61,27 @@ def accumulates(param: Tensor | None) -> bool:
         return torch._C._will_engine_execute_node(get_gradient_edge(param).node)
     except RuntimeError:  # said of a leaf whose gradient autograd.grad was asked for
         return False
+
+
+class UnderWay:
+    """Backward passes that have begun and not ended: they run, or have raised."""
+
+    def __init__(self) -> None:
+        self._passes: set[int] = set()
+        self._heard = -1
+
+    def __bool__(self) -> bool:
+        return bool(self._passes)
+
+    def hear(self) -> None:
+        """A backward pass is under way, perhaps one that is known."""
+        task = torch._C._current_graph_task_id()
+        if task != self._heard and task >= 0:
+            self._heard = task
+            self._passes.add(task)
+            # Of a pass that raises it is not called.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._passes.discard, task))
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._passes.clear()

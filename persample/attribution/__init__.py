@@ -3,6 +3,7 @@
 For rules and backends of one's own; the submodules are private.
 """
 
-from persample.attribution.probing import Owner, locate, probes
+from persample.attribution.owner import Owner
+from persample.attribution.probing import locate, probes
 
 __all__ = ["Owner", "locate", "probes"]

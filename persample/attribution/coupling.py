@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import Output, Owner
+from persample.attribution.owner import Output, Owner
 from persample.errors import CoupledSamplesError, UnsupportedError
 from persample.graph.nodes import Graph, Node
 from persample.graph.provenance import Provenance

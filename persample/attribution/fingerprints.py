@@ -21,18 +21,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from persample.attribution.probing import (
-    DEFAULT_LEVELS,
-    LEVELS,
-    NOBODY,
-    Output,
-    Owner,
-    Visit,
-    fill,
-    likely_axes,
-    powers,
-    probes,
-)
+from persample.attribution.owner import NOBODY, Output, Owner, fill, likely_axes
+from persample.attribution.probing import DEFAULT_LEVELS, LEVELS, Visit, powers, probes
 
 PIECE, PIECE_CUDA = 2**15, 2**20
 """Entries whose bits are multiplied at a time: on a CPU as many as its cache holds the 64-bit products of."""

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from persample.attribution.probing import Owner
-from persample.graph.nodes import REARRANGING, Edge, Graph, Node, edge_shape
+from persample.attribution.owner import Owner
+from persample.graph.nodes import Edge, Graph, Node, edge_shape
+from persample.graph.routes import REARRANGING
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Separation: whose rows are whose at chosen nodes of the graph, and z there.
 
-    z kept:      z of all nodes, compared with the gradients of weighted losses (`persample.attribution.probing`)
-    z not kept:  fingerprints of z (`persample.attribution.fingerprints`) ─▶ of nodes they leave open, z of a few at a
-    time
+    z kept:      z of all nodes, compared with the gradients of weighted losses (`probing`)
+    z not kept:  fingerprints of z (`fingerprints`) ─▶ of nodes they leave open, z of a few at a time
 
 z of all nodes is as much again as the graph itself holds. Where it is not asked for, what is left of it is its shape.
 """
@@ -21,7 +20,8 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution.coupling import row_owner
 from persample.attribution.fingerprints import candidates, recognise
-from persample.attribution.probing import Output, Owner, Visit, attribute
+from persample.attribution.owner import Output, Owner
+from persample.attribution.probing import Visit, attribute
 from persample.attribution.proof import Proof
 from persample.attribution.stand_ins import stand_ins
 from persample.attribution.support import supported

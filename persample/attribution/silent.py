@@ -16,10 +16,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import NOBODY, Owner, along_axis, arranged, attribute, told_by
+from persample.attribution.owner import NOBODY, Owner, along_axis, arranged
+from persample.attribution.probing import attribute, told_by
 from persample.attribution.separation import Places, Separation, z_at
 from persample.attribution.stand_ins import LEVELS, stand_ins
-from persample.graph.nodes import Graph, Node, call_node
+from persample.graph.calls import call_node
+from persample.graph.nodes import Graph, Node
 from persample.graph.saved import saved_by, unpacked_by_hooks
 
 

@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import NOBODY, Output, Owner, Visit, along_axis, arranged
+from persample.attribution.owner import NOBODY, Output, Owner, along_axis, arranged
+from persample.attribution.probing import Visit
 
 
 def supported(

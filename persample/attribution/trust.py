@@ -11,9 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.separation import Separation
-from persample.graph.nodes import Graph, Node, call_node, edge_shape
+from persample.graph.calls import call_node
+from persample.graph.nodes import Graph, Node, edge_shape
 from persample.graph.provenance import Provenance
 
 Meeting = tuple[Node, int, Node, int]

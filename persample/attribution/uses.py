@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from persample.attribution.coupling import coupled_error, not_finite_error
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.proof import Proof
 from persample.attribution.separation import Separation, believe, separate, settle, z_at
 from persample.attribution.silent import claim
@@ -31,8 +31,9 @@ from persample.attribution.trust import (
     normalises_over_samples,
     written_in_python,
 )
-from persample.graph.nodes import SKIPPED, Graph, Node, Route, route
+from persample.graph.nodes import Graph, Node
 from persample.graph.provenance import Provenance
+from persample.graph.routes import SKIPPED, Route, route
 
 SINGLE_STEPS = 3
 """Levels that the search climbs one by one before it looks at everything behind an unseparated node."""

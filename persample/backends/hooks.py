@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from persample.attribution import probing
 from persample.attribution.coupling import not_finite_error, row_owner
-from persample.attribution.probing import Output, Owner
+from persample.attribution.owner import Output, Owner
 from persample.attribution.silent import Zeros
 from persample.attribution.stand_ins import LEVELS, stand_ins
 from persample.attribution.support import supported_by

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from persample.attribution.probing import NOBODY, Owner
+from persample.attribution.owner import NOBODY, Owner
 from persample.blocks.convolution.build import conv_block
 from persample.blocks.reductions import full_precision, materialise
 from persample.blocks.types import Block, Dense, Outer, Rows

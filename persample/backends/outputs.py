@@ -3,8 +3,7 @@
 The per-sample gradient is had from gradients with respect to the *outputs* of the operations that use a
 parameter (section IV-C of the FNGD paper); no parameter gradient is computed on the way. Data flow:
 
-    model ─▶ losses ─▶ graph ─▶ plan of an earlier batch, or `persample.attribution.uses` ─▶ sites (z, owner) ─▶ rules
-    ─▶ blocks
+    model ─▶ losses ─▶ graph ─▶ plan of an earlier batch, or attribution ─▶ sites (z, owner) ─▶ rules ─▶ blocks
 
 The first batch with a graph is attributed by probing and checked in full. Where the layout is proven to follow
 from the graph (`persample.attribution.proof`), later batches cost one backward pass to the outputs, and every

@@ -1,7 +1,6 @@
 """Reading a batch: the graph of its losses, and where each parameter meets the data and whose rows are whose there.
 
-model ─▶ losses ─▶ graph ─▶ plan of an earlier batch (`persample.capture.plans`), or attribution
-(`persample.attribution.uses`)
+model ─▶ losses ─▶ graph ─▶ plan of an earlier batch (`plans`), or attribution (`persample.attribution.uses`)
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use, find_uses
 from persample.capture.plans import Key, Plan, Plans, derived, make, signature

@@ -16,7 +16,7 @@ from persample.attribution.uses import Use
 from persample.blocks.precision import full_precision
 from persample.blocks.types import Block, Dense, Outer, Pulled
 from persample.capture.types import Captured
-from persample.graph.nodes import Route
+from persample.graph.routes import Route
 from persample.graph.saved import saved_by
 
 

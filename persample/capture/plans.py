@@ -17,12 +17,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.proof import Lying, owner_at, proven
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use
 from persample.capture.replay import Trust
-from persample.graph.nodes import Graph, Node, Route, edge_shape, shape_of
+from persample.graph.nodes import Graph, Node, edge_shape, shape_of
+from persample.graph.routes import Route
 from persample.rules import RULES, Rule
 
 PLANS_PER_MODEL = 16

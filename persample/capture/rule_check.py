@@ -20,7 +20,7 @@ from math import hypot, sqrt
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use
 from persample.blocks.precision import coarsest, full_precision
@@ -28,7 +28,8 @@ from persample.blocks.reductions import weighted_sum
 from persample.blocks.types import Block
 from persample.capture.sum_check import distinct_weights
 from persample.errors import CheckError
-from persample.graph.nodes import call_node, edge_dtype, sum_to
+from persample.graph.calls import call_node, sum_to
+from persample.graph.nodes import edge_dtype
 from persample.rules import ALLOWANCES, Site, build
 
 DRAWS = 4

@@ -48,10 +48,13 @@ def _by_parameter(parameters: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _by_module(model: nn.Module) -> Iterator[str]:
-    for kind in ("FullyShardedDataParallel", "FSDPModule"):
-        wrapper: Any = _known("torch.distributed.fsdp", kind)
-        for path, module in model.named_modules() if wrapper is not None else ():
-            if isinstance(module, wrapper):
+    known = {kind: _known("torch.distributed.fsdp", kind) for kind in ("FullyShardedDataParallel", "FSDPModule")}
+    wrappers = tuple(each for each in known.values() if each is not None)
+    if not any(isinstance(module, wrappers) for module in model.modules()):
+        return
+    for kind, wrapper in known.items():
+        for path, module in model.named_modules():
+            if wrapper is not None and isinstance(module, wrapper):
                 yield f"the model is sharded: module {path!r} is of type {type(module).__name__} ({kind})"
 
 

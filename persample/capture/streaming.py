@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.attribution.uses import Use
 from persample.blocks.types import Block
 from persample.capture.assemble import capture_use, merged

@@ -29,10 +29,12 @@ from persample.capture.types import Problem
 from persample.errors import CheckError, PerSampleError
 from persample.graph.batch_size import batch_size
 from persample.graph.provenance import tensors_of
+from persample.result.arguments import refuse_other
 from persample.result.cutting import part_of
 from persample.result.deterministic import Still, random_state
 from persample.result.explanation import Explanation
-from persample.result.per_sample_grads import Per, PerSampleGrads, refuse_other
+from persample.result.grouping import Per
+from persample.result.per_sample_grads import PerSampleGrads
 from persample.result.unchanged import Unchanged, require
 
 JITTERS, ROUNDINGS = 3, 32

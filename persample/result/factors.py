@@ -1,9 +1,10 @@
-"""The factors that a result holds: as they were captured, or it is noticed; and on their own, to be copied or saved."""
+"""The factors that a result holds: nobody else's, or a change is noticed; and on their own, to be copied or saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ from persample.result.unchanged import Unchanged, lies_in
 Uses = Mapping[str, tuple[Captured, ...]]
 
 
-def owned(uses: Uses, caller: frozenset[int], *, devices: Sequence[str] = ("cpu",)) -> Uses:
-    """Returns the uses with copies of factors in the caller's memory, but for those on some devices.
+def owned(uses: Uses, caller: frozenset[int]) -> Uses:
+    """Returns the uses with copies of the factors that lie in the caller's memory: what he writes there is not theirs.
 
-    On others, asking whether they have changed would wait for the device.
+    A copy costs less than telling of a change would, and takes the memory of the input.
     """
-    copy = _copying(lambda factor: factor.device.type not in devices and lies_in(factor, caller))
-    return {name: tuple(_changed(use, copy) for use in found) for name, found in uses.items()} if caller else uses
+    inside = partial(lies_in, memory=caller)
+    copy = _copying(inside)
+
+    def own(use: Captured) -> Captured:
+        return _changed(use, copy) if any(map(inside, use.block.factors)) else use
+
+    return {name: tuple(map(own, found)) for name, found in uses.items()}
 
 
 def watched(gradients: Iterable[Gradient], caller: frozenset[int]) -> Unchanged:

@@ -7,9 +7,11 @@ from functools import cached_property
 
 from torch import Tensor
 
+from persample import memory
 from persample.blocks import reductions, sums
 from persample.blocks.kernels import FORMS, forced_among
 from persample.blocks.precision import full_precision
+from persample.blocks.reductions import overwrites
 from persample.blocks.types import Block, Conv, Dense, Outer
 from persample.capture.types import Captured
 
@@ -83,3 +85,14 @@ class Gradient:
 
     def _no_numbers(self, *shape: int) -> Tensor:
         return self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
+
+
+def reused(gradient: Gradient) -> Tensor | None:
+    """Memory of earlier rows of a parameter, where there is some and its rows are as cheaply written there."""
+    batch, numel = gradient.losses.shape[0], gradient.parameter.numel()
+    if not gradient.blocks or batch * numel * gradient.blocks[0].dtype.itemsize < memory.SMALLEST:
+        return None
+    first, *more = gradient.blocks
+    if not overwrites(first) or any(block.dtype != first.dtype for block in more):
+        return None
+    return memory.rows(gradient.parameter, batch, first.dtype)

@@ -12,7 +12,7 @@ from persample.capture.types import Capture, Captured
 from persample.graph.saved import saved_by
 from persample.result.gradient import Gradient
 from persample.result.per_sample_grads import PerSampleGrads, T
-from persample.result.unchanged import Unchanged, lies_in, require
+from persample.result.unchanged import Unchanged, addresses, lies_in, require
 
 
 class GraphPerSampleGrads(PerSampleGrads):
@@ -32,7 +32,8 @@ class GraphPerSampleGrads(PerSampleGrads):
         reading = graph.reading
         super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
         self._graph = graph
-        saved = [each for each in saved_by(reading.graph.order) if lies_in(each, caller)]
+        data = caller - addresses(parameters.values())
+        saved = [each for each in saved_by(reading.graph.order) if lies_in(each, data)]
         self._read_again = Unchanged(parameters.values()), Unchanged(saved)
 
     def __getstate__(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Inexact
@@ -13,15 +13,22 @@ from torch import Tensor
 from persample import memory
 from persample.blocks.cancellation import lengths
 from persample.blocks.precision import full_precision
-from persample.blocks.reductions import overwrites
 from persample.blocks.sums import add, overflowed
 from persample.blocks.types import Block
 from persample.capture.types import Capture
+from persample.result.arguments import (
+    by_layer,
+    check_alike,
+    check_buffers,
+    check_vectors,
+    clip_factors,
+    refuse_other,
+)
 from persample.result.explanation import Explanation, explained
 from persample.result.factors import held, owned, portable, watched
-from persample.result.gradient import Gradient
+from persample.result.gradient import Gradient, reused
+from persample.result.grouping import Per, grouped, layer_of, layers_of, total, transposed
 
-Per = Literal["total", "layer", "param"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 T = TypeVar("T")
 
@@ -129,10 +136,7 @@ class PerSampleGrads:
         >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 3)).layers
         {'0': ('0.weight', '0.bias'), '2': ('2.weight',)}
         """
-        found: dict[str, list[str]] = {}
-        for name in self._parameters:
-            found.setdefault(layer_of(name), []).append(name)
-        return {layer: tuple(names) for layer, names in found.items()}
+        return layers_of(self._parameters)
 
     def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """Returns g_b for every parameter: name -> [B, *shape].
@@ -167,7 +171,7 @@ class PerSampleGrads:
         >>> sorted(psg.norms(per="param"))
         ['weight']
         """
-        return _total(self._norms(per), per)
+        return total(self._norms(per), per)
 
     @reduction
     def gram(
@@ -190,22 +194,17 @@ class PerSampleGrads:
                 [ 4.,  1.]])
         """
         if other is not None and not isinstance(other, PerSampleGrads):
-            return _transposed(refuse_other(other).gram(per, self))
+            return transposed(refuse_other(other).gram(per, self))
         self._condense()
         right = self if other is None else other
-        if {n: p.shape for n, p in right._parameters.items()} != {n: p.shape for n, p in self._parameters.items()}:
-            raise ValueError(
-                f"other= must hold the same parameters with the same shapes; got {len(right._parameters)} parameters "
-                f"against {len(self._parameters)}: differing names "
-                f"{sorted(set(right._parameters) ^ set(self._parameters))[:5]}"
-            )
+        check_alike(self._parameters, right._parameters)
         if other is None:
             matrices = self._each(lambda _, gradient: gradient.gram(gradient))
         else:
             other._require()
             theirs = other._held()
             matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
-        return _total(self._group(matrices, per, (self.batch, right.batch)), per)
+        return total(self._grouped(matrices, per, (self.batch, right.batch)), per)
 
     @reduction
     def weighted_sum(
@@ -221,17 +220,7 @@ class PerSampleGrads:
         >>> psg.weighted_sum(torch.tensor([1.0, 2.0]))
         {'weight': tensor([[3., 6.]])}
         """
-        by_layer = c if isinstance(c, Mapping) else dict.fromkeys(self.layers, c)
-        if set(by_layer) != set(self.layers):
-            raise ValueError(
-                f"c names layers {sorted(set(by_layer) - set(self.layers))} that are not there and misses "
-                f"{sorted(set(self.layers) - set(by_layer))}; layers are {sorted(self.layers)}"
-            )
-        for layer, values in by_layer.items():
-            if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
-                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
-        return self._weighted_sum(by_layer)
+        return self._weighted_sum(by_layer(c, self.layers, self.batch))
 
     @reduction
     def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
@@ -247,24 +236,12 @@ class PerSampleGrads:
         >>> psg.dot({"weight": torch.ones(1, 2)})
         tensor([7., 1.])
         """
-        if not isinstance(vectors, Mapping):
-            raise TypeError(f"vectors must be a dict, parameter name -> tensor; got {type(vectors).__name__}")
-        unknown = set(vectors) - set(self._parameters)
-        if unknown:
-            raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
-        for name, vector in vectors.items():
-            if not isinstance(vector, Tensor):
-                raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
-            if vector.shape != self._parameters[name].shape:
-                raise ValueError(
-                    f"vectors[{name!r}] must have the parameter's shape {tuple(self._parameters[name].shape)}; "
-                    f"got {tuple(vector.shape)}"
-                )
+        check_vectors(vectors, self._parameters)
         parts = self._each(lambda name, gradient: gradient.dot(vectors[name]) if name in vectors else None)
-        total = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
+        found = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
         for part in parts.values():
-            total = total if part is None else total + part.to(total.device)
-        return total
+            found = found if part is None else found + part.to(found.device)
+        return found
 
     @reduction
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
@@ -282,15 +259,7 @@ class PerSampleGrads:
         >>> psg.clipped_sum(max_norm=1.0)  # (3, 4) / 5 + (0, 1)
         {'weight': tensor([[0.6000, 1.8000]])}
         """
-        if isinstance(max_norm, Mapping):
-            norms = self._norms("layer")
-            if set(max_norm) != set(norms):
-                raise ValueError(
-                    f"max_norm must name every layer once; layers are {sorted(norms)}, got {sorted(max_norm)}"
-                )
-            return self._weighted_sum({layer: _clip(norms[layer], max_norm[layer]) for layer in norms})
-        factors = _clip(self._norms("total")[""], max_norm)
-        return self._weighted_sum(dict.fromkeys(self.layers, factors))
+        return self._weighted_sum(clip_factors(self._norms, max_norm, self.layers))
 
     def explain(self) -> list[Explanation]:
         """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
@@ -308,11 +277,11 @@ class PerSampleGrads:
         self, out: Mapping[str, Tensor], elsewhere: Callable[[Gradient], Tensor | None] | None = None
     ) -> dict[str, Tensor]:
         """`grads`; where `out` has no buffer, in the memory that `elsewhere` finds, which by default is fresh."""
-        buffers = self._checked(out)
+        check_buffers(out, self._parameters, self.batch)
         if elsewhere is None:
-            return self._each(lambda name, gradient: gradient.materialise(buffers.get(name)))
+            return self._each(lambda name, gradient: gradient.materialise(out.get(name)))
         return self._each(
-            lambda name, gradient: gradient.materialise(buffers[name] if name in buffers else elsewhere(gradient))
+            lambda name, gradient: gradient.materialise(out[name] if name in out else elsewhere(gradient))
         )
 
     # --- what depends on how the gradients are held ---------------------------------------------------------
@@ -341,25 +310,6 @@ class PerSampleGrads:
 
     # --- all parameters -------------------------------------------------------------------------------------
 
-    def _checked(self, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not isinstance(out, Mapping):
-            raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
-        for name, buffer in out.items():
-            if not isinstance(buffer, Tensor):
-                raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
-            if name not in self._parameters:
-                raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
-            parameter = self._parameters[name]
-            wanted, dtype = (self.batch, *parameter.shape), full_precision(parameter.new_empty(0)).dtype
-            if buffer.shape != wanted or buffer.dtype != dtype or buffer.device != parameter.device:
-                raise ValueError(
-                    f"out[{name!r}] must be {wanted}, {dtype} on {parameter.device}; got "
-                    f"{tuple(buffer.shape)}, {buffer.dtype} on {buffer.device}"
-                )
-            if not buffer.is_contiguous():
-                raise ValueError(f"out[{name!r}] must be contiguous; got strides {buffer.stride()}")
-        return out
-
     def _norms(self, per: Per) -> dict[str, Tensor]:
         self._condense()
         self._apart = {}
@@ -370,7 +320,7 @@ class PerSampleGrads:
                 self._apart[name] = apart
             return squares
 
-        squares = self._group(self._each(squares_of), per, (self.batch,))
+        squares = self._grouped(self._each(squares_of), per, (self.batch,))
         # cross terms of several uses may leave a rounding error below zero
         norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
         beyond = overflowed(add([norm.to(self.losses.device) for norm in norms.values()])) if norms else None
@@ -382,77 +332,15 @@ class PerSampleGrads:
         for name in found:
             before = self._apart.get(name)
             self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
-        grouped = self._group(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
+        grouped = self._grouped(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
         return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
 
-    def _weighted_sum(self, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _weighted_sum(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart = self._apart
-        return self._each(lambda name, gradient: gradient.weighted_sum(by_layer[layer_of(name)], apart.get(name)))
+        return self._each(lambda name, gradient: gradient.weighted_sum(factors[layer_of(name)], apart.get(name)))
 
-    def _group(
-        self,
-        values: Mapping[str, Tensor],
-        per: Per,
-        shape: Sequence[int],
-        together: Callable[[list[Tensor]], Tensor] = add,
+    def _grouped(
+        self, values: Mapping[str, Tensor], per: Per, shape: Sequence[int], together: Callable[..., Tensor] = add
     ) -> dict[str, Tensor]:
-        """Values of parameters, added up as `per` says; the total under the name ""."""
-        if per == "param":
-            return dict(values)
-        if per == "layer":
-            return {layer: together([values[name] for name in names]) for layer, names in self.layers.items()}
-        if per == "total":
-            parts = [value.to(self.losses.device) for value in values.values()]
-            return {
-                "": together(parts) if parts else self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
-            }
-        raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
-
-
-def reused(gradient: Gradient) -> Tensor | None:
-    """Memory of earlier rows of a parameter, where there is some and its rows are as cheaply written there."""
-    batch, numel = gradient.losses.shape[0], gradient.parameter.numel()
-    if not gradient.blocks or batch * numel * gradient.blocks[0].dtype.itemsize < memory.SMALLEST:
-        return None
-    first, *more = gradient.blocks
-    if not overwrites(first) or any(block.dtype != first.dtype for block in more):
-        return None
-    return memory.rows(gradient.parameter, batch, first.dtype)
-
-
-def layer_of(name: str) -> str:
-    """The path of the module that owns a parameter; "" is the model."""
-    return name.rpartition(".")[0]
-
-
-def refuse_other(other: Any) -> Any:
-    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
-
-    Raises:
-        ValueError: it is nothing of the kind.
-    """
-    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
-        raise ValueError(
-            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
-            "with given vectors there is dot(vectors)"
-        )
-    return other
-
-
-def _transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
-
-
-def _total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
-    return values[""] if per == "total" else values
-
-
-def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
-    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
-    try:
-        positive = bool(max_norm > 0)
-    except (TypeError, ValueError, RuntimeError):
-        positive = False
-    if not positive:
-        raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
-    return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
+        none = self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
+        return grouped(values, per, self.layers, none, together)

@@ -1,9 +1,7 @@
 """Reweighting inside the backward pass: `loss.backward()` accumulates Σ_b c_b g_b instead of Σ_b g_b.
 
-With g_b sample b's share of a layer's gradient and c what a policy returns (symbols:
-`persample.reweighting.layer_grads`; how it is
-done: `persample.reweighting.autograd`, under torch.compile `persample.reweighting.compile.operators`, for functions
-    `persample.reweighting.functions.interception`).
+With g_b sample b's share of a layer's gradient and c what a policy returns. Symbols: `layer_grads`; how it is done:
+`autograd`, under torch.compile `compile.operators`, for functions `functions.interception`.
 """
 
 from __future__ import annotations

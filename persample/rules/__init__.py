@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from persample.attribution.probing import Owner
+from persample.attribution.owner import Owner
 from persample.blocks.types import Block
 from persample.graph.nodes import Node, edge_shape
+
+__all__ = ["ALLOWANCES", "RULES", "Rule", "Site", "allowance", "build", "rule"]
 
 
 @dataclass(frozen=True)

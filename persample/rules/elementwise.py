@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from persample.blocks.types import Block, Dense
-from persample.graph.nodes import call_node, sum_to
+from persample.graph.calls import call_node, sum_to
 from persample.rules import Site, rule
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from persample.attribution.stand_ins import stand_ins
 from persample.blocks.chunking import chunks
 from persample.blocks.types import Dense
-from persample.graph.nodes import call_node_rows
+from persample.graph.calls import call_node_rows
 from persample.rules import Site
 
 

@@ -24,7 +24,7 @@ from torch import nn
 import fngd
 import persample
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = (persample, fngd)
 needs_docs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,

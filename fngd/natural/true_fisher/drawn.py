@@ -1,6 +1,6 @@
 """fisher="true": gradients of labels that the model has drawn, kept until the loss's own backward pass needs them.
 
-Symbols: `fngd.natural.directions`.
+Symbols: `fngd.natural.solve.directions`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fngd.natural.accumulation import Passes, joined_gradients
 from fngd.natural.diagnostics import Solve
-from fngd.natural.directions import Pair, combined, inner_products, scaled, true_fisher_weights
-from fngd.natural.method import Method
+from fngd.natural.solve.accumulation import Passes, joined_gradients
+from fngd.natural.solve.directions import Pair, combined, inner_products, scaled, true_fisher_weights
+from fngd.natural.solve.method import Method
 from persample import LayerGrads
 from persample.reweighting import Reweighting
 

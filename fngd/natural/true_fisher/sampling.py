@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fngd.natural.method import Method
 from fngd.natural.policy import Policy
+from fngd.natural.solve.method import Method
 from fngd.natural.true_fisher.likelihoods import sampled_losses
 from fngd.optim.distributed import world_size
 from fngd.optim.layers import parameters

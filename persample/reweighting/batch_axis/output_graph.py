@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.attribution.probing import Owner, attribute
+from persample.attribution.owner import Owner
+from persample.attribution.probing import attribute
 from persample.errors import UnsupportedError
 from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
 from persample.graph.provenance import tensors_of

@@ -22,7 +22,8 @@ import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
 from persample.attribution.proof import PASSAGES, Lying, Step, lying, stride_of
-from persample.graph.nodes import REARRANGING, Edge, Graph, Node, edge_shape
+from persample.graph.nodes import Edge, Graph, Node, edge_shape
+from persample.graph.routes import REARRANGING
 from persample.reweighting.autograd import Tap
 
 Shape = tuple[int, ...]

@@ -4,9 +4,10 @@ Replace some samples of the model's input by others: in the output of every laye
 samples, the rows of those change and no others. The samples are numbered; for each bit of the number those are
 replaced that have it, then those that have not, so that a row that changes tells its owner's number bit by bit:
 
-    sample            0 1 2 3      a reading is [before, batch, after] of an axis
-    (`persample.reweighting.batch_axis.folded`); one that says bit 0, replaced   · × · ×      of any row that changes
-    that its sample was not replaced is out bit 0, the others × · × · …
+    sample            0 1 2 3      a reading is [before, batch, after] of an axis (`folded`); one that says
+    bit 0, replaced   · × · ×      of any row that changes that its sample was not replaced is out
+    bit 0, the others × · × ·
+    …
 
 A trial takes 1 + 2 log₂ B runs without gradients at most; random numbers and buffers are as before.
 """

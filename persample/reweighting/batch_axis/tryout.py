@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from persample.attribution.probing import NOBODY, Owner
+from persample.attribution.owner import NOBODY, Owner
 from persample.blocks.precision import full_precision
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Pass, Uses

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fngd import smw_coefficients
-from fngd.natural.directions import coefficient_factors
+from fngd.natural.solve.directions import coefficient_factors
 
 
 def dense_direction(u: Tensor, lam: float) -> Tensor:

@@ -168,7 +168,7 @@ def test_stored_steps_compute_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) ->
     model, (batch,) = Net(), data(4)
     opt = FNGD(model, lr=0.0, steps_per_epoch=1)
     run(model, opt, batch)
-    monkeypatch.setattr("fngd.natural.directions.smw_coefficients", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("fngd.natural.solve.directions.smw_coefficients", lambda *a, **k: pytest.fail("computed again"))
     run(model, opt, batch)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fngd import NGD
-from fngd.natural.directions import inner_products
+from fngd.natural.solve.directions import inner_products
 from fngd.natural.true_fisher.likelihoods import sampled_losses
 from persample.reweighting import LayerGrads
 

@@ -251,7 +251,7 @@ def gloo_is_missing() -> bool:
 def held(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What each process printed: all scenarios in one start, as importing torch takes longer than they do."""
     world, folder = request.param, tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
     started = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), str(folder / "store")],

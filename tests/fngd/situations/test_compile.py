@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMPILED = Path(__file__).parent / "fngd_compiled.py"
+COMPILED = Path(__file__).parents[2] / "helpers" / "fngd_compiled.py"
 
 
 @pytest.mark.parametrize("kind", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -26,6 +26,6 @@ def test_torch_compile(kind: str) -> None:
         kind,
         str(COMPILED),
     ]
-    done = subprocess.run(command, cwd=COMPILED.parents[1], capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=COMPILED.parents[2], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

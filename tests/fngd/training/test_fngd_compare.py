@@ -90,7 +90,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     """The whole program in its own process: interrupted in the middle, and finished by --resume."""
     options = ["--train-size", "400", "--batch-size", "16", "--epochs", "20", "--seeds", "0", "--no-memory"]
     command = [sys.executable, "-m", "fngd", "compare", "--out", str(tmp_path), "--optimizers", "sgd,fngd", *options]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[3]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):  # until the first epoch is saved
         if (tmp_path / "checkpoint.pt").exists() or process.poll() is not None:

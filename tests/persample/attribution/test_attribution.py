@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import persample
-from persample.attribution.probing import NOBODY, Output, Owner, attribute
+from persample.attribution.owner import NOBODY, Output, Owner
+from persample.attribution.probing import attribute
 from persample.attribution.proof import lying, proven, stride_of
 from persample.attribution.support import supported_by
 from persample.attribution.uses import find_uses

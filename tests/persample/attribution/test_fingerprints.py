@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import persample
 from persample.attribution import fingerprints, separation
 from persample.attribution.fingerprints import Fingerprints, recognise
-from persample.attribution.probing import Owner, attribute
+from persample.attribution.owner import Owner
+from persample.attribution.probing import attribute
 from persample.attribution.uses import find_uses
 from persample.graph.nodes import trace
 from persample.graph.provenance import Provenance

@@ -13,7 +13,7 @@ from oracle import loop_grads_of
 from torch import Tensor
 
 import persample
-from persample.attribution.probing import Output
+from persample.attribution.owner import Output
 from persample.attribution.support import supported_by
 
 seeds = st.integers(0, 2**16)

@@ -16,7 +16,7 @@ from oracle import loop_grads, rel_err
 from torch import Tensor, nn
 
 import persample
-from persample.attribution.probing import Output
+from persample.attribution.owner import Output
 from persample.attribution.support import supported_by
 from persample.blocks.types import Block, Dense, Rows
 from persample.rules import RULES, Site

@@ -32,12 +32,14 @@ def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch, kind: str) -> N
     persample.per_sample(model, cross_entropy, x, y, check=False)
 
 
-def test_a_modified_input_is_noticed() -> None:
+def test_a_modified_input_changes_nothing_or_is_noticed() -> None:
     model, (x, y) = network(), batch()
-    psg = persample.per_sample(model, cross_entropy, x, y)
+    norms = persample.per_sample(model, cross_entropy, x, y).norms()
+    factors, graph = (persample.per_sample(model, cross_entropy, x, y, hold=hold) for hold in ("factors", "graph"))
     x.zero_()
+    torch.testing.assert_close(factors.norms(), norms)
     with pytest.raises(RuntimeError, match="modified in place"):
-        psg.norms()
+        graph.norms()
 
 
 def test_rows_that_take_the_place_of_factors() -> None:

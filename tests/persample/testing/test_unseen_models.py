@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.graph import nodes
+from persample.graph import calls
 
 
 class Pair(torch.autograd.Function):
@@ -86,7 +86,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_row_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch, name: str, batch: int, hold: str) -> None:
-    monkeypatch.setattr(nodes, "_BATCHED", {})
+    monkeypatch.setattr(calls, "_BATCHED", {})
     make, shape = MODELS[name]
     model = make().double()
     for _ in range(2):
@@ -98,10 +98,10 @@ def test_every_row_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch, name: st
 def test_a_batching_rule_of_torch_is_compared_with_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not used where it gives something else, in any row that was compared."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)).double(), torch.randn(5, 4, dtype=torch.float64)
-    batched, calls = nodes._batched, list[int]()
+    batched, counts = calls._batched, list[int]()
 
     def wrong(*args: Any) -> list[Tensor | None]:
-        calls.append(1)
+        counts.append(1)
         return [found if found is None else found * 1.001 for found in batched(*args)]
 
     def without_rules(site: Any) -> Any:
@@ -110,12 +110,12 @@ def test_a_batching_rule_of_torch_is_compared_with_single_rows(monkeypatch: pyte
     for kind in ("AddmmBackward0", "NativeLayerNormBackward0"):
         monkeypatch.setitem(persample.rules.RULES, kind, without_rules)
     for function, expected in ((batched, True), (wrong, False)):
-        monkeypatch.setattr(nodes, "_batched", function)
-        monkeypatch.setattr(nodes, "_BATCHED", {})
+        monkeypatch.setattr(calls, "_batched", function)
+        monkeypatch.setattr(calls, "_BATCHED", {})
         rows = persample.per_sample(model, squares, x).grads()
         assert rel_err(rows, loop_grads(model, squares, x, None)) < 1e-9
-        assert set(nodes._BATCHED.values()) == {expected}
-    assert calls
+        assert set(calls._BATCHED.values()) == {expected}
+    assert counts
 
 
 @pytest.mark.parametrize("backend", ["outputs", "hooks"])

@@ -114,3 +114,20 @@ def combined(first: Pair, second: Pair, factor: float | Tensor = 1.0) -> Pair:
     """Returns first + factor·second."""
     one, two = (None if a is None or b is None else a + factor * b for a, b in zip(first, second, strict=True))
     return one, two
+
+
+def squared_lengths(output_grad: Tensor | None, axis: int, batch: int) -> Float[Tensor, " batch"]:
+    """‖∂ℓ_b/∂output‖² by sample, of the shares of the training loss: the right-hand side of fisher="improved".
+
+    Raises:
+        ValueError: the gradient was not seen, or has no `batch` samples on the axis.
+    """
+    if output_grad is None or output_grad.dim() <= axis or output_grad.shape[axis] != batch:
+        found = "none was seen" if output_grad is None else f"it has shape {list(output_grad.shape)}"
+        raise ValueError(
+            f"fisher='improved' needs the gradient at the model's output, with {batch} samples on axis {axis}, "
+            f"but {found}. Call the model itself, compute the loss from what it returns, and give output_axis= "
+            "if samples are on another axis."
+        )
+    rows = output_grad.movedim(axis, 0).flatten(1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(1)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fngd.natural.directions import Pair, combined
+from fngd.natural.solve.directions import Pair, combined
 from persample import LayerGrads
 from persample.reweighting import Reweighting
 

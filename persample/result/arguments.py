@@ -1,0 +1,122 @@
+"""What reductions are given: buffers, vectors, coefficients, bounds, another batch; each is right, or told in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persample.blocks.precision import full_precision
+from persample.result.grouping import Per
+
+
+def by_layer(
+    c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]], layers: Mapping[str, Any], batch: int
+) -> Mapping[str, Tensor]:
+    """Coefficients for each layer, [B] each.
+
+    Raises:
+        ValueError: layers that are not there or are missing, or another shape.
+    """
+    found = c if isinstance(c, Mapping) else dict.fromkeys(layers, c)
+    if set(found) != set(layers):
+        raise ValueError(
+            f"c names layers {sorted(set(found) - set(layers))} that are not there and misses "
+            f"{sorted(set(layers) - set(found))}; layers are {sorted(layers)}"
+        )
+    for layer, values in found.items():
+        if not isinstance(values, Tensor) or tuple(values.shape) != (batch,):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"c must be a tensor of shape [B] = [{batch}] (layer {layer!r}); got {got}")
+    return found
+
+
+def check_vectors(vectors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raises `TypeError` or `ValueError` unless vectors have names and shapes of parameters."""
+    if not isinstance(vectors, Mapping):
+        raise TypeError(f"vectors must be a dict, parameter name -> tensor; got {type(vectors).__name__}")
+    unknown = set(vectors) - set(parameters)
+    if unknown:
+        raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
+        if vector.shape != parameters[name].shape:
+            raise ValueError(
+                f"vectors[{name!r}] must have the parameter's shape {tuple(parameters[name].shape)}; "
+                f"got {tuple(vector.shape)}"
+            )
+
+
+def check_buffers(out: Mapping[str, Tensor], parameters: Mapping[str, Tensor], batch: int) -> None:
+    """Raises `TypeError` or `ValueError` unless buffers are what rows of parameters can be written into."""
+    if not isinstance(out, Mapping):
+        raise TypeError(f"out must be a dict, parameter name -> buffer [B, *shape]; got {type(out).__name__}")
+    for name, buffer in out.items():
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"out[{name!r}] must be a tensor; got {type(buffer).__name__}")
+        if name not in parameters:
+            raise ValueError(f"out names {name!r}, which is no trainable parameter of this model")
+        parameter = parameters[name]
+        wanted, dtype = (batch, *parameter.shape), full_precision(parameter.new_empty(0)).dtype
+        if buffer.shape != wanted or buffer.dtype != dtype or buffer.device != parameter.device:
+            raise ValueError(
+                f"out[{name!r}] must be {wanted}, {dtype} on {parameter.device}; got "
+                f"{tuple(buffer.shape)}, {buffer.dtype} on {buffer.device}"
+            )
+        if not buffer.is_contiguous():
+            raise ValueError(f"out[{name!r}] must be contiguous; got strides {buffer.stride()}")
+
+
+def check_alike(parameters: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` unless the other batch's gradients are of the same parameters."""
+    if {n: p.shape for n, p in others.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(
+            f"other= must hold the same parameters with the same shapes; got {len(others)} parameters "
+            f"against {len(parameters)}: differing names "
+            f"{sorted(set(others) ^ set(parameters))[:5]}"
+        )
+
+
+def refuse_other(other: Any) -> Any:
+    """Returns the `other` of a Gram matrix if it has one itself: a batch in chunks.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if not hasattr(other, "gram") or not hasattr(other, "clipped_sum"):
+        raise ValueError(
+            f"other must be what per_sample returned for another batch; got {type(other).__name__}. For inner products "
+            "with given vectors there is dot(vectors)"
+        )
+    return other
+
+
+def clip_factors(
+    norms: Callable[[Per], Mapping[str, Tensor]], max_norm: float | int | Mapping[str, float], layers: Iterable[str]
+) -> Mapping[str, Tensor]:
+    """The factors min(1, C / ‖g_b‖) for each layer, [B] each, from norms over all parameters or by layer.
+
+    Raises:
+        ValueError: a bound that is no positive number, or not one for every layer.
+    """
+    if not isinstance(max_norm, Mapping):
+        return dict.fromkeys(layers, _clip(norms("total")[""], max_norm))
+    by_layer = norms("layer")
+    if set(max_norm) != set(by_layer):
+        raise ValueError(f"max_norm must name every layer once; layers are {sorted(by_layer)}, got {sorted(max_norm)}")
+    return {layer: _clip(norm, max_norm[layer]) for layer, norm in by_layer.items()}
+
+
+def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
+    """The factors min(1, C / ‖g_b‖); 1 where the norm is zero, NaN where it is no number: no bound holds there."""
+    try:
+        positive = bool(max_norm > 0)
+    except (TypeError, ValueError, RuntimeError):
+        positive = False
+    if not positive:
+        raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
+    return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)

@@ -1,0 +1,58 @@
+"""Quantities of parameters, added up over all of them or over those of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+Per = Literal["total", "layer", "param"]
+
+
+def layer_of(name: str) -> str:
+    """The path of the module that owns a parameter; "" is the model."""
+    return name.rpartition(".")[0]
+
+
+def layers_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The parameters of each layer, by its path."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(layer_of(name), []).append(name)
+    return {layer: tuple(each) for layer, each in found.items()}
+
+
+def grouped(
+    values: Mapping[str, Tensor],
+    per: Per,
+    layers: Mapping[str, Sequence[str]],
+    none: Tensor,
+    together: Callable[[list[Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """Values of parameters, added up as `per` says; the total under the name "".
+
+    Args:
+        values: by parameter.
+        per: "total", "layer" or "param".
+        layers: names of the parameters of each layer.
+        none: what no parameters add up to, on the device of the total.
+        together: adds up.
+    """
+    if per == "param":
+        return dict(values)
+    if per == "layer":
+        return {layer: together([values[name] for name in names]) for layer, names in layers.items()}
+    if per == "total":
+        return {"": together([value.to(none.device) for value in values.values()]) if values else none}
+    raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+
+
+def transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """The Gram matrix with its two batches swapped."""
+    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+
+
+def total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:
+    """The value itself where it is of all parameters."""
+    return values[""] if per == "total" else values
