@@ -22,7 +22,7 @@ from persample.attribution.coupling import row_owner
 from persample.attribution.fingerprints import candidates, recognise
 from persample.attribution.owner import Output, Owner
 from persample.attribution.probing import Visit, attribute
-from persample.attribution.proof import Proof
+from persample.attribution.proof.proven import Proof
 from persample.attribution.stand_ins import stand_ins
 from persample.attribution.support import supported
 from persample.graph.backward import ends, outputs_of, watched
@@ -111,7 +111,7 @@ def believe(graph: Graph, nodes: Iterable[Node], known: Separation) -> None:
         if node not in known.owners and known.proof is not None and known.proof.covers(node):
             used = graph.outputs(node)
             shown = [output if output in used else None for output in range(outputs_of(node))]
-            known.owners[node] = tuple(None if k is None else known.proof.owner(node, k) for k in shown)
+            known.owners[node] = known.proof.owners(node)
             known.outputs[node] = tuple(None if k is None else _output_at(node, k) for k in shown)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from persample.attribution.coupling import coupled_error, not_finite_error
 from persample.attribution.owner import Owner
-from persample.attribution.proof import Proof
+from persample.attribution.proof.proven import Proof
 from persample.attribution.separation import Separation, believe, separate, settle, z_at
 from persample.attribution.silent import claim
 from persample.attribution.trust import (

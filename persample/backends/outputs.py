@@ -136,7 +136,7 @@ def capture_reading(reading: Reading, turn: int | None, take: Take | None = None
         if take is not None:
             take(name, found)
 
-    stream(reading, turn, arrive, retain_graph=reading.plan is None or reading.plan.owners is None)
+    stream(reading, turn, arrive, retain_graph=reading.plan is None or not reading.plan.proven)
     for name, factor, version in versions:
         if factor._version != version:
             raise CheckError(

@@ -44,7 +44,7 @@ class Reading:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        return () if self.plan is None or self.plan.owners is not None else (PROBED,)
+        return () if self.plan is None or self.plan.proven else (PROBED,)
 
     @property
     def turn(self) -> int | None:
@@ -64,10 +64,11 @@ class Found:
     def followed(self) -> Reading | None:
         """The reading by the plan; None where there is none that tells owners."""
         plan, graph = self.plan, self.graph
-        if plan is None or plan.owners is None or not plan.current():
+        if plan is None or not plan.current():
             return None
-        nodes = list(graph.order)
-        owners = {nodes[position]: each for position, each in plan.owners.items()}
+        owners = plan.owners_in(graph, self.losses.shape[0])
+        if owners is None:
+            return None
         return Reading(self.losses, graph, plan.restore(graph), owners, plan, None, self.key)
 
 
@@ -109,7 +110,7 @@ def read(
     if followed is not None:
         return followed
     losses, graph, plan = found.losses, found.graph, found.plan
-    every = plans is None or (plan is not None and plan.owners is None)
+    every = plans is None or (plan is not None and not plan.proven)
     uses, known = find_uses(graph, losses, parameters, coupled, provenance, keep=keep and every)
     plan = make(graph, uses, known, losses.shape[0]) if plans is not None else None
     owners = {use.node: known.owners[use.node] for places in uses.values() for use in places}

@@ -12,13 +12,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from persample.attribution.owner import Owner
-from persample.attribution.proof import Lying, owner_at, proven
+from persample.attribution.owner import NOBODY, Owner
+from persample.attribution.proof.passages import Lying
+from persample.attribution.proof.proven import Proof, owner_at, proven
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use
 from persample.capture.replay import Trust
@@ -49,12 +52,19 @@ class Plan:
     uses: Mapping[str, tuple[UsePositions, ...]]
     """By parameter."""
     owners: Mapping[int, tuple[Owner | None, ...]] | None
-    """Owners by node, where proven; None: to be asked of each batch."""
+    """Owners by node, where proven for every batch; None: to be asked of each batch."""
+    routed: bool
+    """Whether the indices of a batch tell the owners, where data place rows."""
     rules: Mapping[str, Rule | None]
     """The rules the first, fully checked batch was built by."""
     calls: int = 0
     alone: bool = False
     """Whether it was made from a single sample, which is apart everywhere: in operations on parameters alone, too."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether no batch with such a graph need be probed."""
+        return self.owners is not None or self.routed
 
     @property
     def turn(self) -> int | None:
@@ -64,6 +74,19 @@ class Plan:
     def current(self) -> bool:
         """Whether the rules are still those that were checked."""
         return all(RULES.get(kind) is rule for kind, rule in self.rules.items())
+
+    def owners_in(self, graph: Graph, batch: int) -> dict[Node, tuple[Owner | None, ...]] | None:
+        """Owners in a graph of the same signature, by node; None where they are to be asked for."""
+        nodes = list(graph.order)
+        if self.owners is not None:
+            return {nodes[position]: each for position, each in self.owners.items()}
+        if not self.routed:
+            return None
+        cuts = dict.fromkeys(nodes[position] for uses in self.uses.values() for position, *_ in uses)
+        proof = Proof(graph, batch, cuts)
+        if not all(proof.covers(node) for node in cuts):
+            return None
+        return {node: proof.owners(node) for node in cuts}
 
     def restore(self, graph: Graph) -> dict[str, list[Use]]:
         """The uses in a graph of the same signature."""
@@ -97,6 +120,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
     return Plan(
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
         owners={order[node]: known.owners[node] for node in cuts} if regular else None,
+        routed=not regular and batch > 1 and _told(Proof(graph, batch, cuts), known, cuts),
         rules={node.name(): RULES.get(node.name()) for node in cuts},
         alone=batch == 1,
     )
@@ -104,7 +128,11 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
 
 def derived(plan: Plan, graph: Graph, batch: int) -> Plan | None:
     """Returns the plan for a graph of the same structure and other shapes, if the layout is proven for that, too."""
-    if batch < 2 or plan.owners is None or not plan.current():
+    if batch < 2 or not plan.current():
+        return None
+    if plan.routed:
+        return replace(plan, calls=_next_turn(plan))
+    if plan.owners is None:
         return None
     nodes = list(graph.order)
     places = proven(graph, [nodes[position] for position in plan.owners], batch)
@@ -120,7 +148,28 @@ def derived(plan: Plan, graph: Graph, batch: int) -> Plan | None:
         if any(owner is not None and found is None for owner, found in zip(before, now, strict=True)):
             return None
         owners[position] = now
-    return Plan(plan.uses, owners, plan.rules, (plan.calls // CHECK_EVERY + 1) * CHECK_EVERY)
+    return replace(plan, owners=owners, calls=_next_turn(plan))
+
+
+def _next_turn(plan: Plan) -> int:
+    return (plan.calls // CHECK_EVERY + 1) * CHECK_EVERY
+
+
+def _told(proof: Proof, known: Separation, nodes: Iterable[Node]) -> bool:
+    """Whether the proof for this batch tells every owner that was found."""
+    return all(
+        owner is None or not prod(edge_shape((node, output))) or _same(owner, proof.owner(node, output))
+        for node in nodes
+        for output, owner in enumerate(known.owners[node])
+    )
+
+
+def _same(owner: Owner, other: Owner | None) -> bool:
+    """Whether owners agree, but for rows that are nobody's in one."""
+    if other is None or owner.axis != other.axis or owner.ids.shape != other.ids.shape:
+        return False
+    both = (owner.ids != NOBODY) & (other.ids != NOBODY)
+    return torch.equal(owner.ids[both], other.ids[both])
 
 
 def _owner_at(place: Lying | None, shape: tuple[int, ...], batch: int, like: Owner) -> Owner | None:

@@ -128,6 +128,9 @@ class Tap(torch.autograd.Function):
     Jointly it is attach(output, x, uses, None, token, None).
     """
 
+    passes_on = True
+    """Output k is input k, as `persample.attribution.proof` wants to know."""
+
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, x: Tensor, uses: Uses, gradients: Gradients | None, *sources: Tensor | None

@@ -19,12 +19,14 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution.owner import Owner
 from persample.attribution.probing import attribute
+from persample.attribution.proof.layouts import Place, Shape
+from persample.attribution.proof.passages import PASSAGES, Lying, Step
+from persample.attribution.proof.walk import Places, places
 from persample.errors import UnsupportedError
 from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Uses
 from persample.reweighting.batch_axis.folded import Reading, by_size, foldings
-from persample.reweighting.batch_axis.places import Place, Shape, places
 from persample.reweighting.batch_axis.segments import Segment
 from persample.reweighting.layer import Layer
 
@@ -132,7 +134,7 @@ def calls_of(
 ) -> dict[Layer, Calls] | None:
     """Returns what is proven of each layer if these are places of the samples; None where they cannot be."""
     try:
-        found = places(graph, starts, batch).known
+        found = placed(graph, starts, batch).known
     except UnsupportedError:
         return None
     result: dict[Layer, Calls] = {}
@@ -147,6 +149,19 @@ def calls_of(
         proven = {number: segment for number, segment in segments.items() if segment is not None}
         result[layer] = Calls(len(taps), shapes, proven)
     return result
+
+
+def _keeping_rows(step: Step) -> Lying | None:
+    """What flows through sample b's rows of a batch normalisation is taken for b's."""
+    return step.kept() if step.slot == 0 and step.at.axis in (0, 1) else None
+
+
+_KEEPING = {**PASSAGES, **{f"{name}BatchNormBackward0": _keeping_rows for name in ("Native", "Cudnn", "Miopen")}}
+
+
+def placed(graph: Graph, starts: Mapping[Edge, Place], batch: int, *, routed: bool = False) -> Places:
+    """`places`, through batch normalisation, too."""
+    return places(graph, starts, batch, passages=_KEEPING, routed=routed)
 
 
 def readable(output: Tensor) -> bool:

@@ -22,14 +22,15 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from persample.attribution.proof import leading_to
+from persample.attribution.proof.layouts import Place
+from persample.attribution.proof.proven import leading_to
+from persample.attribution.proof.walk import SEVERAL, Places
 from persample.errors import UnsupportedError
 from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Tap, Uses
 from persample.reweighting.batch_axis.folded import foldings
-from persample.reweighting.batch_axis.output_graph import Calls, calls_of, readable, start, trace_all
-from persample.reweighting.batch_axis.places import SEVERAL, Place, Places, places
+from persample.reweighting.batch_axis.output_graph import Calls, calls_of, placed, readable, start, trace_all
 from persample.reweighting.layer import Layer
 
 _MIXING = (
@@ -91,7 +92,7 @@ def by_output(output: Any, steps: int, samples: int, uses: Mapping[Layer, Uses])
 def by_model(ends: Ends) -> bool | None:
     """Whether a model takes time first, by what it mixes; None where that does not tell."""
     try:
-        steps, samples = (places(ends.graph, ends.along(which), ends.sizes[which]) for which in (0, 1))
+        steps, samples = (placed(ends.graph, ends.along(which), ends.sizes[which]) for which in (0, 1))
     except UnsupportedError:
         return None
     data = _of_data(ends.graph, prod(ends.sizes))
@@ -165,7 +166,7 @@ class Question:
                 ends = _unreduced(graph, root, taps & graph.order.keys())
                 if ends and all(edge_shape(edge) == (self._samples,) for edge in ends):
                     lying = {edge: Place(1, 0, self._samples) for edge in ends}
-                    axis = self._axis(places(graph, lying, self._samples))
+                    axis = self._axis(placed(graph, lying, self._samples))
                     proven = None if axis is None else calls_of(uses, graph, lying, self._samples)
                     if axis is not None and proven and self._news(proven, batch):
                         return axis, proven

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 import persample
 from persample.attribution.owner import NOBODY, Output, Owner
 from persample.attribution.probing import attribute
-from persample.attribution.proof import lying, proven, stride_of
+from persample.attribution.proof.passages import lying, stride_of
+from persample.attribution.proof.proven import proven
 from persample.attribution.support import supported_by
 from persample.attribution.uses import find_uses
 from persample.graph.nodes import edge_shape, trace

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.attribution.proof import proven
+from persample.attribution.proof.proven import proven
 from persample.capture.plans import plans_of
 from persample.graph.nodes import trace
 

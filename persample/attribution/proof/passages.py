@@ -1,28 +1,18 @@
-"""Proof that the samples' layout depends on the graph alone, so that an attribution may be kept for the next batch.
-
-`persample.attribution.probing` tells whose row is whose for the batch at hand. The next batch may route rows elsewhere
-(mixtures of experts, packed sequences, permutations), so its result is kept only where the kinds of the
-operations between a use and the loss leave no choice: each of them must be known to treat samples apart,
-whatever the data. Everything else is asked again for each batch, at the cost of one more backward pass.
+"""Where samples lie in an operation's inputs, given where they lie in its output: a table by kind of operation.
 
 Where samples lie in a tensor is one number, the stride s: entry i, counted in row-major order, belongs to sample
 (i // s) mod B. Views keep it; other operations see it as (axis, inner): samples along one axis, `inner`
-neighbouring entries of it each.
+neighbouring entries of it each. An operation is in the table if it treats samples apart whatever the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
-
-from persample.attribution.owner import Owner
-from persample.graph.nodes import Edge, Graph, Node, edge_shape
-from persample.graph.routes import REARRANGING
+from persample.graph.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -167,6 +157,12 @@ def matrix_product(step: Step) -> Lying | None:
     return step.kept() if step.at.axis == factor else None
 
 
+@passage("GroupedMm")
+def grouped_product(step: Step) -> Lying | None:
+    """Rows of the output come from rows of the left factor, wherever groups of them end."""
+    return step.kept() if step.slot == 0 and step.at.axis == 0 and len(step.shape) == 2 else None
+
+
 @passage("Mv")
 def matrix_vector_product(step: Step) -> Lying | None:
     """Entries of the output come from rows of the matrix."""
@@ -230,87 +226,3 @@ def recurrent(step: Step) -> Lying | None:
     sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
     here, there = (1 if state else sequence for state in (step.output, step.slot))
     return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
-
-
-def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
-    """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
-
-    Args:
-        graph: traced from the losses.
-        cuts: nodes at which parameters meet the data.
-        batch: number of samples B.
-    """
-    targets = set(cuts)
-    found = places(graph, targets, batch)
-    at_cuts = {edge: at for edge, at in found.items() if edge[0] in targets}
-    return None if None in at_cuts.values() else {edge: at for edge, at in at_cuts.items() if at is not None}
-
-
-def places(graph: Graph, nodes: Collection[Node], batch: int) -> dict[Edge, Lying | None]:
-    """Returns where samples lie at every output on the way from the losses to the nodes; None where no proof is."""
-    leads = leading_to(graph, set(nodes))
-    strides: dict[Edge, int | None] = {(graph.root, 0): 1}
-    found: dict[Edge, Lying | None] = {}
-    for node in sorted(leads, key=graph.order.__getitem__, reverse=True):
-        count = 1 if hasattr(node, "variable") else len(node._input_metadata)
-        for edge in [(node, output) for output in range(count) if (node, output) in strides]:
-            shape, stride = edge_shape(edge), strides[edge]
-            at = found[edge] = None if stride is None else lying(stride, shape, batch)
-            for slot, (source, output) in enumerate(node.next_functions):
-                if source is None or source not in leads:
-                    continue
-                step = None if at is None else Step(node, slot, at, shape, edge_shape((source, output)), edge[1])
-                before = None if step is None or stride is None else _stride_before(step, stride)
-                if strides.setdefault((source, output), before) != before:
-                    strides[source, output] = None
-    return found
-
-
-def _stride_before(step: Step, stride: int) -> int | None:
-    function = PASSAGES.get(step.node.name())
-    if function is not None:
-        before = function(step)
-        return None if before is None else stride_of(before, step.entering)
-    # what merely rearranges, and is no passage of its own, is a view of the same entries in the same order
-    return stride if step.node.name() in REARRANGING and prod(step.shape) == prod(step.entering) else None
-
-
-def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
-    """Nodes on a path from one of the targets to the losses, targets included."""
-    found: set[Node] = set()
-    stack = list(targets)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(consumer for consumer, _, _ in graph.consumers.get(node, ()))
-    return found
-
-
-class Proof:
-    """Whose rows are whose as far as the graph alone proves it; made when it is first asked."""
-
-    def __init__(self, graph: Graph, batch: int) -> None:
-        self._graph, self._batch = graph, batch
-
-    def covers(self, node: Node) -> bool:
-        """Whether samples are proven to be apart at every output of a node that something consumes."""
-        return all(self._places.get((node, output)) is not None for output in self._graph.outputs(node))
-
-    def owner(self, node: Node, output: int) -> Owner | None:
-        """The owner of the gradient at an output, or None where there is no proof."""
-        place = self._places.get((node, output))
-        if place is None:
-            return None
-        meta = node._input_metadata[output]
-        return owner_at(place, edge_shape((node, output)), self._batch, meta.device)
-
-    @cached_property
-    def _places(self) -> dict[Edge, Lying | None]:
-        return places(self._graph, self._graph.order, self._batch)
-
-
-def owner_at(place: Lying, shape: Sequence[int], batch: int, device: torch.device) -> Owner:
-    """The owner of entries that lie so."""
-    ids = torch.arange(shape[place.axis], device=device) // place.inner % batch
-    return Owner(place.axis, ids, batch)
