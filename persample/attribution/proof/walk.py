@@ -90,7 +90,7 @@ def places(
                     before = None
                     if place is not None:
                         to = edge_shape((source, output))
-                        before = None
+                        before: Place | Rows | Slab | None = None
                         if routed and isinstance(place, Place) and place.count == 1:  # indices tell more
                             before = routed_before(node, slot, place, shape, to, device)
                         before = before or _before(node, edge[1], slot, place, shape, to, passages)
