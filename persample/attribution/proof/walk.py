@@ -87,10 +87,9 @@ def places(
                 if source is None or (among is not None and source not in among):
                     continue
                 if _gradient_to(node, edge[1], slot):
-                    before = None
+                    to = edge_shape((source, output))
+                    before: Place | Rows | Slab | None = None
                     if place is not None:
-                        to = edge_shape((source, output))
-                        before: Place | Rows | Slab | None = None
                         if routed and isinstance(place, Place) and place.count == 1:  # indices tell more
                             before = routed_before(node, slot, place, shape, to, device)
                         before = before or _before(node, edge[1], slot, place, shape, to, passages)
