@@ -135,7 +135,11 @@ def reweight(
     names = {*modules, *weights.values()}
     axis_of = _axes(modules, names, batch_axis)
     tied = _tied(modules)
-    layers = {path: Layer(path, module, axis_of(path)) for path, module in modules.items() if path not in tied}
+    layers = {
+        path: Layer(path=path, module=module, where=axis_of(path))
+        for path, module in modules.items()
+        if path not in tied
+    }
     asker = Asker(policy, known, joint, follow)
     return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
 

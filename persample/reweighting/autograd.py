@@ -68,6 +68,8 @@ class Uses:
     numbers: list[int] = field(default_factory=list)
     """Which call of the layer each of them is, where there are several."""
     taps: list[ref] = field(default_factory=list)
+    held: dict[int, Any] = field(default_factory=dict)
+    """What each call holds of this batch, where data place rows: see `persample.reweighting.batch_axis.segments`."""
     _finds: dict[int, _Finds] = field(default_factory=dict)
     """By backward pass: one may run inside another, and an exception may have ended one."""
 

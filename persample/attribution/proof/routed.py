@@ -3,6 +3,7 @@
     forward                                          backwards, from the owners of the output's rows
     h = x[index], x[mask], x.index_select            x's row index[r] is whose row r of h is, if all agree
     y = out.index_add(0, index, h), index_put, …     row r of h is whose row index[r] of y is
+    y = A x, A of constants: edges of graphs         x's row j is whose the rows i of y with A_ij ≠ 0 are
 
 So the routing of a mixture of experts takes a few operations on integers, and no backward pass.
 """
@@ -63,9 +64,12 @@ def scattered(ids: Tensor, index: Tensor, size: int) -> Tensor | None:
     return found if bool((found[index] == ids).all()) else None
 
 
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value  # autograd keeps C++ integers
+
+
 def _dim(node: Node, axes: int) -> int:
-    value: int = node._saved_dim
-    return (value - 2**64 if value >= 2**63 else value) % max(axes, 1)
+    return _signed(node._saved_dim) % max(axes, 1)
 
 
 def _indices(node: Node) -> list[Tensor | None]:
@@ -146,7 +150,9 @@ def _index_select(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape
     return None if found is None else Rows(dim, found)
 
 
-@routed("Gather", axis=lambda node, shape: _dim(node, len(shape)))
+@routed(
+    "Gather", axis=lambda node, shape: 0 if 0 < _dim(node, len(shape)) == len(shape) - 1 else _dim(node, len(shape))
+)
 def _gather(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
     dim = _dim(node, len(entering))
     if at.axis != dim:
@@ -187,3 +193,30 @@ def _masked_select(node: Node, slot: int, at: Rows, shape: Shape, entering: Shap
         if found is not None:
             return Rows(axis, found)
     return None
+
+
+@routed("Flip", axis=lambda node, shape: _signed(node._saved_dims[0]) % len(shape))
+def _flip(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
+    dims = [_signed(dim) % len(shape) for dim in node._saved_dims]
+    return Rows(at.axis, at.ids.flip(0) if at.axis in dims else at.ids)
+
+
+@routed("Roll", axis=lambda node, shape: _signed(node._saved_dims[0]) % len(shape) if node._saved_dims else 0)
+def _roll(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
+    if not node._saved_dims:
+        return None
+    dims, shifts = ([_signed(each) for each in found] for found in (node._saved_dims, node._saved_shifts))
+    by = {dim % len(shape): shift for dim, shift in zip(dims, shifts, strict=True)}
+    return Rows(at.axis, at.ids.roll(-by.get(at.axis, 0)))
+
+
+@routed("Mm", "SparseAddmm", axis=lambda *_: 0)
+def _adjacency(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
+    """A x with a constant matrix, as the edges of graphs are."""
+    first = slot - 1
+    if first < 0 or node.next_functions[first][0] is not None or at.axis != 0:
+        return None
+    matrix: Any = node._saved_mat1 if first else node._saved_self
+    rows, columns = matrix.to_sparse_coo().coalesce().indices()
+    found = scattered(at.ids[rows], columns, entering[0])
+    return None if found is None else Rows(0, found)

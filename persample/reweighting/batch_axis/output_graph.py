@@ -27,7 +27,7 @@ from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Uses
 from persample.reweighting.batch_axis.folded import Reading, by_size, foldings
-from persample.reweighting.batch_axis.segments import Segment
+from persample.reweighting.batch_axis.segments import Held, Listed, Segment
 from persample.reweighting.layer import Layer
 
 
@@ -68,6 +68,18 @@ class OutputGraph:
         except UnsupportedError:  # a reentrant checkpoint, nested tensors
             return None
 
+    @classmethod
+    def counting(cls, output: Any, rows: int) -> OutputGraph | None:
+        """Of an output that cannot hold so many samples, its own rows being samples; None where that may not be."""
+        leaves = [each for each in tensors_of(output) if readable(each) and each.dim()]
+        counts = {len(each) for each in leaves}
+        if len(counts) != 1 or max(counts) < 2 or any(foldings(each.shape, rows) for each in leaves):
+            return None
+        try:
+            return cls(trace_all(leaves), leaves, max(counts), 0)
+        except UnsupportedError:  # a reentrant checkpoint, nested tensors
+            return None
+
     @cached_property
     def doubtful(self) -> tuple[Shape, list[Reading]] | None:
         """The first shape in the output that can be read in several ways, and these; None where there is none."""
@@ -88,11 +100,13 @@ class OutputGraph:
         return by_size(foldings(leaf.shape, self.batch))
 
     def _read(self, uses: Mapping[Layer, Uses], choice: Reading | None) -> dict[Layer, Calls] | None:
-        starts = {
+        return calls_of(uses, self.graph, self._places_of_output(choice), self.batch)
+
+    def _places_of_output(self, choice: Reading | None) -> dict[Edge, Place]:
+        return {
             (leaf.grad_fn, leaf.output_nr): start(leaf.shape, at.axis, self.batch, at.after)
             for leaf, at in self._starts(choice)
         }
-        return calls_of(uses, self.graph, starts, self.batch)
 
     def _starts(self, choice: Reading | None) -> list[tuple[Tensor, Reading]]:
         pairs = []
@@ -102,6 +116,28 @@ class OutputGraph:
             if at is not None:
                 pairs.append((leaf, at))
         return pairs
+
+    def held(self, uses: Mapping[Layer, Uses], choice: Reading | None) -> dict[Layer, dict[int, Held]]:
+        """Returns what the calls of layers hold of this batch, of those of which it is known for every call.
+
+        Nothing is returned where the samples would lie along features, or space: the output is read wrongly.
+        """
+        starts = self._places_of_output(choice)
+        try:
+            found = placed(self.graph, starts, self.batch, routed=True)
+        except UnsupportedError:
+            return {}
+        result: dict[Layer, dict[int, Held]] = {}
+        for layer, each in uses.items():
+            taps = {number: tap() for number, tap in enumerate(each.taps)}
+            met = {number: (tap, 0) for number, tap in taps.items() if tap in self.graph.order}
+            if any(_off(layer, found, edge) for edge in met.values()):
+                return {}
+            held = {number: _held(layer, found, edge) for number, edge in met.items()}
+            known = {number: one for number, one in held.items() if one is not None}
+            if known and len(known) == len(held):
+                result[layer] = known
+        return result
 
     def ask(self, nodes: Sequence[Node], choice: Reading | None) -> list[Owner | None]:
         """Returns whose each entry of these nodes' outputs is, in this batch, by passes of weighted pseudo-losses."""
@@ -117,6 +153,23 @@ class OutputGraph:
             return torch.autograd.grad(ends, edges, grads, retain_graph=True, allow_unused=True)
 
         return attribute(backward, torch.ones(self.batch, dtype=ends[0].dtype, device=ends[0].device))[1]
+
+
+def _held(layer: Layer, found: Places, edge: Edge) -> Held | None:
+    shape = edge_shape(edge)
+    place, rows = found.known.get(edge), found.listed.get(edge)
+    if rows is not None:
+        return Listed(rows.axis, rows.ids)
+    return None if place is None else _segment(place, shape, layer)
+
+
+def _off(layer: Layer, found: Places, edge: Edge) -> bool:
+    """Whether the samples would lie along features, or space."""
+    shape = edge_shape(edge)
+    place, rows = found.known.get(edge), found.listed.get(edge)
+    if rows is not None:
+        return rows.axis >= len(layer.rows(shape))
+    return place is not None and _elsewhere(place, shape, layer)
 
 
 def trace_all(ends: Sequence[Tensor]) -> Graph:

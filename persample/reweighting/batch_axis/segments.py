@@ -3,6 +3,7 @@
     layer(x[:2]), layer(x[2:])         samples 0 1 | 2 3      rows in sequence are one call of four samples
     layer(x[0]), layer(x[1]), …        0 | 1 | …              the same, of sequences that may differ in length
     layer(x), layer(x[:2])             0 1 2 3 | 0 1          two calls; samples that are missing get rows of zeros
+    layer(tokens[index])               3 0 0 2 3              rows of each sample put together, filled up with zeros
 
 g_b sums over all of a sample's positions, and one at which x and z are zero adds nothing.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from persample.attribution.owner import Owner
 from persample.reweighting.batch_axis.folded import Reading, unfolded
 
 Use = tuple[Tensor, Tensor]
@@ -31,7 +33,22 @@ class Segment:
     count: int
 
 
-def assembled(uses: Sequence[Use], segments: Sequence[Segment], batch: int, space: int | None) -> list[Use]:
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """What one call of a layer holds in this batch: row i along an axis of its output is of sample ids[i]."""
+
+    axis: int
+    ids: Tensor
+
+    def split(self, rows: Tensor, batch: int) -> Tensor:
+        """Rows of the layer's input or output by sample, [batch, rows, …], filled up with zeros."""
+        return Owner(self.axis, self.ids, batch).by_sample(rows, self.axis)
+
+
+Held = Segment | Listed
+
+
+def assembled(uses: Sequence[Use], segments: Sequence[Held], batch: int, space: int | None) -> list[Use]:
     """Returns (x, z) of calls that hold the whole batch, with samples on axis 0.
 
     Arguments:
@@ -42,6 +59,11 @@ def assembled(uses: Sequence[Use], segments: Sequence[Segment], batch: int, spac
     """
     parts: list[tuple[int, Tensor, Tensor]] = []
     for (x, z), segment in zip(uses, segments, strict=True):
+        if isinstance(segment, Listed):
+            x, z = segment.split(x, batch), segment.split(z, batch)
+            each = zip(x.unbind(1), z.unbind(1), strict=True) if space == 3 else [(x, z)]
+            parts += [(0, *pair) for pair in each]
+            continue
         alone = z.dim() < (2 if space is None else space + 2)  # a single sample, without an axis for it
         use = (x.unsqueeze(0), z.unsqueeze(0)) if alone else (x, z)
         parts += [(segment.first, *each) for each in unfolded([use], [segment.reading], space)]

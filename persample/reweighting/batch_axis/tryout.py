@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from persample.attribution.owner import NOBODY, Owner
 from persample.blocks.precision import full_precision
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Pass, Uses
 from persample.reweighting.batch_axis import trial
 from persample.reweighting.batch_axis.folded import Reading, usual
 from persample.reweighting.batch_axis.output_graph import OutputGraph, Way
+from persample.reweighting.batch_axis.settling import refuse_parts, refute, settle
 from persample.reweighting.batch_axis.time_first import Ends, Question, by_model, by_output
 from persample.reweighting.batch_axis.uncertain import told_by_losses
 from persample.reweighting.layer import Layer
@@ -107,24 +107,56 @@ class Tryout:
             self._met.add(self._signature)
             if readable and self.axis is None and len(shape) > 1 and forward.batch == shape[0]:
                 axis = self._look_at_time(output, readable, forward, shape)
+        untold = {layer: each for layer, each in uses.items() if layer.untold}
+        look = self.new or any(layer.routed for layer in untold)
+        if look and forward.batch is not None and len(untold) == len(uses):
+            self._count_by_output(output, untold, forward)
         batch = forward.batch
         if batch is not None and batch > 1:
-            behind = OutputGraph.behind(output, batch, axis) if self.new else None
-            self._read(behind, readable, args, kwargs, batch, first)
+            behind = OutputGraph.behind(output, batch, axis) if look else None
+            ways = behind.ways(readable) if behind is not None and self.new else {}
+            settled = settle(next(iter(ways.values())), batch, {}) if len(ways) == 1 else set()
+            self._hold(behind, untold, settled)
+            self._read(behind if self.new else None, ways, settled, readable, args, kwargs, batch, first)
         self.forget()
+
+    def _count_by_output(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass) -> None:
+        """Counts samples by the rows of the output, of models that take samples apart: nodes of graphs, say.
+
+        That is so where the output cannot hold as many samples as the input has rows, and the graph tells of every call
+        of every layer which row of the output it is for.
+        """
+        behind = OutputGraph.counting(output, forward.batch or 0)
+        held = {} if behind is None else behind.held(uses, None)
+        if behind is not None and held and held.keys() == uses.keys():
+            forward.batch = behind.batch
+            for layer, each in held.items():
+                uses[layer].held = each
+            self._unsure = {}
+
+    def _hold(self, behind: OutputGraph | None, uses: Mapping[Layer, Uses], settled: set[trial.Key]) -> None:
+        """Notes what calls of layers hold of this batch whose rows data place, as far as the indices tell."""
+        unsure = {key[0] for key in self._unsure.keys() - settled}
+        left = {layer: each for layer, each in uses.items() if layer.routed or not layer.provable or layer in unsure}
+        if behind is None or behind.doubtful is not None or not left:
+            return
+        found = behind.held(uses, None)
+        for layer in left.keys() & found.keys():
+            uses[layer].held = found[layer]
+            self._unsure = {key: each for key, each in self._unsure.items() if key[0] is not layer}
 
     def _read(
         self,
         behind: OutputGraph | None,
+        ways: dict[Reading | None, Way],
+        settled: set[trial.Key],
         uses: Mapping[Layer, Uses],
         args: tuple,
         kwargs: dict,
         batch: int,
         first: bool,
     ) -> None:
-        """Settles what the graph behind the output proves, and then what a trial tells."""
-        ways = {} if behind is None else behind.ways(uses)
-        settled = _settle(next(iter(ways.values())), batch, {}) if len(ways) == 1 else set()
+        """Settles what a trial tells, of what the graph behind the output does not prove."""
         # Of layers behind which there is no graph nothing is known: called on parts of the batch, or not.
         blind = {key for key, each in self._unsure.items() if behind is None and (each[0].axis or self._calls[key] > 1)}
         unsure = {key: each for key, each in self._unsure.items() if key not in settled}
@@ -146,16 +178,16 @@ class Tryout:
         if told:
             ways = {told[0]: ways[told[0]]}
             self._outputs.add(told[0])
-            settled |= _settle(ways[told[0]], batch, found)
+            settled |= settle(ways[told[0]], batch, found)
         for layer, shape in unsure:
             layer.note = "a trial with other samples did not tell how to read its rows"
             if (layer, shape) in found and (layer, shape) not in settled:
                 layer.settle(shape, batch, found[layer, shape])
         known = settled | found.keys()
         if len(ways) > 1:
-            _refuse_parts(ways.values(), batch, known)
+            refuse_parts(ways.values(), batch, known)
         elif behind is not None and ways and not _together(self._model):
-            _refute(behind, next(iter(ways.values())), uses, batch, known)
+            refute(behind, next(iter(ways.values())), uses, batch, known)
 
     def _leaves_room(self, key: trial.Key, batch: int) -> bool:
         """Whether the size of an output leaves more than one reading.
@@ -238,7 +270,7 @@ class Tryout:
         samples = shape[1]
         if axis == 0:
             self._time_first(proven, forward, samples, axis)
-            _settle(Way(None, proven), samples, {})
+            settle(Way(None, proven), samples, {})
             self._met.clear()  # what is not proven is tried in the next pass
         else:
             self.axis = 0
@@ -263,66 +295,6 @@ class Tryout:
         noted = self.running.setdefault(layer, [])
         if output is not None and (layer, tuple(output.shape)) in self._unsure:
             noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
-
-
-def _settle(way: Way, batch: int, tried: Mapping[trial.Key, Reading | None]) -> set[trial.Key]:
-    """Settles the outputs of which it is proven what they hold, and returns them.
-
-    Arguments:
-        way: how to read the model's output, and what that proves.
-        batch: number of samples B.
-        tried: what a trial has told. Where it is something else, the rows lie in another order than in the output.
-    """
-    settled: set[trial.Key] = set()
-    for layer, calls in way.proven.items():
-        readings: dict[trial.Shape, set[Reading | None]] = {shape: set() for shape in calls.shapes.values()}
-        for number, shape in calls.shapes.items():
-            each = calls.proven.get(number)
-            readings[shape].add(None if each is None else each.reading)
-        parts = any(each.count != batch for each in calls.proven.values())
-        if parts or any(len(each - {None}) > 1 for each in readings.values()):
-            layer.settle_segments(batch, calls.number, calls.proven)
-            settled |= {(layer, shape) for shape in readings}
-            continue
-        for shape, found in readings.items():
-            reading = next(iter(found))
-            if len(found) == 1 and reading is not None and tried.get((layer, shape), reading) == reading:
-                layer.settle(shape, batch, reading)
-                settled.add((layer, shape))
-    return settled
-
-
-def _refuse_parts(ways: Iterable[Way], batch: int, known: Set[trial.Key]) -> None:
-    """Settles that layers are not to be read by their size which would be called on parts of the batch in one way."""
-    for way in ways:
-        for layer, calls in way.proven.items():
-            if any(each.count != batch for each in calls.proven.values()):
-                for shape in set(calls.shapes.values()):
-                    if (layer, shape) not in known:
-                        layer.settle(shape, batch, None)
-
-
-def _refute(behind: OutputGraph, way: Way, uses: Mapping[Layer, Uses], batch: int, known: Set[trial.Key]) -> None:
-    """Settles that layers of which nothing is proven are not to be read by their size, where their rows are others'."""
-    left = [
-        (layer, shape, uses[layer].taps[number]())
-        for layer, calls in way.proven.items()
-        for number, shape in calls.shapes.items()
-        if number not in calls.proven and (layer, shape) not in known and layer.by_size(shape, batch) is not None
-    ]
-    owners = behind.ask([tap for _, _, tap in left], way.choice) if left else []
-    for (layer, shape, _), owner in zip(left, owners, strict=True):
-        reading = layer.by_size(shape, batch)
-        if owner is not None and reading is not None and not _agrees(owner, reading):
-            layer.settle(shape, batch, None)
-
-
-def _agrees(owner: Owner, reading: Reading) -> bool:
-    """Whether each row has a sample of its own."""
-    if owner.axis != reading.axis:
-        return False
-    ids = owner.ids[owner.ids != NOBODY]
-    return len(ids.unique()) == len(ids)
 
 
 def _rounding(layer: Layer) -> float:

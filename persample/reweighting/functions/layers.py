@@ -79,7 +79,7 @@ class FunctionLayers:
             path = name if number == 1 else f"{name} ({number})"
             layer = self._layers.get(path)
             if layer is None:
-                layer = Layer(path, None, self._axis_of(name), owners=owners, geometry=call.geometry)
+                layer = Layer(path=path, module=None, where=self._axis_of(name), owners=owners, geometry=call.geometry)
                 self._layers[path], self._kinds[path] = layer, kind
                 layer.source = lambda: (weight, bias)
             if layer.module is None and self._kinds[path] == kind and _owned(layer, owners, used):
