@@ -75,14 +75,16 @@ class Owner:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """Index along the axis of position t of sample b, and whether there is one; [B, T] each."""
-        places = [(self.ids == b).nonzero()[:, 0] for b in range(self.batch)]
-        longest = max((len(place) for place in places), default=0)
+        rows = (self.ids != NOBODY).nonzero()[:, 0]
+        samples = self.ids[rows]
+        order = samples.argsort(stable=True)
+        rows, samples = rows[order], samples[order]
+        counts = samples.bincount(minlength=self.batch)
+        longest = int(counts.max()) if self.batch else 0
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[samples]
         index = self.ids.new_zeros(self.batch, longest)
-        filled = torch.zeros_like(index, dtype=torch.bool)
-        for b, place in enumerate(places):
-            index[b, : len(place)] = place
-            filled[b, : len(place)] = True
-        return index, filled
+        index[samples, place] = rows
+        return index, torch.arange(longest, device=rows.device) < counts[:, None]
 
     def sum_by_sample(self, tensor: Tensor) -> Tensor:
         """The tensor, of z's shape, summed over its axis sample by sample: [B, *others]."""

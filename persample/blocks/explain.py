@@ -8,7 +8,7 @@ from persample.blocks.convolution.algorithms import ordinary
 from persample.blocks.convolution.choice import choose_form, gram_form
 from persample.blocks.convolution.gradients import choose
 from persample.blocks.outer import gram_by_hadamard, norms_by_hadamard
-from persample.blocks.types import Block, Conv, Outer, Pulled, Rows
+from persample.blocks.types import Block, Conv, Outer, Pulled, Rows, Stacked
 
 
 @singledispatch
@@ -43,3 +43,9 @@ def _(block: Rows) -> str:
 def _(block: Pulled) -> str:
     behind = algorithm(block.inner)
     return f"behind a rearrangement, {behind}" if block.isometric else f"grads pulled back; before that, {behind}"
+
+
+@algorithm.register
+def _(block: Stacked) -> str:
+    ways = dict.fromkeys(algorithm(part) for _, part in block.parts)
+    return f"{len(block.parts)} slices apart, {' or '.join(ways)}"

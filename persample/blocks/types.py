@@ -75,6 +75,8 @@ def with_factors(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
     """Returns the block with other tensors for its factors."""
     if isinstance(block, Pulled):
         return replace(block, inner=with_factors(block.inner, change))
+    if isinstance(block, Stacked):
+        return replace(block, parts=tuple((index, with_factors(part, change)) for index, part in block.parts))
     held = {each.name: getattr(block, each.name) for each in fields(block)}  # type: ignore[arg-type]
     tensors = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
     return replace(block, **tensors)  # type: ignore[type-var]
@@ -193,3 +195,25 @@ class Pulled(Block):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         return self.inner.factors
+
+
+@dataclass(frozen=True)
+class Stacked(Block):
+    """g_b is made of slices along `dim`, each a block of its own; those without one are zero."""
+
+    parts: tuple[tuple[int, Block], ...]
+    """(place along the axis, block of the shape of a slice); one at least, each place once."""
+    dim: int
+    stacked_shape: tuple[int, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.parts[0][1].batch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stacked_shape
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return tuple(factor for _, part in self.parts for factor in part.factors)

@@ -5,16 +5,14 @@ use (node, slot, route) ─▶ site ─▶ rule ─▶ block at the node ─▶ 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from persample.attribution.coupling import not_finite_error
 from persample.attribution.uses import Use
-from persample.blocks.precision import full_precision
-from persample.blocks.types import Block, Dense, Outer, Pulled
+from persample.blocks.stacked import join_dense, join_outer, stacked
+from persample.blocks.types import Block, Dense, Outer, Pulled, Stacked
 from persample.capture.types import Captured
 from persample.graph.routes import Route
 from persample.graph.saved import saved_by
@@ -32,10 +30,23 @@ def pulled(block: Block, path: Route) -> Block:
     if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
         return block.transposed
     shape = tuple(path.leaf.variable.shape)
+    part = _slice(block, path)
+    if part is not None:
+        return part
     pull = path.pull if path.watched or path.isometric else partial(_pulled_apart, path)
     if isinstance(block, Dense):
         return Dense(pull(block.values))
     return Pulled(block, pull, shape, path.isometric)
+
+
+def _slice(block: Block, path: Route) -> Stacked | None:
+    """The block of a use of one slice of the parameter; None where it is of no slice."""
+    cut, rest = path.cut, path.names[:-1]
+    if cut is None:
+        return None
+    if rest in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
+        block, rest = block.transposed, []
+    return None if rest else Stacked(((cut.place, block),), cut.dim, tuple(path.leaf.variable.shape))
 
 
 def _pulled_apart(path: Route, rows: Tensor) -> Tensor:
@@ -59,23 +70,11 @@ def merged(uses: list[Captured]) -> tuple[Captured, ...]:
     joined: list[Captured] = []
     outer = [use.block for use in uses if isinstance(use.block, Outer)]
     dense = [use.block for use in uses if isinstance(use.block, Dense)]
-    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense))):
+    slices = [use.block for use in uses if isinstance(use.block, Stacked)]
+    together = stacked(slices) if len(slices) > 1 else None
+    for kind, block in ((Outer, join_outer(outer)), (Dense, join_dense(dense)), (Stacked, together)):
         same = [use for use in uses if isinstance(use.block, kind)]
         if block is not None:
             joined.append(Captured(block, f"{same[0].operation} × {len(same)}", same[0].rule))
             uses = [use for use in uses if not isinstance(use.block, kind)]
     return *joined, *uses
-
-
-def join_outer(blocks: Sequence[Outer]) -> Outer | None:
-    """Σ of outer products: the positions of all; None for fewer than two."""
-    if len(blocks) < 2:
-        return None
-    return Outer(torch.cat([block.x for block in blocks], dim=1), torch.cat([block.z for block in blocks], dim=1))
-
-
-def join_dense(blocks: Sequence[Dense]) -> Dense | None:
-    """Σ of rows; None for fewer than two blocks."""
-    if len(blocks) < 2:
-        return None
-    return Dense(torch.stack([full_precision(block.values) for block in blocks]).sum(0))

@@ -75,6 +75,11 @@ def trace(losses: Tensor) -> Graph:
     return Graph(order, consumers, leaves, root)
 
 
+def signed(value: int) -> int:
+    """A saved dimension or index as Python counts it: autograd keeps C++ integers, of which −1 is the largest."""
+    return value - 2**64 if value >= 2**63 else value
+
+
 def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Shape of the tensor at an edge."""
     node, output = edge

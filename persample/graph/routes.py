@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from persample.blocks.precision import full_precision
 from persample.graph.calls import call_node_rows
-from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape
+from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape, signed
 
 # Operations that only rearrange a tensor, each entry kept: inner products survive their pull-back.
 REARRANGING = frozenset(
@@ -47,6 +48,13 @@ SKIPPED = REARRANGING | {
 }  # fmt: skip
 
 
+class Cut(NamedTuple):
+    """A slice of a parameter: which one along an axis."""
+
+    dim: int
+    place: int
+
+
 @dataclass(frozen=True)
 class Route:
     """The operations between a parameter and one edge behind it, all on parameters alone (or summed over
@@ -58,6 +66,21 @@ class Route:
     """Outputs first."""
     watched: bool = True
     """Whether it is known that the operations have read no sample's data."""
+
+    @property
+    def cut(self) -> Cut | None:
+        """Which slice of the parameter the route leads to; None where it is of all of it, or of several."""
+        if not self.nodes or self.nodes[-1].next_functions[0][0] is not self.leaf:
+            return None
+        node, axes = self.nodes[-1], len(edge_shape((self.leaf, 0)))
+        if node.name() not in ("SelectBackward0", "UnbindBackward0"):
+            return None
+        dim = signed(node._saved_dim) % axes
+        if node.name() == "SelectBackward0":
+            return Cut(dim, signed(node._saved_index) % edge_shape((self.leaf, 0))[dim])
+        ends = [self.source, *(edge for each in self.nodes[:-1] for edge in each.next_functions)]
+        outputs = {output for source, output in ends if source is node}
+        return Cut(dim, outputs.pop()) if len(outputs) == 1 else None
 
     @property
     def names(self) -> list[str]:

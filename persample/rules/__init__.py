@@ -106,9 +106,9 @@ def build(site: Site) -> tuple[Block, str]:
 
 def _load() -> None:
     """Imports the modules that register rules."""
-    from persample.rules import convolution, elementwise, embedding, linear, normalisation
+    from persample.rules import convolution, elementwise, embedding, grouped, linear, normalisation
 
-    del convolution, elementwise, embedding, linear, normalisation
+    del convolution, elementwise, embedding, grouped, linear, normalisation
 
 
 _load()

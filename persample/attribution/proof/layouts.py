@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -41,7 +42,7 @@ class Rows:
         """Of a tensor that nothing depends on."""
         return cls(0, torch.full(shape[:1], NOBODY, device=device))
 
-    @property
+    @cached_property
     def nobodys(self) -> bool:
         """Whether nothing depends on any row."""
         return bool((self.ids == NOBODY).all())
@@ -51,9 +52,15 @@ class Rows:
         first = int(self.ids[0]) if len(self.ids) else NOBODY
         return whole(first, shape) if first != NOBODY and bool((self.ids == first).all()) else self
 
+    @cached_property
+    def _owners(self) -> dict[int, Owner]:
+        return {}
+
     def owner(self, batch: int) -> Owner:
-        """The same as an owner."""
-        return Owner(self.axis, self.ids, batch)
+        """The same as an owner; one for all that share the list, so that places are found once."""
+        if batch not in self._owners:
+            self._owners[batch] = Owner(self.axis, self.ids, batch)
+        return self._owners[batch]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +184,8 @@ def joined(given: Sequence[Place | Rows | Slab], shape: Shape, batch: int, devic
 
     A pattern if there is one; else a list, where one of these is a list.
     """
+    if len(given) == 1 and isinstance(given[0], Rows):
+        return given[0]
     places = list(dict.fromkeys(each for each in given if isinstance(each, Place)))
     lists = [each for each in given if isinstance(each, Rows)]
     slabs = [each for each in given if isinstance(each, Slab)]
@@ -189,7 +198,8 @@ def joined(given: Sequence[Place | Rows | Slab], shape: Shape, batch: int, devic
             and all(covers(place, each, shape) for each in lists)
         ):
             return place
-    return _merged(given, shape, device)
+    rows = _merged(given, shape, device)
+    return None if rows is None else rows.alone(shape)
 
 
 def _merged(given: Sequence[Place | Rows | Slab], shape: Shape, device: torch.device) -> Rows | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from persample.graph.nodes import Node
+from persample.graph.nodes import Node, signed
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class Step:
         """A saved dimension or tuple of dimensions, counted from the front."""
         value = self.saved(name)
         values = value if isinstance(value, (tuple, list)) else (value,)
-        # autograd keeps C++ integers: -1 arrives as the largest unsigned one
-        return tuple((d - 2**64 if d >= 2**63 else d) % max(ndim, 1) for d in values)
+        return tuple(signed(d) % max(ndim, 1) for d in values)
 
     def kept(self) -> Lying | None:
         """The same place, where the axis has the same size in the input."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from persample.attribution.owner import NOBODY
 from persample.attribution.proof.layouts import Place, Rows, Shape, rows_of
-from persample.graph.nodes import Node
+from persample.graph.nodes import Node, signed
 
 Before = Callable[[Node, int, Rows, Shape, Shape], Place | Rows | None]
 """(node, slot, list of the output, its shape, that of the input) → list of the input."""
@@ -52,7 +52,8 @@ def routed_before(
         rows = rows_of(at, shape, device, along)
     else:
         rows = at
-    return None if rows is None else before(node, slot, rows, shape, entering)
+    found = None if rows is None else before(node, slot, rows, shape, entering)
+    return found.alone(entering) if isinstance(found, Rows) else found
 
 
 def scattered(ids: Tensor, index: Tensor, size: int) -> Tensor | None:
@@ -64,12 +65,8 @@ def scattered(ids: Tensor, index: Tensor, size: int) -> Tensor | None:
     return found if bool((found[index] == ids).all()) else None
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value  # autograd keeps C++ integers
-
-
 def _dim(node: Node, axes: int) -> int:
-    return _signed(node._saved_dim) % max(axes, 1)
+    return signed(node._saved_dim) % max(axes, 1)
 
 
 def _indices(node: Node) -> list[Tensor | None]:
@@ -195,17 +192,17 @@ def _masked_select(node: Node, slot: int, at: Rows, shape: Shape, entering: Shap
     return None
 
 
-@routed("Flip", axis=lambda node, shape: _signed(node._saved_dims[0]) % len(shape))
+@routed("Flip", axis=lambda node, shape: signed(node._saved_dims[0]) % len(shape))
 def _flip(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    dims = [_signed(dim) % len(shape) for dim in node._saved_dims]
+    dims = [signed(dim) % len(shape) for dim in node._saved_dims]
     return Rows(at.axis, at.ids.flip(0) if at.axis in dims else at.ids)
 
 
-@routed("Roll", axis=lambda node, shape: _signed(node._saved_dims[0]) % len(shape) if node._saved_dims else 0)
+@routed("Roll", axis=lambda node, shape: signed(node._saved_dims[0]) % len(shape) if node._saved_dims else 0)
 def _roll(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
     if not node._saved_dims:
         return None
-    dims, shifts = ([_signed(each) for each in found] for found in (node._saved_dims, node._saved_shifts))
+    dims, shifts = ([signed(each) for each in found] for found in (node._saved_dims, node._saved_shifts))
     by = {dim % len(shape): shift for dim, shift in zip(dims, shifts, strict=True)}
     return Rows(at.axis, at.ids.roll(-by.get(at.axis, 0)))
 

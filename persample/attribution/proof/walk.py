@@ -26,7 +26,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from persample.attribution.proof.layouts import Place, Rows, Shape, Slab, cut, cut_rows, joined, viewed, whole
 from persample.attribution.proof.passages import PASSAGES, Lying, Passage, Step, stride_of
 from persample.attribution.proof.routed import routed_before
-from persample.graph.nodes import Edge, Graph, Node, edge_shape
+from persample.graph.nodes import Edge, Graph, Node, edge_shape, signed
 from persample.graph.routes import REARRANGING
 
 SEVERAL = "several"
@@ -75,7 +75,6 @@ def places(
             shape, sure = edge_shape(edge), [each for each in given[edge] if each is not None]
             device = torch.device("cpu") if hasattr(node, "variable") else node._input_metadata[edge[1]].device
             place = joined(sure, shape, batch, device) if len(sure) == len(given[edge]) else None
-            place = place.alone(shape) if isinstance(place, Rows) else place
             found.reached.add(edge)
             if isinstance(place, Rows):
                 found.listed[edge] = place
@@ -121,14 +120,14 @@ def _split(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int,
 
 def _slice(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int] | None:
     dim = _dim(node, len(entering))
-    start, size = _signed(node._saved_start), entering[dim]
+    start, size = signed(node._saved_start), entering[dim]
     start = min(max(start + size if start < 0 else start, 0), size)
     return (dim, start, shape[dim]) if node._saved_step == 1 else None
 
 
 def _select(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:
     dim = _dim(node, len(entering))
-    return dim, _signed(node._saved_index) % entering[dim], 1
+    return dim, signed(node._saved_index) % entering[dim], 1
 
 
 def _unbind(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:
@@ -146,12 +145,8 @@ _CUTS = {
 }
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value  # autograd keeps C++ integers
-
-
 def _dim(node: Node, axes: int) -> int:
-    return _signed(node._saved_dim) % max(axes, 1)
+    return signed(node._saved_dim) % max(axes, 1)
 
 
 def _before(
@@ -180,7 +175,9 @@ def _before(
     if kind in passages:
         before = passages[kind](Step(node, slot, Lying(place.axis, 1), shape, entering, output))
         fits = before is not None and before.inner == 1 and entering[before.axis] == len(place.ids)
-        return Rows(before.axis, place.ids) if fits and before is not None else None
+        if not fits or before is None:
+            return None
+        return place if before.axis == place.axis else Rows(before.axis, place.ids)
     return viewed(place, shape, entering) if _rearranges(kind, shape, entering) else None
 
 

@@ -13,7 +13,7 @@ from persample import force_kernel
 from persample.blocks import chunking, reductions
 from persample.blocks.products import LONGEST, gram_of_rows
 from persample.blocks.reductions import materialise, real_rows
-from persample.blocks.types import Block, Dense, Outer, Pulled, Rows
+from persample.blocks.types import Block, Dense, Outer, Pulled, Rows, Stacked
 from persample.memory import workspace
 
 sizes = st.integers(1, 5)
@@ -32,13 +32,18 @@ def blocks(draw: st.DrawFn, shape: tuple[int, int] | None = None, batch: int | N
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=torch.float64, generator=generator)
 
-    kind = draw(st.sampled_from(["outer", "rows", "dense", "pulled", "view"]))
+    kind = draw(st.sampled_from(["outer", "rows", "dense", "pulled", "view", "stacked"]))
     if kind == "outer":
         return Outer(normal(batch, time, inp), normal(batch, time, out))
     if kind == "rows":
         return Rows(torch.randint(out, (batch, time), generator=generator), normal(batch, time, inp), out)
     if kind == "dense":
         return Dense(normal(batch, out, inp))
+    if kind == "stacked":  # slices are rows of the parameter, or columns
+        dim = draw(st.integers(0, 1))
+        places = draw(st.sets(st.integers(0, (out, inp)[dim] - 1), min_size=1))
+        parts = tuple((place, Dense(normal(batch, (inp, out)[dim]))) for place in sorted(places))
+        return Stacked(parts, dim, (out, inp))
     inner = Outer(normal(batch, time, out), normal(batch, time, inp))
     if kind == "view":
         return Pulled(inner, lambda rows: rows.transpose(1, 2), (out, inp), isometric=True)
