@@ -139,7 +139,7 @@ def stack(step: Step) -> Lying | None:
 
 @passage(
     "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
-    "Narrow Flip Kthvalue Sort Topk"
+    "Narrow Flip Roll Kthvalue Sort Topk"
 )
 def along_another(step: Step) -> Lying | None:
     """Whatever happens along `dim`, the other axes are kept apart."""

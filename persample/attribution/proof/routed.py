@@ -192,6 +192,14 @@ def _masked_select(node: Node, slot: int, at: Rows, shape: Shape, entering: Shap
     return None
 
 
+@routed("MaskedScatter", axis=lambda *_: 0)
+def _masked_scatter(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
+    if slot == 0:
+        return at
+    places = node._saved_mask.expand(shape).nonzero()
+    return _along_one(at.ids[places[:, at.axis]].view(entering), 0) if len(places) == prod(entering) else None
+
+
 @routed("Flip", axis=lambda node, shape: signed(node._saved_dims[0]) % len(shape))
 def _flip(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
     dims = [signed(dim) % len(shape) for dim in node._saved_dims]

@@ -27,7 +27,7 @@ from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Uses
 from persample.reweighting.batch_axis.folded import Reading, by_size, foldings
-from persample.reweighting.batch_axis.segments import Held, Listed, Segment
+from persample.reweighting.batch_axis.segments import Segment
 from persample.reweighting.layer import Layer
 
 
@@ -117,27 +117,13 @@ class OutputGraph:
                 pairs.append((leaf, at))
         return pairs
 
-    def held(self, uses: Mapping[Layer, Uses], choice: Reading | None) -> dict[Layer, dict[int, Held]]:
-        """Returns what the calls of layers hold of this batch, of those of which it is known for every call.
+    def by_size(self) -> dict[Shape, Reading]:
+        """How the tensors of the output are read, by their shapes."""
+        return {tuple(leaf.shape): each for leaf in self.leaves if (each := self._reading(leaf)) is not None}
 
-        Nothing is returned where the samples would lie along features, or space: the output is read wrongly.
-        """
-        starts = self._places_of_output(choice)
-        try:
-            found = placed(self.graph, starts, self.batch, routed=True)
-        except UnsupportedError:
-            return {}
-        result: dict[Layer, dict[int, Held]] = {}
-        for layer, each in uses.items():
-            taps = {number: tap() for number, tap in enumerate(each.taps)}
-            met = {number: (tap, 0) for number, tap in taps.items() if tap in self.graph.order}
-            if any(_off(layer, found, edge) for edge in met.values()):
-                return {}
-            held = {number: _held(layer, found, edge) for number, edge in met.items()}
-            known = {number: one for number, one in held.items() if one is not None}
-            if known and len(known) == len(held):
-                result[layer] = known
-        return result
+    def places(self) -> Places:
+        """Whose the rows of everything before the output are in this batch, where the output is read by its size."""
+        return placed(self.graph, self._places_of_output(None), self.batch, routed=True)
 
     def ask(self, nodes: Sequence[Node], choice: Reading | None) -> list[Owner | None]:
         """Returns whose each entry of these nodes' outputs is, in this batch, by passes of weighted pseudo-losses."""
@@ -153,23 +139,6 @@ class OutputGraph:
             return torch.autograd.grad(ends, edges, grads, retain_graph=True, allow_unused=True)
 
         return attribute(backward, torch.ones(self.batch, dtype=ends[0].dtype, device=ends[0].device))[1]
-
-
-def _held(layer: Layer, found: Places, edge: Edge) -> Held | None:
-    shape = edge_shape(edge)
-    place, rows = found.known.get(edge), found.listed.get(edge)
-    if rows is not None:
-        return Listed(rows.axis, rows.ids)
-    return None if place is None else _segment(place, shape, layer)
-
-
-def _off(layer: Layer, found: Places, edge: Edge) -> bool:
-    """Whether the samples would lie along features, or space."""
-    shape = edge_shape(edge)
-    place, rows = found.known.get(edge), found.listed.get(edge)
-    if rows is not None:
-        return rows.axis >= len(layer.rows(shape))
-    return place is not None and _elsewhere(place, shape, layer)
 
 
 def trace_all(ends: Sequence[Tensor]) -> Graph:
@@ -196,9 +165,9 @@ def calls_of(
         shapes = {number: edge_shape((tap, 0)) for number, tap in enumerate(taps) if tap in graph.order}
         there = {number: found.get((taps[number], 0)) for number in shapes}
         lying = {number: place for number, place in there.items() if place is not None}
-        if any(_elsewhere(place, shapes[number], layer) for number, place in lying.items()):
+        if any(elsewhere(place, shapes[number], layer) for number, place in lying.items()):
             return None
-        segments = {number: _segment(place, shapes[number], layer) for number, place in lying.items()}
+        segments = {number: segment_of(place, shapes[number], layer) for number, place in lying.items()}
         proven = {number: segment for number, segment in segments.items() if segment is not None}
         result[layer] = Calls(len(taps), shapes, proven)
     return result
@@ -223,13 +192,13 @@ def readable(output: Tensor) -> bool:
     return strided and output.grad_fn is not None and output.is_floating_point()
 
 
-def _elsewhere(place: Place, shape: Shape, layer: Layer) -> bool:
+def elsewhere(place: Place, shape: Shape, layer: Layer) -> bool:
     """Whether the samples would lie along features, or space."""
     at = None if place.count == 1 else place.lying(shape)
     return at is not None and at.axis >= len(layer.rows(shape))
 
 
-def _segment(place: Place, shape: Shape, layer: Layer) -> Segment | None:
+def segment_of(place: Place, shape: Shape, layer: Layer) -> Segment | None:
     if place.count == 1:
         return Segment(shape, Reading(1, shape[0] if layer.rows(shape) else 1, 0), place.first, 1)
     at = place.lying(shape)

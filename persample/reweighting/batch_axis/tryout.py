@@ -18,6 +18,7 @@ from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Pass, Uses
 from persample.reweighting.batch_axis import trial
 from persample.reweighting.batch_axis.folded import Reading, usual
+from persample.reweighting.batch_axis.holding import count_by_output, hold
 from persample.reweighting.batch_axis.output_graph import OutputGraph, Way
 from persample.reweighting.batch_axis.settling import refuse_parts, refute, settle
 from persample.reweighting.batch_axis.time_first import Ends, Question, by_model, by_output
@@ -41,6 +42,7 @@ class Tryout:
         self._model, self._watching = model, watching
         self._unsure: dict[trial.Key, list[Reading]] = {}
         self._outputs: set[Reading] = set()  # how trials have told to read what the model returns
+        self._own: dict[trial.Shape, bool] = {}  # whether a trial has shown that rows of such outputs are the samples'
         self._calls: Counter[trial.Key] = Counter()
         self._signature: Any = None  # of the running pass
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
@@ -109,41 +111,51 @@ class Tryout:
                 axis = self._look_at_time(output, readable, forward, shape)
         untold = {layer: each for layer, each in uses.items() if layer.untold}
         look = self.new or any(layer.routed for layer in untold)
-        if look and forward.batch is not None and len(untold) == len(uses):
-            self._count_by_output(output, untold, forward)
+        if look and len(shape) < 3 and len(untold) == len(uses) and count_by_output(output, untold, forward):
+            self._unsure = {}
         batch = forward.batch
         if batch is not None and batch > 1:
             behind = OutputGraph.behind(output, batch, axis) if look else None
             ways = behind.ways(readable) if behind is not None and self.new else {}
             settled = settle(next(iter(ways.values())), batch, {}) if len(ways) == 1 else set()
-            self._hold(behind, untold, settled)
+            self._hold(behind, untold, settled, args, kwargs, first=first)
             self._read(behind if self.new else None, ways, settled, readable, args, kwargs, batch, first)
         self.forget()
 
-    def _count_by_output(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass) -> None:
-        """Counts samples by the rows of the output, of models that take samples apart: nodes of graphs, say.
-
-        That is so where the output cannot hold as many samples as the input has rows, and the graph tells of every call
-        of every layer which row of the output it is for.
-        """
-        behind = OutputGraph.counting(output, forward.batch or 0)
-        held = {} if behind is None else behind.held(uses, None)
-        if behind is not None and held and held.keys() == uses.keys():
-            forward.batch = behind.batch
-            for layer, each in held.items():
-                uses[layer].held = each
-            self._unsure = {}
-
-    def _hold(self, behind: OutputGraph | None, uses: Mapping[Layer, Uses], settled: set[trial.Key]) -> None:
+    def _hold(
+        self,
+        behind: OutputGraph | None,
+        uses: Mapping[Layer, Uses],
+        settled: set[trial.Key],
+        args: tuple,
+        kwargs: dict,
+        *,
+        first: bool,
+    ) -> None:
         """Notes what calls of layers hold of this batch whose rows data place, as far as the indices tell."""
         unsure = {key[0] for key in self._unsure.keys() - settled}
-        left = {layer: each for layer, each in uses.items() if layer.routed or not layer.provable or layer in unsure}
+        left = {layer for layer in uses if layer.routed or not layer.provable or layer in unsure}
         if behind is None or behind.doubtful is not None or not left:
             return
-        found = behind.held(uses, None)
-        for layer in left.keys() & found.keys():
-            uses[layer].held = found[layer]
-            self._unsure = {key: each for key, each in self._unsure.items() if key[0] is not layer}
+        placed = [layer for layer in left if layer.selected or layer.placed]
+        if placed and not self._holds_samples(behind, max(map(_rounding, placed)), args, kwargs, first=first):
+            return
+        done = hold(behind, uses, left)
+        self._unsure = {key: each for key, each in self._unsure.items() if key[0] not in done}
+
+    def _holds_samples(self, behind: OutputGraph, rounding: float, args: tuple, kwargs: dict, *, first: bool) -> bool:
+        """Whether the output's rows are those of the samples, and not as many that were selected: tried out once."""
+        new = {key: each for key, each in behind.by_size().items() if key not in self._own}
+        if not new:
+            return all(self._own[key] for key in behind.by_size())
+        if _together(self._model) and not first:
+            return False
+        keys: dict[trial.Key, list[Reading]] = {(_OUTPUT, shape): [each] for shape, each in new.items()}
+        before = self._unsure
+        found = self._tried({}, keys, set(), args, kwargs, behind.batch, dict.fromkeys(keys, rounding))
+        self._unsure = before
+        self._own |= {shape: found.get((_OUTPUT, shape)) == each for shape, each in new.items()}
+        return all(self._own[shape] for shape in behind.by_size())
 
     def _read(
         self,
@@ -207,6 +219,7 @@ class Tryout:
         args: tuple,
         kwargs: dict,
         batch: int,
+        company: Mapping[trial.Key, float] | None = None,
     ) -> dict[trial.Key, Reading | None]:
         """What a trial tells of the outputs of layers, and of the model's."""
         self._unsure = {**unsure, **doubtful}
@@ -214,7 +227,7 @@ class Tryout:
             return {}
         confirmed = {key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings}
         confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
-        selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind}
+        selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind} | dict(company or {})
         return trial.readings(
             self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected, self.axis or 0
         )

@@ -54,10 +54,21 @@ def _expected(model: Tokens, lengths: Tensor) -> Tensor:
     return gradient
 
 
-@pytest.mark.parametrize("how", ["packed", "masked", "found"])
-def test_rows_that_lie_by_chance_as_others_do_are_refused(how: str):
+@pytest.mark.parametrize("how", ["masked", "found"])
+def test_rows_whose_places_are_indices_are_read_off_these(how: str) -> None:
     torch.manual_seed(0)
     model = Tokens(how).double()
+    expected = [_expected(model, lengths) for lengths in (EQUAL, OTHERS)]
+    with persample.reweight(model, lambda layer, grads: FACTORS):
+        for lengths, gradient in zip((EQUAL, OTHERS), expected, strict=True):
+            model.zero_grad()
+            model(_batch(lengths), lengths).sum().backward()
+            torch.testing.assert_close(model.out.weight.grad, gradient)
+
+
+def test_rows_that_lie_by_chance_as_others_do_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Tokens("packed").double()
     with persample.reweight(model, lambda layer, grads: FACTORS):
         with pytest.raises(ValueError, match=r"a mask or a packed sequence places them.*persample\.Folded"):
             model(_batch(EQUAL), EQUAL).sum().backward()
