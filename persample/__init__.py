@@ -7,9 +7,7 @@ from persample.start import VERSION, check_torch, deferred
 __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
-    import torch
-
-    check_torch(torch.__version__)
+    check_torch()
     from persample.api import backends, grad, per_sample
     from persample.blocks.kernels import force_kernel
     from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError

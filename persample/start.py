@@ -28,7 +28,8 @@ def deferred(package: str) -> bool:
     Python names a command `-m` in `sys.argv` as long as it looks for its file; the package is imported just then, and
     others while its command line is made.
     """
-    starts = bool(_waiting) or (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in COMMANDS)
+    named = sys.orig_argv[-len(sys.argv) :][:1] if sys.argv[:1] == ["-m"] else []
+    starts = bool(_waiting) or not {*named}.isdisjoint(COMMANDS)
     if starts:
         _waiting.append(package)
     return starts
@@ -42,11 +43,15 @@ def complete() -> None:
         importlib.reload(sys.modules[package])
 
 
-def check_torch(found: str) -> None:
-    """Raises ImportError where torch, of version `found`, is older than what the packages use.
+def check_torch(found: str | None = None) -> None:
+    """Raises ImportError where torch, or a version `found` of it, is older than what the packages use.
 
     >>> check_torch("2.13.0+cpu")
     """
+    if found is None:
+        import torch
+
+        found = torch.__version__
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))

@@ -191,7 +191,8 @@ def table(rows: list[Row], title: str) -> Any:
             result.add_row(row.backend, "refused", *[""] * 4)
             continue
         times = [f"{row.times[quantity]}" for quantity in QUANTITIES]
-        result.add_row(row.backend, f"{row.deviation:.1e}", *times, *(f"{row.memory[q]:.2f}" for q in QUANTITIES))
+        memory = [f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in (row.memory[q] for q in QUANTITIES)]
+        result.add_row(row.backend, f"{row.deviation:.1e}", *times, *memory)
     return result
 
 

@@ -88,6 +88,7 @@ def test_only_our_commands_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-m", "persample"], ["python", "-m", "mine", "persample"], False),
         (["-c"], ["python", "-c", "import persample"], False),
         ([""], ["python"], False),
+        (["-m"], [], False),
     ):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "orig_argv", original)
