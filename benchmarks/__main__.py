@@ -25,6 +25,7 @@ from benchmarks import check, growth, memory, processes, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
 from benchmarks.variants import WHATS, Variant
+from persample.start import add_version
 from persample.testing.command_line import whole
 
 FOLDER = Path(__file__).parent / "results"
@@ -56,6 +57,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog="models:\n" + "".join(f"  {name:18}{spec.help}\n" for name, spec in MODELS.items())
         + "what:\n" + "".join(f"  {name:18}{text}\n" for name, text in WHATS.items()),
     )  # fmt: skip
+    add_version(parser, "benchmarks")
     add = parser.add_argument
     if command in ("report", "check"):
         add("file", type=Path, metavar="FILE.json", help="what a measurement wrote")

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.results import Results
 from benchmarks.variants import OURS, VARIANTS
+from persample.testing.command_line import console
 
 EPOCHS = 100
 """Length of the run for which the price of one coefficient epoch is projected."""
@@ -126,17 +127,15 @@ OWN = {what: (what,) for what in ("grads", "norms", "gram", "clipped_sum")}
 
 def show(found: Results, clock: str = "wall") -> bool:
     """Prints the table and the peers that are faster; returns whether all is as it should be."""
-    from rich.console import Console
-
-    console = Console(width=120, highlight=False)
+    shown = console(width=120)
     cells = list(verdicts(found, clock))
-    console.print(table(cells))
+    shown.print(table(cells))
     faster = list(faster_peers(found, clock))
-    console.print("No peer is faster." if not faster else "Peers that are faster:")
+    shown.print("No peer is faster." if not faster else "Peers that are faster:")
     for line in faster:
-        console.print(f"  {line}")
+        shown.print(f"  {line}")
     count = {kind: sum(cell.met is kind for cell in cells) for kind in (True, False, None)}
-    console.print(f"{count[True]} met, {count[False]} missed, {count[None]} not measured ({clock} time)")
+    shown.print(f"{count[True]} met, {count[False]} missed, {count[None]} not measured ({clock} time)")
     return not faster and not count[False]
 
 
@@ -146,18 +145,20 @@ def table(cells: list[Verdict]) -> Any:
     from rich.table import Table
 
     models = list(dict.fromkeys(cell.model for cell in cells))
-    shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("")
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("")
     for model in models:
-        shown.add_column(model, justify="right")
+        result.add_column(model, justify="right")
     for label in dict.fromkeys(cell.label for cell in cells):
         row = {cell.model: cell for cell in cells if cell.label == label}
-        shown.add_row(label, *(_cell(row[model]) if model in row else "" for model in models))
-    return shown
+        result.add_row(label, *(_cell(row[model]) if model in row else "" for model in models))
+    return result
 
 
-def _cell(cell: Verdict) -> str:
+def _cell(cell: Verdict) -> Any:
+    from rich.text import Text
+
     if cell.met is None:
         return f"–  (≤ {cell.most})"
     colour, word = ("green", "met") if cell.met else ("red", "missed")
-    return f"{cell.value:.3f} ≤ {cell.most} [{colour}]{word}[/]"
+    return Text.assemble(f"{cell.value:.3f} ≤ {cell.most} ", (word, colour))

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.results import Results
 from benchmarks.variants import OURS, VARIANTS, Variant
+from persample.testing.command_line import console
 
 COLOURS = {
     OURS: "#d62728", "Opacus hooks": "#1f77b4", "Opacus ghost": "#17becf", "vmap(grad)": "#7f7f7f",
@@ -51,11 +52,10 @@ def rows(model: Mapping[str, Any]) -> Iterator[tuple[Variant, list[str]]]:
 def print_model(name: str, model: Mapping[str, Any]) -> None:
     """Prints the table of one model."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     # Without a terminal rich assumes 80 columns, in which the headings do not fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    shown = console(width=None if sys.stdout.isatty() else 120)
     table = Table(title=caption(name, model), box=box.SIMPLE_HEAD, title_justify="left")
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
@@ -65,8 +65,8 @@ def print_model(name: str, model: Mapping[str, Any]) -> None:
             table.add_row(*cells, style="bold" if variant.library == OURS else None)
         else:
             refused.append(f"  {cells[0]}: {cells[1]}")
-    console.print(table)
-    console.print("\n".join(refused), markup=False, soft_wrap=True)
+    shown.print(table)
+    shown.print("\n".join(refused), soft_wrap=True)
 
 
 def caption(name: str, model: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
 from fngd.training.data import DataError
 from fngd.training.report import writable
-from persample.testing.command_line import check_device, stop_flag, whole
+from persample.start import add_version
+from persample.testing.command_line import check_device, console, stop_flag, whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def _parser(known: dict[str, Experiment]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version(parser, "experiments")
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     for experiment in known.values():
         command = commands.add_parser(experiment.name, help=f"{experiment.source}: {experiment.help}")
@@ -170,11 +172,10 @@ def _present(experiment: Experiment, record: Record, path: Path) -> list[Path]:
     """Writes tables and figures of what there is."""
     if not record.units:
         return []
-    from rich.console import Console
     from rich.markdown import Markdown
 
     text = experiment.report(record)
-    Console().print(Markdown(text))
+    console().print(Markdown(text))
     table = path.with_suffix(".md")
     table.write_text(text.rstrip() + "\n")
     return [table, *experiment.draw(record, path.with_suffix(""))]
@@ -212,11 +213,10 @@ def _minutes(text: str) -> float:
 
 @contextmanager
 def _bars(name: str, total: int, finished: int) -> Iterator[Any]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = [TextColumn("{task.description:36}"), BarColumn(bar_width=30), MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    columns = [TextColumn("{task.description:36}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True)) as bars:
         whole = bars.add_task(f"units of {name}", total=total, completed=finished)
         inner = bars.add_task("", total=None)
 

@@ -19,7 +19,7 @@ from experiments.statistics import mean, spread
 from fngd.training import data, inspection
 from fngd.training.loop import batches
 from fngd.training.models import build_model
-from fngd.training.recipes import Config
+from fngd.training.settings import Config
 
 SMALL: Settings = {
     "data": "cifar10",

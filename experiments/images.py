@@ -29,7 +29,8 @@ from experiments.record import Context, Experiment, Result, Settings
 from experiments.runs import Plan, train
 from fngd.training import data, loop
 from fngd.training.models import build_model
-from fngd.training.recipes import SCHEDULES, Config
+from fngd.training.recipes import SCHEDULES
+from fngd.training.settings import Config
 
 METHODS = ["sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd", "fngd-per-layer"]
 TRIAL_SEED = 1000

@@ -1,13 +1,20 @@
-"""Natural-gradient optimisers for PyTorch, built on per-sample gradients."""
+"""Natural-gradient optimisers for PyTorch, built on per-sample gradients; part of the distribution `persample`."""
 
-from fngd.coefficients import smw_coefficients
-from fngd.kronecker.eva import Eva
-from fngd.kronecker.kfac import KFAC
-from fngd.kronecker.skfac import SKFAC
-from fngd.least_squares.gauss_newton import GaussNewton
-from fngd.natural.adaptive_damping import AdaptiveDamping
-from fngd.natural.fngd import FNGD
-from fngd.natural.ngd import NGD
-from fngd.shampoo import Shampoo
+from typing import TYPE_CHECKING
+
+from persample.start import VERSION, deferred
+
+__version__ = VERSION
+
+if TYPE_CHECKING or not deferred(__name__):
+    from fngd.coefficients import smw_coefficients
+    from fngd.kronecker.eva import Eva
+    from fngd.kronecker.kfac import KFAC
+    from fngd.kronecker.skfac import SKFAC
+    from fngd.least_squares.gauss_newton import GaussNewton
+    from fngd.natural.adaptive_damping import AdaptiveDamping
+    from fngd.natural.fngd import FNGD
+    from fngd.natural.ngd import NGD
+    from fngd.shampoo import Shampoo
 
 __all__ = ["FNGD", "KFAC", "NGD", "SKFAC", "AdaptiveDamping", "Eva", "GaussNewton", "Shampoo", "smw_coefficients"]

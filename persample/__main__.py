@@ -1,25 +1,28 @@
-"""Commands: `python -m persample compare` and `python -m persample conformance`."""
+"""Commands: `python -m persample compare`, `conformance` and `report`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from persample.start import add_version, check_installed, complete
 from persample.testing.command_line import whole
+
+MODELS = ("mlp", "cnn", "transformer")
+"""What `compare` builds, `persample.testing.compare.MODELS`; here, so that options can be read without torch."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from persample.testing.compare import MODELS
-
     top = argparse.ArgumentParser(prog="python -m persample", description="Per-sample gradients, side by side.")
+    add_version(top, "persample")
     commands = top.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
         "compare", help="every backend on one batch: exactness, time and memory as ratios to plain training"
     )
-    compare.add_argument("--model", choices=list(MODELS), default="mlp")
+    compare.add_argument("--model", choices=MODELS, default="mlp")
     compare.add_argument("--batch", type=whole(), default=32, metavar="N", help="samples in the batch (32)")
     compare.add_argument("--out", type=Path, metavar="FILE.png", help="the chart (results/compare_MODEL.png)")
     compare.add_argument("--repeats", type=whole(), default=7, metavar="N", help="rounds of timing (7)")
@@ -29,6 +32,17 @@ def parser() -> argparse.ArgumentParser:
     conformance.add_argument("--peers", action="store_true", help="other libraries too, where installed")
     conformance.add_argument("--out", type=Path, metavar="FILE.md", help="write the matrix as Markdown")
     conformance.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    report = commands.add_parser(
+        "report",
+        help="what a report of a problem needs: versions, machine, and a model that is refused or wrong",
+        description="Prints as Markdown what a report of a problem needs: versions, and the machine without its name, "
+        "paths or users. With a FILE also the layers of its model, by path, type and shape, without values, and what "
+        "each backend answers. Look through it before you send it.",
+    )
+    report.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE.py",
+        help="Python that sets model and, to try the backends, loss_fn, inputs and targets; it is run",
+    )  # fmt: skip
     return top
 
 
@@ -47,33 +61,52 @@ def _refuse_unwritable(out: Path, formats: Collection[str]) -> None:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}); give a file in another folder") from error
 
 
+def _compare(options: argparse.Namespace) -> int:
+    check_installed("rich", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    out = options.out or Path(f"results/compare_{options.model}.png")
+    _refuse_unwritable(out, sorted(FigureCanvasBase.get_supported_filetypes()))
+    complete()
+    from persample.testing import compare
+
+    compare.run(options.model, options.batch, out, options.repeats)
+    return 0
+
+
+def _conformance(options: argparse.Namespace) -> int:
+    check_installed("rich")
+    if options.out is not None:
+        _refuse_unwritable(options.out, ())
+    complete()
+    from persample.testing import conformance
+
+    return conformance.run(peers=options.peers, out=options.out, containing=options.cases)
+
+
+def _report(options: argparse.Namespace) -> int:
+    complete()
+    from persample.testing import report
+
+    print(report.text(options.file))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "compare": _compare,
+    "conformance": _conformance,
+    "report": _report,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        import matplotlib.backend_bases
-        import rich  # noqa: F401
-    except ImportError as error:
-        print(f"this command needs {error.name}: pip install 'persample[demo]'", file=sys.stderr)
-        return 2
-    out = options.out
-    if options.command == "compare":
-        out = out or Path(f"results/compare_{options.model}.png")
-    try:
-        if out is not None:
-            pictures = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
-            _refuse_unwritable(out, sorted(pictures) if options.command == "compare" else ())
+        return COMMANDS[options.command](options)
     except ValueError as error:
         print(f"python -m persample {options.command}: {error}", file=sys.stderr)
         return 2
-    if options.command == "compare":
-        from persample.testing import compare
-
-        compare.run(options.model, options.batch, out, options.repeats)
-        return 0
-    from persample.testing import conformance
-
-    return conformance.run(peers=options.peers, out=options.out, containing=options.cases)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,15 @@
 Public: the names below. The submodules are private.
 """
 
-from fngd.training.data import Dataset, Split, load
-from fngd.training.loop import Comparison
-from fngd.training.recipes import OPTIMIZERS, SCHEDULES, Config, OptimizerSpec, build_optimizer
+from typing import TYPE_CHECKING
+
+from fngd.training.settings import Config
+from persample.start import deferred
+
+if TYPE_CHECKING or not deferred(__name__):
+    from fngd.training.data import Dataset, Split, load
+    from fngd.training.loop import Comparison
+    from fngd.training.recipes import OPTIMIZERS, SCHEDULES, OptimizerSpec, build_optimizer
 
 __all__ = [
     "OPTIMIZERS",

@@ -13,6 +13,7 @@ import gzip
 import io
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 CLASSES = 10
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """A data set is missing or broken; the message says what was looked for, and where."""
 
 
@@ -91,6 +92,14 @@ def load(name: str, data_dir: str | Path | None = None, *, train_size: int | Non
         Split(train, torch.from_numpy(train_labels.astype(np.int64))),
         Split(test, torch.from_numpy(test_labels.astype(np.int64))),
     )
+
+
+def say_if_larger(batch_size: int, dataset: Dataset) -> None:
+    """Says on standard error where a batch is to hold more images than there are."""
+    there = len(dataset.train.labels)
+    if batch_size > there:
+        words = f"--batch-size {batch_size}: there are {there} training images, and each batch holds all of them"
+        print(words, file=sys.stderr)
 
 
 def augment(

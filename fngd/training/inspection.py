@@ -109,6 +109,13 @@ def ends(layers: Sequence[str]) -> list[str]:
     return list(layers) if len(layers) < 5 else [*layers[:2], *layers[-2:]]
 
 
+def check_layers(chosen: Sequence[str], met: Sequence[str]) -> None:
+    """Raises ValueError where one of the chosen layers was not met."""
+    unknown = [layer for layer in chosen if layer not in met]
+    if unknown:
+        raise ValueError(f"layers {unknown} are none of those that were met: {list(met)}")
+
+
 def draw(found: Inspection, path: Path, *, title: str, layers: Sequence[str] | None = None) -> None:
     """Draws C of some layers (default `ends`) with samples sorted by label, the likeness of all layers, diagnostics.
 
@@ -119,9 +126,7 @@ def draw(found: Inspection, path: Path, *, title: str, layers: Sequence[str] | N
 
     names = list(found.grams)
     chosen = list(layers) if layers is not None else ends(names)
-    unknown = [layer for layer in chosen if layer not in found.grams]
-    if unknown:
-        raise ValueError(f"layers {unknown} are none of those that were met: {names}")
+    check_layers(chosen, names)
     matrices = {layer: sorted_cosines(found, layer) for layer in chosen}
     likenesses = [[likeness(a, b) for b in found.grams.values()] for a in found.grams.values()]
     figure = Figure(figsize=(3.1 * max(4, len(chosen)), 7.2), layout="constrained")

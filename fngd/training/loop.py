@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from fngd.training.data import Dataset, Split, augment
 from fngd.training.models import build_model
-from fngd.training.recipes import Config, build_optimizer
+from fngd.training.recipes import build_optimizer
+from fngd.training.settings import Config
 
 CHECKPOINT_SECONDS = 60.0
 

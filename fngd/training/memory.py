@@ -17,7 +17,7 @@ import torch
 from fngd.training.data import Dataset, Split
 from fngd.training.loop import Runner, batches
 from fngd.training.models import build_model
-from fngd.training.recipes import Config
+from fngd.training.settings import Config
 
 STEPS = 3
 

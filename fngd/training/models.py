@@ -134,17 +134,16 @@ class ModelSpec:
 
     build: Callable[[int, int, int], nn.Module]
     smallest: int
-    help: str
 
 
 MODELS = {
-    "mlp": ModelSpec(mlp, 1, "two hidden layers of 128"),
-    "cnn": ModelSpec(lambda s, c, k: small_cnn(s, c, k, 16), 4, "two convolutions of 16 and 32 channels"),
-    "resnet20": ModelSpec(lambda s, c, k: ResNet(20, k, c), 16, "ResNet-20 with BatchNorm"),
-    "resnet32": ModelSpec(lambda s, c, k: ResNet(32, k, c), 16, "ResNet-32 with BatchNorm"),
-    "resnet110": ModelSpec(lambda s, c, k: ResNet(110, k, c), 16, "ResNet-110 with BatchNorm"),
-    "resnet18": ModelSpec(lambda s, c, k: WideResNet((2, 2, 2, 2), k, c), 16, "ResNet-18 with BatchNorm, 11 million"),
-    "resnet34": ModelSpec(lambda s, c, k: WideResNet((3, 4, 6, 3), k, c), 16, "ResNet-34 with BatchNorm, 21 million"),
+    "mlp": ModelSpec(mlp, 1),
+    "cnn": ModelSpec(lambda s, c, k: small_cnn(s, c, k, 16), 4),
+    "resnet20": ModelSpec(lambda s, c, k: ResNet(20, k, c), 16),
+    "resnet32": ModelSpec(lambda s, c, k: ResNet(32, k, c), 16),
+    "resnet110": ModelSpec(lambda s, c, k: ResNet(110, k, c), 16),
+    "resnet18": ModelSpec(lambda s, c, k: WideResNet((2, 2, 2, 2), k, c), 16),
+    "resnet34": ModelSpec(lambda s, c, k: WideResNet((3, 4, 6, 3), k, c), 16),
 }
 
 

@@ -1,11 +1,10 @@
-"""What `python -m fngd compare` trains with: settings, and registries of optimisers and schedules."""
+"""What `python -m fngd compare` trains with: registries of optimisers and schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,45 +15,8 @@ from fngd.kronecker.skfac import SKFAC
 from fngd.natural.fngd import FNGD
 from fngd.natural.ngd import NGD
 from fngd.shampoo import Shampoo
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that determines the result of a comparison, but for the machine."""
-
-    data: str = "digits"
-    data_dir: str | None = None
-    model: str = "cnn"
-    optimizers: tuple[str, ...] = ("sgd", "adamw", "ngd", "fngd")
-    epochs: int = 20
-    batch_size: int = 64
-    train_size: int | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    device: str = "cpu"
-    schedule: str = "step"
-    lr: tuple[tuple[str, float], ...] = ()
-    weight_decay: float = 5e-4
-    alpha: float = 1e-2
-    augment: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the settings as JSON knows them."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Config:
-        """Returns the settings that `to_json` wrote; names that are no settings are ignored."""
-        known = {field.name for field in fields(Config)}
-        given = {name: _frozen(value) for name, value in values.items() if name in known}
-        return replace(Config(), **given)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(entry) for entry in value) if isinstance(value, list | tuple) else value
+from fngd.training import settings
+from fngd.training.settings import Config
 
 
 @dataclass(frozen=True)
@@ -119,16 +81,16 @@ def _shampoo(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) 
 
 
 OPTIMIZERS = {
-    "sgd": OptimizerSpec(_sgd, 0.05, "SGD with momentum 0.9"),
-    "adamw": OptimizerSpec(_adamw, 2e-3, "AdamW, weight decay 0.01"),
-    "ngd": OptimizerSpec(_ngd, 0.05, "natural gradient, coefficients computed in every step"),
-    "fngd": OptimizerSpec(_fngd, 0.05, "natural gradient, coefficients shared across epochs"),
-    "kfac": OptimizerSpec(_kfac, 0.05, "KFAC, statistics every 10 steps, decompositions every 100"),
-    "skfac": OptimizerSpec(_skfac, 0.05, "SKFAC with Reduce Sum, refreshed 48 times an epoch"),
-    "eva": OptimizerSpec(_eva, 0.05, "Eva, vectors updated in every step"),
-    "shampoo": OptimizerSpec(_shampoo, 0.05, "Shampoo grafted on SGD, statistics every 10 steps, roots every 100"),
-    "fngd-permuted": OptimizerSpec(_permuted, 0.05, "control: FNGD with permuted coefficients"),
-    "fngd-constant": OptimizerSpec(_constant, 0.05, "control: FNGD's code with SGD's coefficients"),
+    "sgd": OptimizerSpec(_sgd, 0.05, settings.OPTIMIZERS["sgd"]),
+    "adamw": OptimizerSpec(_adamw, 2e-3, settings.OPTIMIZERS["adamw"]),
+    "ngd": OptimizerSpec(_ngd, 0.05, settings.OPTIMIZERS["ngd"]),
+    "fngd": OptimizerSpec(_fngd, 0.05, settings.OPTIMIZERS["fngd"]),
+    "kfac": OptimizerSpec(_kfac, 0.05, settings.OPTIMIZERS["kfac"]),
+    "skfac": OptimizerSpec(_skfac, 0.05, settings.OPTIMIZERS["skfac"]),
+    "eva": OptimizerSpec(_eva, 0.05, settings.OPTIMIZERS["eva"]),
+    "shampoo": OptimizerSpec(_shampoo, 0.05, settings.OPTIMIZERS["shampoo"]),
+    "fngd-permuted": OptimizerSpec(_permuted, 0.05, settings.OPTIMIZERS["fngd-permuted"]),
+    "fngd-constant": OptimizerSpec(_constant, 0.05, settings.OPTIMIZERS["fngd-constant"]),
 }
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -137,13 +99,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
 }
 """Factor on the learning rate by progress 0 … 1; "step" is the paper's: × 0.1 at 50 % and 75 %."""
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "cifar10": {"model": "resnet20", "epochs": 10, "batch_size": 128},
-    "fashion-mnist": {"model": "cnn", "epochs": 10, "batch_size": 128},
-}
-"""Where a data set's defaults differ from those of `Config`."""
 
 
 def build_optimizer(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fngd.training.loop import Comparison
+from persample.testing.command_line import console
 
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "ngd": "#2ca02c", "fngd": "#d62728"}
 SPARE_COLOURS = ("#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -78,7 +79,6 @@ def summarise(comparison: Comparison) -> list[dict[str, Any]]:
 def print_table(comparison: Comparison) -> None:
     """Prints the summary as a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     config, base = comparison.config, reference(comparison)
@@ -108,7 +108,7 @@ def print_table(comparison: Comparison) -> None:
             _times(row["time_ratio_later_epochs"]),
             "–" if memory is None else f"{memory:.0f}",
         )
-    Console().print(table)
+    console().print(table)
 
 
 def write_json(comparison: Comparison, path: Path) -> None:

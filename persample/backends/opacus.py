@@ -51,8 +51,7 @@ def _grad_sample_module() -> Any:
         from opacus.grad_sample import GradSampleModule
     except ImportError as error:
         raise UnsupportedError(
-            "backend 'opacus' needs the Opacus library: pip install 'persample[opacus]'. Every other backend does "
-            "without."
+            "backend 'opacus' needs the Opacus library: pip install 'opacus>=1.5'. Every other backend does without."
         ) from error
     return GradSampleModule
 

@@ -1,4 +1,4 @@
-"""What the command lines share: numbers, a device, and an end that loses nothing."""
+"""What the command lines share: numbers, a device, what is printed, and an end that loses nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-import torch
+from typing import Any
 
 
 def whole(least: int = 1) -> Callable[[str], int]:
@@ -29,10 +28,23 @@ def whole(least: int = 1) -> Callable[[str], int]:
 
 def check_device(device: str) -> None:
     """Raises ValueError where --device names none that can be used."""
+    import torch  # here, so that options can be read without it
+
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def console(**options: Any) -> Any:
+    """Returns a rich console that prints texts as they are: shapes such as [B, T] are no markup, and :x: no picture.
+
+    Colours are given as `rich.text.Text`. Columns of a progress bar read markup of their own: `TextColumn(…,
+    markup=False)`.
+    """
+    from rich.console import Console
+
+    return Console(**{"markup": False, "emoji": False, "highlight": False, **options})
 
 
 @contextmanager

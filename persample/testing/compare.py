@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from persample.api import backends, per_sample
 from persample.errors import PerSampleError
+from persample.testing.command_line import console
 from persample.testing.loop import deviation, loop_grads
 from persample.testing.measure import Ratio, paired_ratios, peak_memory
 
@@ -190,7 +191,8 @@ def table(rows: list[Row], title: str) -> Any:
             result.add_row(row.backend, "refused", *[""] * 4)
             continue
         times = [f"{row.times[quantity]}" for quantity in QUANTITIES]
-        result.add_row(row.backend, f"{row.deviation:.1e}", *times, *(f"{row.memory[q]:.2f}" for q in QUANTITIES))
+        memory = [f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in (row.memory[q] for q in QUANTITIES)]
+        result.add_row(row.backend, f"{row.deviation:.1e}", *times, *memory)
     return result
 
 
@@ -235,12 +237,11 @@ def _height(row: Row, what: str, quantity: str) -> float | None:
 
 def run(model: str, batch: int, out: Path, repeats: int) -> list[Row]:
     """Measures, prints the table and the refusals, writes the chart; returns the rows."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-    console = Console()
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    shown = console()
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=shown, transient=True) as bar:
         task = bar.add_task("", total=2 * len(backends()) + 2)
 
         def progress(text: str) -> None:
@@ -249,10 +250,10 @@ def run(model: str, batch: int, out: Path, repeats: int) -> list[Row]:
 
         rows = measure(model, batch, repeats, progress)
     title = f"{model}, batch of {batch}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    console.print(table(rows, title))
+    shown.print(table(rows, title))
     for row in rows:
         if row.refusal:
-            console.print(f"[bold]{row.backend}[/bold] refused: {row.refusal}", highlight=False)
+            shown.print(f"{row.backend} refused: {row.refusal}")
     draw(rows, title, out)
-    console.print(f"chart: {out}", highlight=False)
+    shown.print(f"chart: {out}")
     return rows

@@ -24,6 +24,7 @@ from persample.api import backends, per_sample
 from persample.blocks.reductions import real_rows
 from persample.errors import PerSampleError
 from persample.testing.cases import CASES, Case
+from persample.testing.command_line import console
 from persample.testing.loop import deviation, loop_grads
 from persample.testing.peers import PEERS, Peer
 
@@ -206,8 +207,14 @@ def shown_matrix(found: Matrix) -> Any:
     """The matrix as a rich table, a sign in each cell."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    signs = {"exact": "[green]✓[/]", "refused": "[dim]·[/]", "wrong": "[bold red]✗[/]", "crash": "[bold magenta]‼[/]"}
+    signs = {
+        "exact": Text("✓", style="green"),
+        "refused": Text("·", style="dim"),
+        "wrong": Text("✗", style="bold red"),
+        "crash": Text("‼", style="bold magenta"),
+    }
     result = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="✓ exact   · refused   ✗ wrong   ‼ crash"
     )
@@ -234,15 +241,15 @@ def summary(found: Matrix) -> Any:
 
 def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
     """Runs the table, prints the matrix and writes it; returns 1 if one of our backends was wrong or crashed."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console()
+    plain = console()
     cases = tuple(case for case in CASES if containing in case.name)
     if not cases:
-        console.print(f"no case has {containing!r} in its name; there are {len(CASES)} cases", highlight=False)
+        plain.print(f"no case has {containing!r} in its name; there are {len(CASES)} cases")
         return 2
-    with Progress(console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn())
+    with Progress(*columns, console=plain, transient=True) as bar:
         task = bar.add_task("", total=len(cases))
 
         def progress(name: str) -> None:
@@ -251,18 +258,18 @@ def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
 
         found = matrix(cases, peers, progress)
     shown = shown_matrix(found)
-    width = console.measure(shown, options=console.options.update(max_width=1000)).maximum
-    Console(width=max(width, console.width)).print(shown)  # in a narrow terminal rich would drop columns
-    console.print(summary(found))
+    width = plain.measure(shown, options=plain.options.update(max_width=1000)).maximum
+    console(width=max(width, plain.width)).print(shown)  # in a narrow terminal rich would drop columns
+    plain.print(summary(found))
     missing = [peer.name for peer in PEERS.values() if peers and not peer.installed]
     if missing:
-        console.print(f"not installed: {', '.join(missing)}", highlight=False)
+        plain.print(f"not installed: {', '.join(missing)}")
     bad = [(case, name, row[name]) for case, row in found.items() for name in backends()
            if row[name].verdict in ("wrong", "crash")]  # fmt: skip
     for case, name, cell in bad:
-        console.print(f"[bold red]{cell.verdict}[/] {name} on {case}: {cell.detail[:300]}", highlight=False)
+        plain.print(f"{cell.verdict} {name} on {case}: {cell.detail[:300]}", style="red")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(markdown(found), encoding="utf-8")
-        console.print(f"matrix: {out}", highlight=False)
+        plain.print(f"matrix: {out}")
     return 1 if bad else 0

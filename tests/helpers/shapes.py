@@ -5,6 +5,7 @@ outer one: that was half of the time of the tests. Every function of a module an
 """
 
 import ast
+import sys
 
 import beartype
 from jaxtyping import _import_hook, install_import_hook
@@ -13,8 +14,21 @@ check = beartype.beartype
 """Named by `install`, so that bytecode that jaxtyping has cached for another checker is not taken for this one's."""
 
 
+def without_unpack(node: ast.FunctionDef) -> ast.FunctionDef:
+    """The function without the annotation of `**options: Unpack[…]`, which beartype refuses on Python 3.10.
+
+    There Unpack is that of typing_extensions, and typing has none. The function and its other annotations stay.
+    """
+    options = node.args.kwarg
+    if options and options.annotation and "Unpack[" in ast.unparse(options.annotation):
+        options.annotation = None
+    return node
+
+
 class _OutermostFunctions(_import_hook.JaxtypingTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        if sys.version_info < (3, 11):
+            node = without_unpack(node)
         inside = any(isinstance(parent, ast.FunctionDef | ast.AsyncFunctionDef) for parent in self._parents)
         return node if inside else super().visit_FunctionDef(node)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experiments import correlation, step_time, step_time_claims, step_time_ratios, step_time_report
+from experiments import correlation, regions, step_time, step_time_claims, step_time_ratios, step_time_report
 from experiments.record import Context, Record
 from experiments.regions import REGIONS, Clock, breakdown
 from experiments.sharing import likeness
@@ -35,13 +35,20 @@ def _loss(model: nn.Module) -> torch.Tensor:
     return F.cross_entropy(model(torch.ones(4, 1, 5, 5)), torch.tensor([0, 1, 2, 3]))
 
 
-def test_a_region_excludes_those_within_it():
+def test_a_region_excludes_those_within_it(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+
+    def last(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(regions, "time", SimpleNamespace(perf_counter=lambda: now))
     clock = Clock("cpu")
     with clock.region("backward"):
-        time.sleep(0.02)
-        clock.timed("solve", time.sleep)(0.05)
-    assert 0.05 <= clock.seconds["solve"] < 0.2
-    assert 0.02 <= clock.seconds["backward"] < clock.seconds["solve"]
+        last(0.25)
+        clock.timed("solve", last)(0.5)
+        last(0.125)
+    assert clock.seconds == {"backward": 0.375, "solve": 0.5}
 
 
 @pytest.mark.parametrize(

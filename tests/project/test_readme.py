@@ -16,7 +16,7 @@ from persample.backends import BACKENDS
 from persample.rules import RULES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
@@ -86,7 +86,7 @@ def test_command_knows_its_options(command: str) -> None:
 
 def test_readme_names_the_commands() -> None:
     named = {" ".join(shlex.split(command)[2:4]) for command in commands()}
-    assert named == {"persample compare", "persample conformance", "fngd compare"}
+    assert named == {"persample compare", "persample conformance", "persample report", "fngd compare"}
 
 
 def test_make_targets_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fngd.__main__ import _bars, main
-from fngd.training import data
+from fngd.__main__ import main
+from fngd.training import data, settings
+from fngd.training.compare_command import bars
 from fngd.training.loop import Comparison, Progress, batches
 from fngd.training.models import MODELS, ResNet, build_model
-from fngd.training.recipes import OPTIMIZERS, SCHEDULES, Config
+from fngd.training.recipes import OPTIMIZERS, SCHEDULES
+from fngd.training.settings import Config
 
 SMALL = [
     "--train-size",
@@ -136,13 +139,14 @@ def test_resuming_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         (["--seeds", "a"], "give whole numbers with commas between"),
         (["--epochs", "0"], "no whole number of at least 1"),
         (["--lr", "0.1"], "give it as sgd=0.1"),
-        (["--lr", "adam=0.1"], "--lr: 'adam' is unknown"),
-        (["--alpha", "0"], "--alpha 0.0: it must be > 0"),
-        (["--alpha", "inf"], "--alpha inf: it must be > 0 and finite"),
-        (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
-        (["--weight-decay", "inf"], "--weight-decay inf: it must be at least 0 and finite"),
-        (["--lr", "sgd=nan"], "--lr sgd=nan: a learning rate must be finite and at least 0"),
-        (["--lr", "sgd=0.1,fngd=-1"], "--lr fngd=-1.0: a learning rate must be finite and at least 0"),
+        (["--lr", "adam=0.1"], "--lr: 'adam' is unknown; choose from sgd"),
+        (["--alpha", "0"], "--alpha: got 0; it must be > 0"),
+        (["--alpha", "inf"], "--alpha: got inf; it must be > 0 and finite"),
+        (["--alpha", "x"], "--alpha: got x; it must be > 0 and finite"),
+        (["--weight-decay", "-1"], "--weight-decay: got -1; it must be at least 0"),
+        (["--weight-decay", "inf"], "--weight-decay: got inf; it must be at least 0 and finite"),
+        (["--lr", "sgd=nan"], "--lr: got nan; it must be a learning rate: at least 0 and finite, as sgd=0.1"),
+        (["--lr", "sgd=0.1,fngd=-1"], "--lr: got -1; it must be a learning rate: at least 0 and finite, as fngd=0.1"),
         (["--data-dir", "."], "the digits come with scikit-learn; name the data set too"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--data", "cifar10"], "cifar10 needs --data-dir"),
@@ -174,7 +178,7 @@ def test_bars_and_losses_fit_80_columns(capsys: pytest.CaptureFixture, monkeypat
     monkeypatch.setenv("COLUMNS", "80")
     comparison = Comparison(Config(optimizers=("sgd", "adamw", "ngd", "fngd"), epochs=20))
     losses = dict.fromkeys(comparison.config.optimizers, 0.1234)
-    with _bars(comparison) as show:
+    with bars(comparison) as show:
         show(Progress(seed=2, epoch=19, batch=22, steps_per_epoch=23, losses=losses))
     told = capsys.readouterr().err
     assert "seed 2, epoch 20/20" in told
@@ -182,6 +186,7 @@ def test_bars_and_losses_fit_80_columns(capsys: pytest.CaptureFixture, monkeypat
     assert "23/23" in told
     assert "loss:  sgd 0.123  adamw 0.123  ngd 0.123  fngd 0.123" in told
     assert "…" not in told
+    assert told.endswith("\n")  # what is printed next begins a line
 
 
 def test_help_names_everything(capsys: pytest.CaptureFixture) -> None:
@@ -190,6 +195,28 @@ def test_help_names_everything(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for name in (*OPTIMIZERS, *MODELS, *data.DATASETS, *SCHEDULES):
         assert name in text
+
+
+def test_names_that_are_read_without_torch_are_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(settings.OPTIMIZERS) == list(OPTIMIZERS)
+    assert list(settings.MODELS) == list(MODELS)
+    assert list(settings.SCHEDULES) == list(SCHEDULES)
+    assert list(settings.DEFAULTS) == list(data.DATASETS)
+    monkeypatch.setitem(OPTIMIZERS, "mine", dataclasses.replace(OPTIMIZERS["sgd"], help="of my own"))
+    assert settings.optimizers() == {**settings.OPTIMIZERS, "mine": "of my own"}
+
+
+@pytest.mark.parametrize("command", ["compare", "inspect"])
+def test_a_batch_that_is_larger_than_the_data_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    once = ["--train-size", "40", "--model", "mlp", "--epochs", "1", "--out", str(tmp_path)]
+    once += ["--seeds", "0", "--optimizers", "sgd", "--no-memory"] if command == "compare" else []
+    words = "--batch-size 41: there are 40 training images, and each batch holds all of them"
+    assert main([command, *once, "--batch-size", "41"]) == 0
+    assert words in capsys.readouterr().err
+    assert main([command, *once, "--batch-size", "40"]) == 0
+    assert "there are 40" not in capsys.readouterr().err
 
 
 def test_every_optimizer_sees_the_same_batches() -> None:

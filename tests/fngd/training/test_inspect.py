@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fngd.__main__ import main
-from fngd.training import inspection
+from fngd.training import inspect_command, inspection
 
 
 def test_gram_matrices_are_those_of_single_samples():
@@ -70,8 +70,8 @@ def test_the_command_writes_picture_and_figures(tmp_path: Path, capsys: pytest.C
     ("options", "words"),
     [
         (["--layers", "0,nine"], "layers ['nine'] are none of those that were met: ['0', '3', '7', '9']"),
-        (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
-        (["--alpha", "0"], "--alpha 0.0: it must be > 0"),
+        (["--batch-size", "0"], "--batch-size: '0' is no whole number of at least 1"),
+        (["--alpha", "0"], "--alpha: got 0; it must be > 0"),
         (["--data", "cifar10"], "--data-dir"),
         (["--epochs", "-1"], "no whole number"),
         (["--device", "toaster"], "--device toaster cannot be used"),
@@ -82,3 +82,21 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture, option
         main(["inspect", "--epochs", "0", "--train-size", "64", "--out", str(tmp_path), *options])
     assert stop.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_layers_are_checked_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inspect_command, "_train", lambda *_: pytest.fail("it trained first"))
+    with pytest.raises(SystemExit):
+        main(["inspect", "--layers", "conv9", "--train-size", "20", "--out", str(tmp_path)])
+    assert "layers ['conv9'] are none of those that were met: ['0', '3', '7', '9']" in capsys.readouterr().err
+
+
+def test_the_name_of_a_layer_is_no_markup(capsys: pytest.CaptureFixture):
+    figures = dict.fromkeys(inspect_command.COLUMNS, 1.0)
+    found = inspection.Inspection({}, {"heads[red].0": figures}, torch.zeros(1).long())
+    inspect_command._print(found, "mine [B, T]")
+    printed = capsys.readouterr().out
+    assert "heads[red].0" in printed
+    assert "mine [B, T]" in printed

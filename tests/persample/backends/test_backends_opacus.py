@@ -15,7 +15,7 @@ import persample
 def test_opacus_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("opacus", "opacus.grad_sample"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(persample.UnsupportedError, match=r"pip install 'persample\[opacus\]'"):
+    with pytest.raises(persample.UnsupportedError, match=r"pip install 'opacus>=1\.5'"):
         persample.per_sample(network(), squares, X, backend="opacus")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import persample
-from persample.__main__ import main, parser
+from persample import start
+from persample.__main__ import MODELS, main, parser
 from persample.testing import compare, conformance, measure, peers
 from persample.testing.cases import CASES, find
 from persample.testing.loop import deviation, loop_grads
@@ -19,12 +20,28 @@ from persample.testing.loop import deviation, loop_grads
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def test_ratios_are_to_the_baseline() -> None:
-    ratios = measure.paired_ratios(
-        lambda: time.sleep(0.01), {"same": lambda: time.sleep(0.01), "slow": lambda: time.sleep(0.03)}, rounds=5
-    )
+def test_ratios_are_to_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only what is timed moves on; for a while all is twice as slow, as on a busy machine."""
+    now, rounds = 0.0, 0.0
+
+    def lasting(seconds: float) -> Any:
+        def run() -> None:
+            nonlocal now
+            now += seconds * (2 if rounds == 2 else 1)
+
+        return run
+
+    def baseline() -> None:
+        nonlocal rounds
+        rounds += 0.5  # it runs before each of two candidates
+        lasting(0.25)()
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    candidates = {"same": lasting(0.25), "slow": lasting(0.75)}
+    ratios = measure.paired_ratios(baseline, candidates, rounds=5, warmup=0)
     assert list(ratios) == ["same", "slow"]
-    assert ratios["same"].median < 2 < ratios["slow"].median
+    assert ratios["same"].median == 1
+    assert ratios["slow"].median == 3
     assert ratios["slow"].low <= ratios["slow"].median <= ratios["slow"].high
     assert ratios["slow"].rounds == 5
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
@@ -86,6 +103,34 @@ def test_compare_prints_a_table_and_draws_a_chart(
     assert "hooks refused: backend 'hooks' has no rule for layer 'body.layers.0.self_attn'" in " ".join(text.split())
     for backend in persample.backends():
         assert backend in text
+
+
+def test_refusals_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shapes such as [B] look like markup to rich, which eats it."""
+    refusal = "losses must have the shape [B]; pip install '.[opacus]' [/red] :x:"
+    monkeypatch.setattr(compare, "measure", lambda *_: [compare.Row("outputs", refusal=refusal)])
+    compare.run("mlp", 2, tmp_path / "mlp.png", 1)
+    assert f"outputs refused: {refusal}" in " ".join(capsys.readouterr().out.split())
+    refused = conformance.Cell("crash", refusal)
+    monkeypatch.setattr(conformance, "matrix", lambda *_: {"case [B]": dict.fromkeys(persample.backends(), refused)})
+    assert conformance.run(peers=False, out=None) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"crash outputs on case [B]: {refusal}" in printed
+    assert "case [B] ‼" in printed
+
+
+def test_conformance_does_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(start, "find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr(conformance, "run", lambda **_: 0)
+    assert main(["conformance"]) == 0
+    assert main(["compare"]) == 2
+    assert "matplotlib: not installed, and needed here: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_models_that_are_read_without_torch_are_those_that_there_are() -> None:
+    assert list(MODELS) == list(compare.MODELS)
 
 
 @pytest.mark.slow
