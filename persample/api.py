@@ -17,10 +17,11 @@ from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
-from persample.result.chunked import ChunkedPerSampleGrads, batch_of, whole
+from persample.result.chunked import ChunkedPerSampleGrads, batch_of
 from persample.result.graph_held import GraphPerSampleGrads
 from persample.result.per_sample_grads import PerSampleGrads
 from persample.result.unchanged import addresses
+from persample.result.whole import whole
 
 
 def per_sample(

@@ -147,25 +147,65 @@ class Quantities:
         return self._weighted_sum(by_layer(c, self.layers, self.batch))
 
     @reduction
-    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
-        """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
+    def dot(
+        self, vectors: Mapping[str, Inexact[Tensor, " *shape"] | Inexact[Tensor, "k *shape"]]
+    ) -> Float[Tensor, " batch"] | Float[Tensor, "batch k"]:
+        """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> [*shape].
+
+        Or those with k directions at once, ⟨g_b, v_k⟩, [B, k], of vectors [k, *shape]: at little more than the cost of
+        one where samples have many positions. No more than a few MiB of rows are there at a time.
 
         Parameters that are left out count as v = 0.
 
         Raises:
-            ValueError: a name that is no trainable parameter, or a vector of another shape.
+            ValueError: a name that is no trainable parameter, a vector of another shape, or another number of
+                directions than for the others.
 
         >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
         >>> psg.dot({"weight": torch.ones(1, 2)})
         tensor([7., 1.])
+        >>> psg.dot({"weight": torch.tensor([[[1.0, 1.0]], [[2.0, 0.0]], [[0.0, 1.0]]])})
+        tensor([[7., 6., 4.],
+                [1., 0., 1.]])
         """
-        check_vectors(vectors, self._parameters)
-        parts = self._each(lambda name, gradient: gradient.dot(vectors[name]) if name in vectors else None)
-        found = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
+        many = check_vectors(vectors, self._parameters)
+        lines = vectors if many is not None else {name: vector[None] for name, vector in vectors.items()}
+        parts = self._each(lambda name, gradient: gradient.dot(lines[name]) if name in lines else None)
+        found = self.losses.new_zeros(self.batch, 1 if many is None else many, dtype=full_precision(self.losses).dtype)
         for part in parts.values():
             found = found if part is None else found + part.to(found.device)
-        return found
+        return found[:, 0] if many is None else found
+
+    @reduction
+    def sum_of_squares(self) -> dict[str, Float[Tensor, " *shape"]]:
+        """Returns Σ_b g_b ∘ g_b, entry by entry, for every parameter: name -> shape.
+
+        B times the diagonal of the empirical Fisher matrix where the losses are negative log-likelihoods. Of complex
+        gradients |g_b|², which is real. No more than a few MiB of rows are there at a time; weights of linear layers
+        that each sample meets once need none.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.sum_of_squares()
+        {'weight': tensor([[ 9., 17.]])}
+        """
+        return self._each(lambda _, gradient: gradient.sum_of_squares())
+
+    @reduction
+    def variance(self) -> dict[str, Float[Tensor, " *shape"]]:
+        """Returns 1/B Σ_b (g_b - ḡ)², entry by entry, with ḡ = 1/B Σ_b g_b, for every parameter: name -> shape.
+
+        This is the biased variance, `grads.var(0, correction=0)`; times B / (B - 1) it is the unbiased one. Deviations
+        are formed before they are squared, so nothing is lost where samples agree. Of complex gradients |g_b - ḡ|²,
+        which is real; without samples NaN.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.variance()
+        {'weight': tensor([[2.2500, 2.2500]])}
+        """
+        return self._each(lambda _, gradient: gradient.variance())
 
     @reduction
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
