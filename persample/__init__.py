@@ -1,6 +1,6 @@
 """The gradient of every sample in a batch, for any PyTorch model: exactly, fast, never silently wrong."""
 
-from persample.api import backends, grad, per_sample
+from persample.api import backends, from_losses, grad, per_sample
 from persample.blocks.kernels import force_kernel
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.result.explanation import Explanation
@@ -21,6 +21,7 @@ __all__ = [
     "UnsupportedError",
     "backends",
     "force_kernel",
+    "from_losses",
     "grad",
     "per_sample",
     "reweight",
