@@ -23,6 +23,7 @@ from persample.attribution.coupling import several_losses
 from persample.errors import CheckError, PerSampleError
 from persample.graph.batch_size import batch_size
 from persample.graph.provenance import tensors_of
+from persample.projections import Projection
 from persample.result.arguments import refuse_other
 from persample.result.cutting import part_of
 from persample.result.explanation import Explanation
@@ -142,6 +143,12 @@ class ChunkedPerSampleGrads:
     ) -> Float[Tensor, " batch"] | Float[Tensor, "batch k"]:
         """See `PerSampleGrads.dot`."""
         return torch.cat([self._chunk(i).dot(vectors) for i in range(len(self._slices))])
+
+    def project(
+        self, projection: Projection, per: Per = "total", *, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch k"] | dict[str, Float[Tensor, "batch k"]]:
+        """See `PerSampleGrads.project`."""
+        return _cat([self._chunk(i).project(projection, per, dtype=dtype) for i in range(len(self._slices))])
 
     def sum_of_squares(self) -> dict[str, Float[Tensor, " *shape"]]:
         """See `PerSampleGrads.sum_of_squares`."""

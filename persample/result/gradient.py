@@ -14,6 +14,8 @@ from persample.blocks.precision import full_precision
 from persample.blocks.reductions import overwrites
 from persample.blocks.types import Block, Conv, Dense, Outer
 from persample.capture.types import Captured
+from persample.projections.maps import Map
+from persample.projections.of_blocks import features
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Gradient:
         for block in self.blocks:
             total = total + directions.dot(block, vectors.to(block.device)).to(total)
         return total
+
+    def project(self, projection: Map) -> Tensor:
+        """P g_b, [B, k]."""
+        return features(self.blocks, projection) if self.blocks else self._no_numbers(self._batch, projection.k)
 
     def sum_of_squares(self) -> Tensor:
         """Σ_b |g_b|², entry by entry, [*shape]."""

@@ -17,9 +17,11 @@ from torch import Tensor
 from persample.blocks.cancellation import lengths
 from persample.blocks.precision import full_precision
 from persample.blocks.sums import add, overflowed
+from persample.projections import Projection
+from persample.projections.families import maps_of
 from persample.result.arguments import by_layer, check_alike, check_vectors, clip_factors, refuse_other
 from persample.result.gradient import Gradient
-from persample.result.grouping import Per, grouped, layer_of, layers_of, total, transposed
+from persample.result.grouping import Per, grouped, groups_of, layer_of, layers_of, total, transposed
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -176,6 +178,37 @@ class Quantities:
         for part in parts.values():
             found = found if part is None else found + part.to(found.device)
         return found[:, 0] if many is None else found
+
+    @reduction
+    def project(
+        self, projection: Projection, per: Per = "total", *, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch k"] | dict[str, Float[Tensor, "batch k"]]:
+        """Returns k random features of every gradient, [B, k], with E⟨Pg, Ph⟩ = ⟨g, h⟩, over all parameters.
+
+        The same seed and names of parameters give the same features for every batch, in every process and on every
+        device, to rounding; so features can be stored, and inner products be taken of them instead of gradients.
+
+        Args:
+            projection: one of `persample.projections`: `Kronecker(inp, out)`, which is the cheapest, `Rademacher(k)`,
+                `SJLT(k)`, `Mask(k)`.
+            per: features of all parameters ("total"), or a dict of those of each "layer" or "param".
+            dtype: of the result; without, that of the other reductions.
+
+        Raises:
+            TypeError: no projection.
+
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
+        >>> psg.project(persample.projections.Kronecker(8, 2)).shape
+        torch.Size([2, 16])
+        >>> psg.project(persample.projections.Mask(2)).abs()  # all entries there are
+        tensor([[3., 4.],
+                [0., 1.]])
+        """
+        maps = maps_of(projection, self._parameters, groups_of(self._parameters, per))
+        found = self._each(lambda name, gradient: gradient.project(maps[name]))
+        features = self._grouped(found, per, (self.batch, projection.k))
+        return total({key: each.to(dtype or each.dtype) for key, each in features.items()}, per)
 
     @reduction
     def sum_of_squares(self) -> dict[str, Float[Tensor, " *shape"]]:

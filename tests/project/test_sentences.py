@@ -88,6 +88,8 @@ MISTAKES = {
     "persample.from_losses(loss_fn(model(x), y), None)": ("TypeError", "params must be tensors", "got NoneType"),
     "persample.grad(loss_fn(model(x), y), [])": ("ValueError", "params holds no tensor", "A generator that was used"),
     "persample.grad(loss_fn(model(x), y), nn.Linear(4, 8).parameters())": ("Did you wrap or copy the model",),
+    "psg.project(16)": ("TypeError", "one of persample.projections (Kronecker", "such as Kronecker(16, 16); got 16"),
+    "persample.projections.Rademacher(2.5)": ("ValueError", "k must be a positive number of features; got 2.5"),
     "psg.gram(other=torch.eye(6))": ("ValueError", "what per_sample returned for another batch; got Tensor"),
     "chunked.gram(other=[1])": ("ValueError", "what per_sample returned for another batch; got list"),
     "chunked.weighted_sum(None)": ("ValueError", "c must be a tensor of shape [B] = [6]", "got NoneType"),
