@@ -24,6 +24,7 @@ from persample.errors import CheckError, PerSampleError
 from persample.graph.batch_size import batch_size
 from persample.graph.provenance import tensors_of
 from persample.projections import Projection
+from persample.result.accumulating import accumulate
 from persample.result.arguments import refuse_other
 from persample.result.cutting import part_of
 from persample.result.explanation import Explanation
@@ -69,7 +70,7 @@ class ChunkedPerSampleGrads:
         self._data_unchanged = Unchanged(_others(self._data), tensors_of(self._data))
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
-        self._explanation = first.explain()
+        self._explanation, self._parameters = first.explain(), first._parameters
 
     def __repr__(self) -> str:
         return (
@@ -167,6 +168,13 @@ class ChunkedPerSampleGrads:
         mean = _sum(_times(share, each) for share, each in zip(shares, means, strict=True))
         between = [{name: (value - mean[name]).abs().square() for name, value in each.items()} for each in means]
         return _sum(_times(share, each) for share, each in zip(shares * 2, inside + between, strict=True))
+
+    def backward(
+        self, coefficients: Tensor | Mapping[str, Tensor] | None = None, *, process_group: Any | None = None
+    ) -> None:
+        """See `PerSampleGrads.backward`."""
+        c = torch.ones_like(self.losses) if coefficients is None else coefficients
+        accumulate(self._parameters, self.weighted_sum(c), self.unused, process_group)
 
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.clipped_sum`."""

@@ -57,7 +57,7 @@ class PerSampleGrads(Quantities):
         return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, _copied=True)
         self._unchanged = watched(self._gradients.values(), frozenset())
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from persample.blocks.precision import full_precision
 from persample.blocks.sums import add, overflowed
 from persample.projections import Projection
 from persample.projections.families import maps_of
+from persample.result.accumulating import COPY, accumulate
 from persample.result.arguments import by_layer, check_alike, check_vectors, clip_factors, refuse_other
 from persample.result.gradient import Gradient
 from persample.result.grouping import Per, grouped, groups_of, layer_of, layers_of, total, transposed
@@ -47,6 +48,8 @@ class Quantities:
     _apart: dict[str, Tensor]
     """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
 
+    _copied = False
+
     # --- how the gradients are held -------------------------------------------------------------------------
 
     def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
@@ -56,6 +59,11 @@ class Quantities:
     def _held(self) -> Mapping[str, Gradient]:
         """Every parameter's gradient, all at once."""
         raise NotImplementedError(f"{type(self).__name__} defines _held")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of trainable parameters that no loss depends on; their gradients are zero."""
+        raise NotImplementedError(f"{type(self).__name__} defines unused")
 
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
@@ -239,6 +247,40 @@ class Quantities:
         {'weight': tensor([[2.2500, 2.2500]])}
         """
         return self._each(lambda _, gradient: gradient.variance())
+
+    def backward(
+        self,
+        coefficients: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]] | None = None,
+        *,
+        process_group: Any | None = None,
+    ) -> None:
+        """Accumulates Σ_b c_b g_b into the parameters' `.grad`, as `loss.backward()` does; returns nothing.
+
+        So one capture gives norms, or whatever coefficients are made from, and the step. What was in `.grad` is added
+        to; parameters that are frozen by now, or that no loss depends on, are left alone. Hooks that a parameter has
+        run as they do in any backward pass.
+
+        Args:
+            coefficients: [B], or a dict layer -> [B], as for `weighted_sum`. Without they are ones: the gradient of the
+                *sum* of the losses. For the mean give `torch.full((B,), 1 / B)`.
+            process_group: of DistributedDataParallel, `model.process_group`: `.grad` is then averaged over its
+                processes, all of which must call this. Without, nothing is exchanged: replicas come apart unless
+                `.grad` is averaged before the step.
+
+        Raises:
+            ValueError: coefficients of another shape, or layers that are not there.
+            RuntimeError: a copied or loaded result, which knows no parameters.
+
+        >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> psg = persample.per_sample(model, lambda y, _: y.sum(1), x)
+        >>> psg.backward(1 / psg.norms())  # (3, 4) / 5 + (0, 1)
+        >>> model.weight.grad
+        tensor([[0.6000, 1.8000]])
+        """
+        if self._copied:
+            raise RuntimeError(COPY)
+        c = torch.ones_like(self.losses) if coefficients is None else coefficients
+        accumulate(self._parameters, self.weighted_sum(c), self.unused, process_group)
 
     @reduction
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
