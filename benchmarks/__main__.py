@@ -25,8 +25,8 @@ from benchmarks import check, growth, memory, processes, report, results, timing
 from benchmarks.models import MODELS, SEED, Problem
 from benchmarks.results import Results
 from benchmarks.variants import WHATS, Variant
-from persample.start import add_version
 from persample.testing.command_line import whole
+from persample.testing.start import add_version
 
 FOLDER = Path(__file__).parent / "results"
 

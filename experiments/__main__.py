@@ -26,8 +26,8 @@ from experiments import verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
 from fngd.training.data import DataError
 from fngd.training.report import writable
-from persample.start import add_version
 from persample.testing.command_line import check_device, console, stop_flag, whole
+from persample.testing.start import add_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

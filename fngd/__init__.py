@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from persample.start import VERSION, deferred
+from persample.testing.start import VERSION, deferred
 
 __version__ = VERSION
 

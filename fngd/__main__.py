@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fngd.training.options import parser
-from persample.start import check_installed, complete
+from persample.testing.start import check_installed, complete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

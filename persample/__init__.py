@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from persample.start import VERSION, check_torch, deferred
+from persample.testing.start import VERSION, check_torch, deferred
 
 __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
     check_torch()
-    from persample.api import backends, grad, per_sample
+    from persample.api import backends, from_losses, grad, per_sample
     from persample.blocks.kernels import force_kernel
     from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
     from persample.result.explanation import Explanation
@@ -29,6 +29,7 @@ __all__ = [
     "UnsupportedError",
     "backends",
     "force_kernel",
+    "from_losses",
     "grad",
     "per_sample",
     "reweight",

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from persample.start import add_version, check_installed, complete
 from persample.testing.command_line import whole
+from persample.testing.start import add_version, check_installed, complete
 
 MODELS = ("mlp", "cnn", "transformer")
 """What `compare` builds, `persample.testing.compare.MODELS`; here, so that options can be read without torch."""

@@ -1,4 +1,4 @@
-"""The entry points: `per_sample`, `grad` and `backends`."""
+"""The entry points: `per_sample`, `from_losses`, `grad` and `backends`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
-from persample.result.chunked import ChunkedPerSampleGrads, batch_of, whole
+from persample.graph.nodes import trace
+from persample.graph.saved import saved_by
+from persample.result.chunked import ChunkedPerSampleGrads, batch_of
 from persample.result.graph_held import GraphPerSampleGrads
 from persample.result.per_sample_grads import PerSampleGrads
 from persample.result.unchanged import addresses
+from persample.result.whole import whole
 
 
 def per_sample(
@@ -94,7 +97,7 @@ def per_sample(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module; got {type(model).__name__}. "
-            "For losses computed without a module use persample.grad(losses, params)"
+            "For losses computed without a module use persample.from_losses(losses, params)"
         )
     if not callable(loss_fn) or isinstance(loss_fn, type):
         raise TypeError(
@@ -137,7 +140,7 @@ def refuse_nothing(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         raise PerSampleError(
             f"no parameter of the model ({type(model).__name__}) requires a gradient"
             + (f": all {there} are frozen. Call requires_grad_() on those to differentiate for" if there else "")
-            + ("" if there else ": it has none. For other tensors there is persample.grad(losses, params)")
+            + ("" if there else ": it has none. For other tensors there is persample.from_losses(losses, params)")
         )
 
 
@@ -196,6 +199,43 @@ def capture_first(problem: Problem) -> tuple[str, Capture]:
     raise UnsupportedError("no backend covers this model. " + " ".join(refusals))
 
 
+def from_losses(
+    losses: Float[Tensor, " batch"],
+    params: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
+    *,
+    check: bool = True,
+) -> PerSampleGrads:
+    """Returns the per-sample gradients g_b = ∂ℓ_b/∂θ of losses that are already there, as factors: what `per_sample`
+    returns, without a module.
+
+    Losses alone do not tell data from parameters, so samples that influence each other cannot be refused: row b is
+    ∂ℓ_b/∂θ whatever else ℓ_b depends on, the row of the Jacobian. Each call is probed, and checked in full, as the
+    first batch of `per_sample` is.
+
+    Args:
+        losses: [B], the losses of a batch, their graph still there; it is kept.
+        params: leaf tensors that require a gradient; or a dict name -> tensor, as `dict(model.named_parameters())`.
+            Without names they are "0", "1" and so on, all of the layer "".
+        check: as in `per_sample`.
+
+    Raises:
+        PerSampleError: the losses do not require a gradient, so that there is no graph, or depend on no parameter.
+        TypeError, ValueError: params that are no leaf tensors, or do not require a gradient.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> psg = from_losses((torch.tensor([[3.0, 4.0], [0.0, 1.0]]) * w).sum(1), {"w": w})
+        >>> psg.norms(), psg.weighted_sum(torch.tensor([1.0, 2.0]))
+        (tensor([5., 1.]), {'w': tensor([3., 6.])})
+    """
+    names = named(params)
+    capture = capture_losses(losses, names, check=check)
+    saved = saved_by(trace(losses).order)
+    # what no operation of the graph has computed came from outside: the batch, which its owner may write to
+    outside = [each for each in saved if each.grad_fn is None]
+    return PerSampleGrads(capture, names, "outputs", addresses([*outside, *names.values()]))
+
+
 def grad(
     losses: Float[Tensor, " batch"],
     params: Tensor | Iterable[Tensor],
@@ -204,8 +244,7 @@ def grad(
 ) -> tuple[Inexact[Tensor, "batch *shape"], ...]:
     """Returns the gradient of each loss for each parameter: like `torch.autograd.grad`, one row per loss.
 
-    Losses alone do not tell data from parameters, so samples that influence each other cannot be refused: row b is
-    ∂ℓ_b/∂θ whatever else ℓ_b depends on, the row of the Jacobian.
+    The rows of `from_losses`, which has norms, Gram matrices and sums without forming them.
 
     Args:
         losses: [B], the losses of a batch, their graph still there; it is kept.
@@ -224,28 +263,37 @@ def grad(
         (tensor([[1., 2.],
                 [3., 4.]]),)
     """
+    names = named(params)
+    capture = capture_losses(losses, names, check=check)
+    return tuple(PerSampleGrads(capture, names, "outputs").grads().values())
+
+
+def named(params: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, by position where they have none; what rows cannot be formed of is refused."""
     if not isinstance(params, (Tensor, Iterable)):
         raise TypeError(f"params must be tensors, such as model.parameters(); got {type(params).__name__}")
-    wanted = [params] if isinstance(params, Tensor) else list(params)
-    for position, parameter in enumerate(wanted):
+    if isinstance(params, Mapping):
+        names = dict(params)
+    else:
+        wanted = [params] if isinstance(params, Tensor) else list(params)
+        names = {str(position): parameter for position, parameter in enumerate(wanted)}
+    told = {name: f"params[{name!r}]" if isinstance(params, Mapping) else f"params[{name}]" for name in names}
+    for name, parameter in names.items():
         if not (isinstance(parameter, Tensor) and parameter.is_leaf and parameter.requires_grad):
             got = type(parameter).__name__ if not isinstance(parameter, Tensor) else "one that is not"
             raise ValueError(
-                f"params[{position}] must be a leaf tensor that requires a gradient; got {got}: give "
+                f"{told[name]} must be a leaf tensor that requires a gradient; got {got}: give "
                 "model.parameters(), or tensors with requires_grad=True that no operation has computed"
             )
-    names = {str(position): parameter for position, parameter in enumerate(wanted)}
     if not names:
         raise ValueError(
             "params holds no tensor: give model.parameters(), or tensors that require a gradient. A generator that was "
             "used before is empty"
         )
-    refuse_sharded(None, {f"params[{position}]": parameter for position, parameter in enumerate(wanted)})
+    refuse_sharded(None, {told[name]: parameter for name, parameter in names.items()})
     refuse_gradient_hooks(names)
     refuse_meta(names)
-    capture = capture_losses(losses, names, check=check)
-    psg = PerSampleGrads(capture, names, "outputs")
-    return tuple(psg.grads().values())
+    return names
 
 
 def backends() -> tuple[str, ...]:

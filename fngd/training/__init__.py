@@ -6,7 +6,7 @@ Public: the names below. The submodules are private.
 from typing import TYPE_CHECKING
 
 from fngd.training.settings import Config
-from persample.start import deferred
+from persample.testing.start import deferred
 
 if TYPE_CHECKING or not deferred(__name__):
     from fngd.training.data import Dataset, Split, load

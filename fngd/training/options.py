@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fngd.training.settings import DEFAULTS, MODELS, SCHEDULES, Config, optimizers
-from persample.start import add_version
 from persample.testing.command_line import whole
+from persample.testing.start import add_version
 
 RESULTS, FIGURE = "results.json", "figure.png"
 INSPECTED, PICTURE = "inspect.json", "inspect.png"

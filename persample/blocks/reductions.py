@@ -8,14 +8,14 @@ type. With K the Gram matrix, X and Z the factors of `persample.blocks.types`:
     gram            K_ab = ⟨g_a, h_b⟩                         [B, B']
     inner           ⟨g_b, h_b⟩ of two blocks of one batch     [B]
     weighted_sum    Σ_b c_b g_b                               [*shape]
-    dot             ⟨g_b, v⟩                                  [B]
 
 Inner products of complex rows are those of the real vector space, Re Σ conj(g) h, because a real loss has a
 gradient in that space. Work is cut into chunks of at most `persample.blocks.chunking.CHUNK_BYTES`.
 
 Squared norms and Gram matrices that are formed without rows lose digits where their terms cancel: `terms`
 (`persample.blocks.cancellation`) gets what they add up. What the uses of a parameter add up to:
-`persample.blocks.sums`.
+`persample.blocks.sums`. Inner products with directions: `persample.blocks.directions`; sums over the batch of what
+rows are squared to: `persample.blocks.consumed`.
 """
 
 from __future__ import annotations
@@ -161,28 +161,6 @@ def _(block: Rows, c: Tensor) -> Tensor:
 @weighted_sum.register
 def _(block: Pulled, c: Tensor) -> Tensor:
     return block.pull(weighted_sum(block.inner, c)[None])[0]
-
-
-# --- inner products with a vector -------------------------------------------------------------------------
-
-
-@singledispatch
-def dot(block: Block, vector: Tensor) -> Float[Tensor, " batch"]:
-    """Returns ⟨g_b, v⟩ for a vector of the parameter's shape, [B]."""
-    rows = read_rows(block)
-    return real_rows(rows) @ real_rows(vector.to(rows.dtype)[None])[0]
-
-
-@dot.register
-def _(block: Outer, vector: Tensor) -> Tensor:
-    x, z = full_precision(block.x), full_precision(block.z)
-    return torch.einsum("bto,bto->b", z, x @ vector.to(x.dtype).T)
-
-
-@dot.register
-def _(block: Rows, vector: Tensor) -> Tensor:
-    z = full_precision(block.z)
-    return torch.einsum("btd,btd->b", z, vector.to(z.dtype)[block.indices])
 
 
 # --- inner products of two blocks, sample by sample -------------------------------------------------------

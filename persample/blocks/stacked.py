@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from persample import memory
-from persample.blocks import reductions
+from persample.blocks import directions, reductions
 from persample.blocks.cancellation import Terms
 from persample.blocks.precision import full_precision
 from persample.blocks.types import Block, Dense, Outer, Stacked
@@ -75,9 +75,9 @@ def _(block: Stacked, c: Tensor) -> Tensor:
     return total
 
 
-@reductions.dot.register
-def _(block: Stacked, vector: Tensor) -> Tensor:
-    each = [reductions.dot(part, vector.select(block.dim, index)) for index, part in block.parts]
+@directions.dot.register
+def _(block: Stacked, vectors: Tensor) -> Tensor:
+    each = [directions.dot(part, vectors.select(block.dim + 1, index)) for index, part in block.parts]
     return torch.stack(each).sum(0)
 
 

@@ -34,21 +34,37 @@ def by_layer(
     return found
 
 
-def check_vectors(vectors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raises `TypeError` or `ValueError` unless vectors have names and shapes of parameters."""
+def check_vectors(vectors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> int | None:
+    """Returns how many directions there are where vectors are [k, *shape]; None where each is one, of [*shape].
+
+    Raises:
+        TypeError: no dict of tensors.
+        ValueError: names or shapes that are not those of parameters, or a different number of directions for each.
+    """
     if not isinstance(vectors, Mapping):
         raise TypeError(f"vectors must be a dict, parameter name -> tensor; got {type(vectors).__name__}")
     unknown = set(vectors) - set(parameters)
     if unknown:
         raise ValueError(f"vectors has {sorted(unknown)}, which are no trainable parameters of this model")
+    found: dict[int | None, str] = {}
     for name, vector in vectors.items():
         if not isinstance(vector, Tensor):
             raise TypeError(f"vectors[{name!r}] must be a tensor; got {type(vector).__name__}")
-        if vector.shape != parameters[name].shape:
+        shape, many = tuple(parameters[name].shape), vector.ndim == parameters[name].ndim + 1
+        if tuple(vector.shape[many:]) != shape:
             raise ValueError(
-                f"vectors[{name!r}] must have the parameter's shape {tuple(parameters[name].shape)}; "
+                f"vectors[{name!r}] must have the parameter's shape {shape}, or [k, *shape] for k directions; "
                 f"got {tuple(vector.shape)}"
             )
+        found.setdefault(len(vector) if many else None, name)
+    if len(found) > 1:
+        told = ", ".join(f"{name!r} {'one' if k is None else k}" for k, name in found.items())
+        raise ValueError(
+            f"vectors must hold the same number of directions for every parameter, [*shape] for one or [k, *shape] "
+            f"for k; got {told}. "
+            "A single one among several is vector[None].expand(k, *shape), or zeros where it counts for nothing"
+        )
+    return next(iter(found), None)
 
 
 def check_buffers(out: Mapping[str, Tensor], parameters: Mapping[str, Tensor], batch: int) -> None:

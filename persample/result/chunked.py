@@ -10,9 +10,7 @@ numbers are drawn, it takes two more, without chance (`persample.result.determin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +20,18 @@ from torch.utils._pytree import tree_map
 
 from persample import memory
 from persample.attribution.coupling import several_losses
-from persample.backends.shared import buffers_kept
-from persample.blocks.precision import coarsest
-from persample.capture.sum_check import check_losses
-from persample.capture.types import Problem
 from persample.errors import CheckError, PerSampleError
 from persample.graph.batch_size import batch_size
 from persample.graph.provenance import tensors_of
+from persample.projections import Projection
+from persample.result.accumulating import accumulate
 from persample.result.arguments import refuse_other
 from persample.result.cutting import part_of
-from persample.result.deterministic import Still, random_state
 from persample.result.explanation import Explanation
 from persample.result.grouping import Per
 from persample.result.per_sample_grads import PerSampleGrads
 from persample.result.unchanged import Unchanged, require
-
-JITTERS, ROUNDINGS = 3, 32
-"""Times that the inputs are rounded in another way, and how many times the largest change in a loss is allowed."""
+from persample.result.whole import Whole
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
@@ -77,7 +70,7 @@ class ChunkedPerSampleGrads:
         self._data_unchanged = Unchanged(_others(self._data), tensors_of(self._data))
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
-        self._explanation = first.explain()
+        self._explanation, self._parameters = first.explain(), first._parameters
 
     def __repr__(self) -> str:
         return (
@@ -146,9 +139,42 @@ class ChunkedPerSampleGrads:
         parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
         return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
 
-    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
+    def dot(
+        self, vectors: Mapping[str, Inexact[Tensor, " *shape"] | Inexact[Tensor, "k *shape"]]
+    ) -> Float[Tensor, " batch"] | Float[Tensor, "batch k"]:
         """See `PerSampleGrads.dot`."""
         return torch.cat([self._chunk(i).dot(vectors) for i in range(len(self._slices))])
+
+    def project(
+        self, projection: Projection, per: Per = "total", *, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch k"] | dict[str, Float[Tensor, "batch k"]]:
+        """See `PerSampleGrads.project`."""
+        return _cat([self._chunk(i).project(projection, per, dtype=dtype) for i in range(len(self._slices))])
+
+    def sum_of_squares(self) -> dict[str, Float[Tensor, " *shape"]]:
+        """See `PerSampleGrads.sum_of_squares`."""
+        return _sum(self._chunk(i).sum_of_squares() for i in range(len(self._slices)))
+
+    def variance(self) -> dict[str, Float[Tensor, " *shape"]]:
+        """See `PerSampleGrads.variance`: of the chunks themselves, and of their means around that of all."""
+        means: list[PerName] = []
+        inside: list[PerName] = []
+        shares = [(part.stop - part.start) / self.batch for part in self._slices]
+        for i in range(len(self._slices)):
+            psg = self._chunk(i)
+            sums = psg.weighted_sum(torch.ones_like(psg.losses))
+            means.append({name: value / psg.batch for name, value in sums.items()})
+            inside.append(psg.variance())
+        mean = _sum(_times(share, each) for share, each in zip(shares, means, strict=True))
+        between = [{name: (value - mean[name]).abs().square() for name, value in each.items()} for each in means]
+        return _sum(_times(share, each) for share, each in zip(shares * 2, inside + between, strict=True))
+
+    def backward(
+        self, coefficients: Tensor | Mapping[str, Tensor] | None = None, *, process_group: Any | None = None
+    ) -> None:
+        """See `PerSampleGrads.backward`."""
+        c = torch.ones_like(self.losses) if coefficients is None else coefficients
+        accumulate(self._parameters, self.weighted_sum(c), self.unused, process_group)
 
     def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.clipped_sum`."""
@@ -227,87 +253,6 @@ def _remedy(entries: int, losses: int) -> str:
     return f". {several}" if several else f"; the batch must lie there. {INSTEAD}"
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The losses of the whole batch, to compare those of chunks with."""
-
-    problem: Problem
-    losses: Float[Tensor, " batch"]
-    still: bool
-    """Whether they are without chance, because the model draws random numbers."""
-
-    def agrees(self, part: slice, losses: Tensor, inputs: Any, targets: Any) -> bool:
-        """Whether a part of the samples has the same losses alone."""
-        if self.still:
-            alone, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=True)
-            if alone is None:
-                return True
-            losses = alone
-        precision = computed_in(self.losses, self.problem.parameters.values())
-        expected = self.losses[part]
-        return _agree(losses, expected, self.losses, precision) or self._rounded(losses, expected, inputs, targets)
-
-    def _rounded(self, losses: Tensor, expected: Tensor, inputs: Any, targets: Any) -> bool:
-        """Whether the difference is no more than rounding the inputs makes of losses: they may be what is left of
-        large numbers that cancel."""
-        generator, largest = torch.Generator().manual_seed(0), torch.zeros_like(losses)
-
-        def jittered(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.layout != torch.strided:
-                return leaf
-            signs = 2 * torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8) - 1
-            return leaf * (1 + torch.finfo(leaf.dtype).eps * signs.to(leaf))
-
-        before, _ = losses_without_graph(replace(self.problem, inputs=inputs, targets=targets), still=self.still)
-        for _ in range(JITTERS if before is not None else 0):
-            other = replace(self.problem, inputs=tree_map(jittered, inputs), targets=targets)
-            after, _ = losses_without_graph(other, still=self.still)
-            largest = largest.maximum((after - before).abs()) if after is not None else largest
-        return bool(((losses - expected).abs() <= ROUNDINGS * largest.max()).all()) if len(losses) else True
-
-
-def whole(problem: Problem) -> Whole | None:
-    """The losses of the whole batch; None where there are none, for the model differentiates or lacks the memory."""
-    losses, drawn = losses_without_graph(problem, still=False)
-    if drawn:
-        losses, _ = losses_without_graph(problem, still=True)
-    return None if losses is None else Whole(problem, check_losses(losses), drawn)
-
-
-def losses_without_graph(problem: Problem, *, still: bool) -> tuple[Any, bool]:
-    """Runs the model, which is left as it was; returns the losses, None if there are none, and whether it has drawn.
-
-    With `still` it runs without chance.
-    """
-    before = random_state()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it treats padding in another way
-    try:
-        with torch.random.fork_rng(), buffers_kept(problem.model), torch.no_grad(), Still() if still else nullcontext():
-            losses = problem.losses()
-            drawn = any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=False))
-    except RuntimeError:
-        return None, False
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return losses, drawn
-
-
-def computed_in(losses: Tensor, parameters: Collection[Tensor]) -> torch.dtype:
-    """The coarsest precision that losses are computed in, as far as one can tell without running the model."""
-    found = coarsest(losses, *parameters)
-    if torch.is_autocast_enabled(losses.device.type):
-        return max(found, torch.get_autocast_dtype(losses.device.type), key=lambda dtype: torch.finfo(dtype).eps)
-    return found.to_real()
-
-
-def _agree(losses: Tensor, expected: Tensor, whole: Tensor, precision: torch.dtype | None) -> bool:
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(precision or losses.dtype, 5e-2)
-    finite = whole[whole.isfinite()].abs()
-    largest = float(finite.max()) if len(finite) else 0.0
-    return torch.allclose(losses, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
-
-
 def batch_of(inputs: Any) -> int | None:
     """The number of samples in the inputs: entries along dimension 0 of the first tensor that is not shared."""
     return batch_size((inputs,), {})
@@ -332,3 +277,7 @@ def _sum(parts: Any) -> PerName:
     for part in parts:
         total = {name: total[name] + value if total else value for name, value in part.items()}
     return total
+
+
+def _times(factor: float, values: PerName) -> PerName:
+    return {name: factor * value for name, value in values.items()}

@@ -8,12 +8,14 @@ from functools import cached_property
 from torch import Tensor
 
 from persample import memory
-from persample.blocks import reductions, sums
+from persample.blocks import consumed, directions, reductions, sums
 from persample.blocks.kernels import FORMS, forced_among
 from persample.blocks.precision import full_precision
 from persample.blocks.reductions import overwrites
 from persample.blocks.types import Block, Conv, Dense, Outer
 from persample.capture.types import Captured
+from persample.projections.maps import Map
+from persample.projections.of_blocks import features
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,25 @@ class Gradient:
         """Σ_b c_b g_b, [*shape]; `apart`: samples whose rows are formed for it."""
         return sums.weighted_sum(self.blocks, c, apart) if self.blocks else self.zeros()
 
-    def dot(self, vector: Tensor) -> Tensor:
-        """⟨g_b, v⟩, [B]."""
-        total = self._no_numbers(self._batch)
+    def dot(self, vectors: Tensor) -> Tensor:
+        """⟨g_b, V_k⟩ with vectors [K, *shape], [B, K]."""
+        total = self._no_numbers(self._batch, len(vectors))
         for block in self.blocks:
-            total = total + reductions.dot(block, vector.to(block.device)).to(total)
+            total = total + directions.dot(block, vectors.to(block.device)).to(total)
         return total
+
+    def project(self, projection: Map) -> Tensor:
+        """P g_b, [B, k]."""
+        return features(self.blocks, projection) if self.blocks else self._no_numbers(self._batch, projection.k)
+
+    def sum_of_squares(self) -> Tensor:
+        """Σ_b |g_b|², entry by entry, [*shape]."""
+        return consumed.sum_of_squares(self.blocks) if self.blocks else self.zeros().abs()
+
+    def variance(self) -> Tensor:
+        """1/B Σ_b |g_b - ḡ|², entry by entry, [*shape]; NaN without samples."""
+        deviations = consumed.squared_deviations(self.blocks) if self.blocks else self.zeros().abs()
+        return deviations / self._batch
 
     @property
     def _batch(self) -> int:

@@ -23,6 +23,13 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {layer: tuple(each) for layer, each in found.items()}
 
 
+def groups_of(names: Iterable[str], per: Per) -> list[tuple[str, ...]]:
+    """The names of the parameters that are added up, as `per` says."""
+    if per == "layer":
+        return list(layers_of(names).values())
+    return [(name,) for name in names] if per == "param" else [tuple(names)]
+
+
 def grouped(
     values: Mapping[str, Tensor],
     per: Per,

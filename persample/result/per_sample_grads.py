@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Inexact
 from torch import Tensor
 
 from persample import memory
-from persample.blocks.cancellation import lengths
-from persample.blocks.precision import full_precision
-from persample.blocks.sums import add, overflowed
 from persample.blocks.types import Block
 from persample.capture.types import Capture
-from persample.result.arguments import (
-    by_layer,
-    check_alike,
-    check_buffers,
-    check_vectors,
-    clip_factors,
-    refuse_other,
-)
+from persample.result.arguments import check_buffers
 from persample.result.explanation import Explanation, explained
 from persample.result.factors import held, owned, portable, watched
 from persample.result.gradient import Gradient, reused
-from persample.result.grouping import Per, grouped, layer_of, layers_of, total, transposed
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-T = TypeVar("T")
+from persample.result.quantities import Quantities, T, reduction
 
 
-def reduction(method: Method) -> Method:
-    """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
-
-    @wraps(method)
-    def guarded(self: PerSampleGrads, *args: Any, **kwargs: Any) -> Any:
-        self._require()
-        with torch.no_grad():
-            return method(self, *args, **kwargs)
-
-    return guarded  # type: ignore[return-value]
-
-
-class PerSampleGrads:
+class PerSampleGrads(Quantities):
     """Per-sample gradients of one batch, held as factors; every method forms what it returns when called.
 
     With θ the parameters, ℓ_b the loss of sample b and g_b = ∂ℓ_b/∂θ. Results have the precision of the
@@ -65,12 +38,11 @@ class PerSampleGrads:
         caller: frozenset[int] = frozenset(),
     ) -> None:
         """`caller`: the `persample.result.unchanged.addresses` of tensors that others may write to."""
-        self.losses: Float[Tensor, " batch"] = capture.losses
+        self.losses = capture.losses
         self.backend = backend
         self.notes = capture.notes
         self._parameters = dict(parameters)
-        self._apart: dict[str, Tensor] = {}
-        """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
+        self._apart = {}
         uses = owned(capture.uses, caller)
         self._gradients = {
             name: Gradient(parameter, uses.get(name, ()), capture.losses) for name, parameter in parameters.items()
@@ -85,7 +57,7 @@ class PerSampleGrads:
         return {**vars(self), "_gradients": gradients, "_parameters": parameters, "_unchanged": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, _copied=True)
         self._unchanged = watched(self._gradients.values(), frozenset())
 
     def __repr__(self) -> str:
@@ -94,17 +66,6 @@ class PerSampleGrads:
             f"PerSampleGrads(batch={self.batch}, parameters={len(self._parameters)}, backend={self.backend!r}, "
             f"factors={held / 2**20:.1f} MiB)"
         )
-
-    @property
-    def batch(self) -> int:
-        """Number of samples B.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.batch
-        2
-        """
-        return self.losses.shape[0]
 
     @property
     def blocks(self) -> dict[str, tuple[Block, ...]]:
@@ -128,16 +89,6 @@ class PerSampleGrads:
         """
         return tuple(name for name, gradient in self._gradients.items() if not gradient.uses)
 
-    @property
-    def layers(self) -> dict[str, tuple[str, ...]]:
-        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model.
-
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
-        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 3)).layers
-        {'0': ('0.weight', '0.bias'), '2': ('2.weight',)}
-        """
-        return layers_of(self._parameters)
-
     def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Inexact[Tensor, "batch *shape"]]:
         """Returns g_b for every parameter: name -> [B, *shape].
 
@@ -159,107 +110,6 @@ class PerSampleGrads:
         if 2 * self.batch * largest < memory.SMALLEST:  # twice, because rows of half precision are float32
             return self._rows(out or {})
         return self._rows(out or {}, reused)
-
-    @reduction
-    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
-        """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.norms()
-        tensor([5., 1.])
-        >>> sorted(psg.norms(per="param"))
-        ['weight']
-        """
-        return total(self._norms(per), per)
-
-    @reduction
-    def gram(
-        self, per: Per = "total", other: PerSampleGrads | Any | None = None
-    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
-        """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
-
-        Args:
-            per: over all parameters ("total"), or a dict for each "layer" or "param".
-            other: per-sample gradients of the same parameters on another batch, or at another point; what `per_sample`
-                returned, in chunks or not.
-
-        Raises:
-            ValueError: `other` holds other parameters.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.gram()
-        tensor([[25.,  4.],
-                [ 4.,  1.]])
-        """
-        if other is not None and not isinstance(other, PerSampleGrads):
-            return transposed(refuse_other(other).gram(per, self))
-        self._condense()
-        right = self if other is None else other
-        check_alike(self._parameters, right._parameters)
-        if other is None:
-            matrices = self._each(lambda _, gradient: gradient.gram(gradient))
-        else:
-            other._require()
-            theirs = other._held()
-            matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
-        return total(self._grouped(matrices, per, (self.batch, right.batch)), per)
-
-    @reduction
-    def weighted_sum(
-        self, c: Float[Tensor, " batch"] | Mapping[str, Float[Tensor, " batch"]]
-    ) -> dict[str, Inexact[Tensor, " *shape"]]:
-        """Returns Σ_b c_b g_b for every parameter: name -> shape. No per-sample gradient is formed.
-
-        Args:
-            c: coefficients [B]; or a dict layer -> [B], one for each layer of `layers`.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.weighted_sum(torch.tensor([1.0, 2.0]))
-        {'weight': tensor([[3., 6.]])}
-        """
-        return self._weighted_sum(by_layer(c, self.layers, self.batch))
-
-    @reduction
-    def dot(self, vectors: Mapping[str, Inexact[Tensor, " *shape"]]) -> Float[Tensor, " batch"]:
-        """Returns the inner products ⟨g_b, v⟩, [B], with v given as parameter name -> shape.
-
-        Parameters that are left out count as v = 0.
-
-        Raises:
-            ValueError: a name that is no trainable parameter, or a vector of another shape.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.dot({"weight": torch.ones(1, 2)})
-        tensor([7., 1.])
-        """
-        check_vectors(vectors, self._parameters)
-        parts = self._each(lambda name, gradient: gradient.dot(vectors[name]) if name in vectors else None)
-        found = self.losses.new_zeros(self.batch, dtype=full_precision(self.losses).dtype)
-        for part in parts.values():
-            found = found if part is None else found + part.to(found.device)
-        return found
-
-    @reduction
-    def clipped_sum(self, max_norm: float | int | Mapping[str, float]) -> dict[str, Inexact[Tensor, " *shape"]]:
-        """Returns Σ_b min(1, C / ‖g_b‖) g_b for every parameter, as differentially private training needs it.
-
-        What is added of each sample is within the bound, rounding included. A sample whose gradient is NaN or infinite
-        has no norm, and makes the sum NaN.
-
-        Args:
-            max_norm: C > 0, the bound of each sample's norm over all parameters; or a dict layer -> C, which
-                clips each layer by its own norm.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.clipped_sum(max_norm=1.0)  # (3, 4) / 5 + (0, 1)
-        {'weight': tensor([[0.6000, 1.8000]])}
-        """
-        return self._weighted_sum(clip_factors(self._norms, max_norm, self.layers))
 
     def explain(self) -> list[Explanation]:
         """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
@@ -307,40 +157,3 @@ class PerSampleGrads:
                 "a tensor that these per-sample gradients are formed from was modified in place after they were "
                 "captured (the input batch itself, perhaps); form what you need before, or pass a copy"
             )
-
-    # --- all parameters -------------------------------------------------------------------------------------
-
-    def _norms(self, per: Per) -> dict[str, Tensor]:
-        self._condense()
-        self._apart = {}
-
-        def squares_of(name: str, gradient: Gradient) -> Tensor:
-            squares, apart = gradient.squared_norms()
-            if apart is not None:
-                self._apart[name] = apart
-            return squares
-
-        squares = self._grouped(self._each(squares_of), per, (self.batch,))
-        # cross terms of several uses may leave a rounding error below zero
-        norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
-        beyond = overflowed(add([norm.to(self.losses.device) for norm in norms.values()])) if norms else None
-        return norms if beyond is None else self._lengths(per, norms, beyond)
-
-    def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
-        """Norms in which those of some samples are found from their rows, whose squares may be no numbers."""
-        found = self._each(lambda _, gradient: gradient.lengths_of(samples))
-        for name in found:
-            before = self._apart.get(name)
-            self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
-        grouped = self._grouped(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
-        return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
-
-    def _weighted_sum(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        apart = self._apart
-        return self._each(lambda name, gradient: gradient.weighted_sum(factors[layer_of(name)], apart.get(name)))
-
-    def _grouped(
-        self, values: Mapping[str, Tensor], per: Per, shape: Sequence[int], together: Callable[..., Tensor] = add
-    ) -> dict[str, Tensor]:
-        none = self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
-        return grouped(values, per, self.layers, none, together)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from persample.api import backends
-from persample.start import VERSION
 from persample.testing.cases import Case
 from persample.testing.conformance import Cell, expected, try_backend
 from persample.testing.machine import environment
+from persample.testing.start import VERSION
 
 PACKAGES = ("torch", "numpy", "einops", "jaxtyping", "typing_extensions", "opacus", "torchvision", "transformers")
 NEEDED = ("model", "loss_fn", "inputs", "targets")

@@ -131,6 +131,22 @@ def dot(grads: Grads, vectors: Mapping[str, Tensor]) -> Tensor:
     return _rows(grads, list(grads)) @ line
 
 
+def dots(grads: Grads, vectors: Mapping[str, Tensor]) -> Tensor:
+    """Inner products with directions [k, *shape]: [B, k]."""
+    count = len(next(iter(vectors.values())))
+    return torch.stack([dot(grads, {n: v[i] for n, v in vectors.items()}) for i in range(count)], 1)
+
+
+def sum_of_squares(grads: Grads) -> Grads:
+    """Sum over samples of |g_b|^2, entry by entry."""
+    return {n: g.abs().square().sum(0) for n, g in grads.items()}
+
+
+def variance(grads: Grads) -> Grads:
+    """Mean over samples of |g_b - mean|^2, entry by entry."""
+    return {n: (g - g.mean(0)).abs().square().mean(0) for n, g in grads.items()}
+
+
 def weighted_sum(grads: Grads, c: Tensor | Mapping[str, Tensor]) -> Grads:
     """Sum over samples of c_b g_b, with one c for all, or one per layer (every layer must be there)."""
     per_param = {n: c[layer_of(n)] if isinstance(c, Mapping) else c for n in grads}
@@ -147,21 +163,24 @@ def expected(grads: Grads, other: Grads | None = None, max_norm: float = 1.0, se
     """Every reduction of the dense gradients, by the names of the public API, with the random arguments used.
 
     Keys ``("norms", per)``, ``("gram", per)``, ``("cross_gram", per)`` if ``other`` is given, and ``"dot"``,
-    ``"weighted_sum"``, ``"layer_weighted_sum"``, ``"clipped_sum"`` with ``"vectors"``, ``"c"``,
-    ``"layer_c"``.
+    ``"dots"``, ``"sum_of_squares"``, ``"variance"``, ``"weighted_sum"``, ``"layer_weighted_sum"``,
+    ``"clipped_sum"`` with ``"vectors"``, ``"directions"``, ``"c"``, ``"layer_c"``.
     """
     batch = len(next(iter(grads.values())))
     random = torch.Generator().manual_seed(seed)
     vectors = {n: torch.randn(g.shape[1:], generator=random, dtype=g.dtype) for n, g in grads.items()}
     c = torch.randn(batch, generator=random, dtype=torch.float64)
     layer_c = {layer: torch.randn(batch, generator=random, dtype=torch.float64) for layer in regroup(grads, "layer")}
-    out: dict[Any, Any] = {"vectors": vectors, "c": c, "layer_c": layer_c}
+    directions = {n: torch.randn(3, *g.shape[1:], generator=random, dtype=g.dtype) for n, g in grads.items()}
+    out: dict[Any, Any] = {"vectors": vectors, "directions": directions, "c": c, "layer_c": layer_c}
     for per in ("total", "layer", "param"):
         out["norms", per] = norms(grads, per)
         out["gram", per] = gram(grads, per)
         if other is not None:
             out["cross_gram", per] = gram(grads, per, other)
     out["dot"] = dot(grads, vectors)
+    out["dots"] = dots(grads, directions)
+    out["sum_of_squares"], out["variance"] = sum_of_squares(grads), variance(grads)
     out["weighted_sum"] = weighted_sum(grads, c)
     out["layer_weighted_sum"] = weighted_sum(grads, layer_c)
     out["clipped_sum"] = clipped_sum(grads, max_norm)

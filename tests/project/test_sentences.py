@@ -56,7 +56,11 @@ def told(code):
 """
 MISTAKES = {
     "persample.per_sample(model, 'ce', x, y)": ("TypeError", "loss_fn must be a function", "got 'ce'", "reduction="),
-    "persample.per_sample(lambda x: x, loss_fn, x, y)": ("TypeError", "got function", "persample.grad(losses, params)"),
+    "persample.per_sample(lambda x: x, loss_fn, x, y)": (
+        "TypeError",
+        "got function",
+        "persample.from_losses(losses, params)",
+    ),
     "persample.per_sample(model, nn.CrossEntropyLoss, x, y)": ("TypeError", "loss_fn must be a function", "criterion"),
     "persample.per_sample(model, loss_fn, x.numpy(), y)": ("TypeError", "the model does not take inputs", "from_numpy"),
     "persample.per_sample(model, loss_fn, (x.numpy(),), y, chunk_size=2)": ("TypeError", "got a numpy.ndarray"),
@@ -81,8 +85,11 @@ MISTAKES = {
     ),
     "persample.per_sample(model, loss_fn, x, y, chunk_size=2, coupled='rows')": ("ValueError", "hold='graph'"),
     "persample.grad(loss_fn(model(x), y), None)": ("TypeError", "params must be tensors", "got NoneType"),
+    "persample.from_losses(loss_fn(model(x), y), None)": ("TypeError", "params must be tensors", "got NoneType"),
     "persample.grad(loss_fn(model(x), y), [])": ("ValueError", "params holds no tensor", "A generator that was used"),
     "persample.grad(loss_fn(model(x), y), nn.Linear(4, 8).parameters())": ("Did you wrap or copy the model",),
+    "psg.project(16)": ("TypeError", "one of persample.projections (Kronecker", "such as Kronecker(16, 16); got 16"),
+    "persample.projections.Rademacher(2.5)": ("ValueError", "k must be a positive number of features; got 2.5"),
     "psg.gram(other=torch.eye(6))": ("ValueError", "what per_sample returned for another batch; got Tensor"),
     "chunked.gram(other=[1])": ("ValueError", "what per_sample returned for another batch; got list"),
     "chunked.weighted_sum(None)": ("ValueError", "c must be a tensor of shape [B] = [6]", "got NoneType"),

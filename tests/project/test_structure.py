@@ -15,14 +15,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {
     "persample": (
-        "__main__ testing api reweighting result backends capture rules attribution graph blocks memory errors start"
+        "__main__ testing api reweighting result projections backends capture rules attribution graph blocks memory "
+        "errors"
     ),
     "fngd": "__main__ training natural shampoo kronecker least_squares optim coefficients",
 }
 """From the top: each imports from those below it, and from itself."""
 PUBLIC = (
     *("persample", "persample.attribution", "persample.backends", "persample.blocks"),
-    *("persample.memory", "persample.reweighting", "persample.rules", "persample.testing.cases"),
+    *("persample.memory", "persample.projections", "persample.reweighting", "persample.rules"),
+    "persample.testing.cases",
     *("fngd", "fngd.least_squares", "fngd.training"),
 )
 MOST_ENTRIES = 14
@@ -86,7 +88,9 @@ def test_fngd_uses_the_doors_of_persample() -> None:
     allowed = {"persample", "persample.reweighting"}
     for module, others in ARROWS.items():
         commands = module.startswith(("fngd.training", "fngd.__main__"))
-        more = {"persample.testing.command_line", "persample.start"} if commands else {"persample.start"}
+        more = (
+            {"persample.testing.command_line", "persample.testing.start"} if commands else {"persample.testing.start"}
+        )
         there = {other for other in others if other.startswith("persample")}
         assert not module.startswith("fngd") or there <= allowed | more, module
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from persample.__main__ import main
-from persample.start import VERSION
 from persample.testing import report
+from persample.testing.start import VERSION
 
 MODEL = """
 import torch

@@ -51,9 +51,13 @@ def test_exact_or_refused(case: Case, backend: str) -> None:
     close = {
         "grads": (psg.grads(), want),
         "dot": (psg.dot(sums["vectors"]), sums["dot"]),
+        "dots": (psg.dot(sums["directions"]), sums["dots"]),
         "weighted_sum": (psg.weighted_sum(sums["c"]), sums["weighted_sum"]),
         "weighted_sum by layer": (psg.weighted_sum(sums["layer_c"]), sums["layer_weighted_sum"]),
     }
+    close["sum of squares"] = psg.sum_of_squares(), sums["sum_of_squares"]
+    if psg.batch:
+        close["variance"] = psg.variance(), sums["variance"]
     other = captured(moved(case), backend)
     for per in ("total", "layer", "param"):
         close[f"gram {per}"] = psg.gram(per), sums["gram", per]

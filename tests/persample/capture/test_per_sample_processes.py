@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,29 @@ def told(call: Callable[[], Any], word: str, what: str) -> None:
     assert "not sharded" in str(error.value) or "wrap or copy" in str(error.value), what
 
 
-SCENARIOS = (replicas_have_their_own_samples, other_wrappers, sharded_models_are_told)
+def gradients_are_averaged(rank: int, world: int) -> None:
+    """As DistributedDataParallel averages them: over batches of other sizes, passes without exchange, unused layers."""
+    ddp, plain = (nn.parallel.DistributedDataParallel(Counting(), find_unused_parameters=True) for _ in range(2))
+    for step in range(3):
+        x = torch.randn(4 + 3 * rank, 3, generator=torch.Generator().manual_seed(10 * step + rank))
+        exchanged = step != 1
+        with nullcontext() if exchanged else plain.no_sync():
+            squares(plain(x), None).sum().backward()
+        ddp(x)  # a pass that nobody goes back through
+        persample.per_sample(ddp, squares, x).backward(process_group=ddp.process_group if exchanged else None)
+        for mine, theirs in zip(ddp.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None or not theirs.grad.any())
+            if mine.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad)
+    alone, expected = Counting(), Counting()
+    persample.per_sample(alone, squares, torch.ones(4 * rank, 3)).backward(process_group=dist.group.WORLD)
+    everywhere = torch.ones(sum(4 * each for each in range(world)), 3)  # no samples in the first process
+    (squares(expected(everywhere), None).sum() / world).backward()
+    if len(everywhere):
+        torch.testing.assert_close(alone.one.weight.grad, expected.one.weight.grad)
+
+
+SCENARIOS = (replicas_have_their_own_samples, other_wrappers, sharded_models_are_told, gradients_are_averaged)
 
 
 def main(rank: int, world: int, store: str) -> None:

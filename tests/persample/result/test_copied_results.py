@@ -86,6 +86,7 @@ def same(found: Any, expected: Any) -> None:
     v = expected.weighted_sum(c)
     torch.testing.assert_close(found.weighted_sum(c), v)
     torch.testing.assert_close(found.dot(v), expected.dot(v))
+    torch.testing.assert_close(found.dot(expected.grads()), expected.gram())
 
 
 @every_way

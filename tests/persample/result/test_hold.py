@@ -46,9 +46,13 @@ def test_every_case_as_with_factors(case: Case) -> None:
         same(graph.norms("param"), factors.norms("param"))
         same(graph.gram(), factors.gram())
         same(graph.weighted_sum(c), factors.weighted_sum(c))
+        same(graph.sum_of_squares(), factors.sum_of_squares())
+        same(graph.variance(), factors.variance())
     same(graph.gram(other=factors), factors.gram())
     same(factors.gram(other=graph), factors.gram())
     same(graph.dot(factors.weighted_sum(c)), factors.dot(factors.weighted_sum(c)))
+    rows = factors.grads() if factors.batch else {}
+    same(graph.dot(rows), factors.gram() if factors.batch else factors.norms())  # its own rows as directions
     assert graph.unused == factors.unused
     assert [row.rule for row in graph.explain()] == [row.rule for row in factors.explain()]
 

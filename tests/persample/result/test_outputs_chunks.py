@@ -27,7 +27,10 @@ def test_chunks_equal_the_whole(name: str, chunk_size: int) -> None:
         (whole.gram("param", other=whole), chunked.gram("param", other=whole)),
         (whole.weighted_sum(c), chunked.weighted_sum(c)),
         (whole.dot(v), chunked.dot(v)),
+        (whole.dot(whole.grads()), chunked.dot(whole.grads())),
         (whole.clipped_sum(0.1), chunked.clipped_sum(0.1)),
+        (whole.sum_of_squares(), chunked.sum_of_squares()),
+        (whole.variance(), chunked.variance()),
     ):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
