@@ -20,10 +20,11 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from beartype import beartype
-from beartype.roar import BeartypeCallHintViolation
-from jaxtyping import _import_hook, install_import_hook, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, _import_hook, install_import_hook, jaxtyped
 from jaxtyping._storage import pop_shape_memo, push_shape_memo, shape_str
+
+looked_at = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
 def checked(function: Any) -> Any:
@@ -36,10 +37,10 @@ def checked(function: Any) -> Any:
             function.__init__ = checked(function.__init__)
         return function
     if not _mentions_shapes(function):
-        return beartype(function)
+        return looked_at(function)
     if inspect.isgeneratorfunction(function):  # its body runs after the call, when the memo is gone
-        return jaxtyped(function, typechecker=beartype)
-    inside = beartype(function)
+        return jaxtyped(function, typechecker=looked_at)
+    inside = looked_at(function)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ def checked(function: Any) -> Any:
         memos = push_shape_memo({})
         try:
             return inside(*args, **kwargs)
-        except BeartypeCallHintViolation as violation:
+        except TypeCheckError as violation:
             sizes = shape_str(memos)
             if sizes and hasattr(violation, "add_note"):  # Python 3.11
                 violation.add_note(sizes)
