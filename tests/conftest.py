@@ -1,8 +1,11 @@
 """What every test runs under: checked shapes, seeds, bounded threads, hypothesis profiles, GPU skips."""
 
+import gc
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported by anything: there is no screen
+# Before torch is, for the processes that tests start: threads only wait for each other, with small tensors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shapes
 
@@ -15,8 +18,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The tensors here are small: threads only wait for each other, and on a busy machine for long.
 torch.set_num_threads(1)
+
+# torch.manual_seed tells the accelerators too. One that is not there keeps the stack for later, at half a millisecond.
+for accelerator in (torch.cuda, torch.xpu, torch.mtia):
+    if not accelerator.is_available():
+        accelerator._lazy_call = lambda call, **options: None
 
 # No deadline and no complaint about slow examples: the first call of an operation in torch is far slower
 # than the next, and so is everything on a loaded machine.
@@ -34,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Takes modules and ten thousand tests out of the garbage collector's sight: many tests call it, some often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,14 @@ EAGER = [what for what in WHATS if what != "compiled"]
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run of the command on two models, without memory."""
+    """One run of the command on two models, without memory; only the first in processes of its own."""
     path = tmp_path_factory.mktemp("benchmarks") / "speed.json"
     arguments = ["--size", "tiny", "--repeats", "1", "--processes", "2", "--no-memory", "--threads", "1"]
     arguments += ["--out", str(path)]
-    assert main([*arguments, "--models", "mlp,resnet20_bn"]) == 0
+    assert main([*arguments, "--models", "mlp"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number))
+        assert main([*arguments, "--models", "resnet20_bn", "--what", ",".join(EAGER)]) == 0
     return path
 
 
@@ -222,9 +227,13 @@ def test_peak_memory_is_that_of_the_variant() -> None:
     assert memory.measure(problem, "stored", threads=1).whole < rows / 2
 
 
-def test_memory_of_what_fails_names_it() -> None:
-    with pytest.raises(RuntimeError, match=r"measuring the memory of norms on mlp failed: .*negative dimension"):
-        memory.measure(Problem("mlp", "tiny", changes={"batch": 2, "classes": -1}), "norms", threads=1)
+def test_memory_of_what_fails_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho Traceback >&2\necho 'RuntimeError: negative dimension -1' >&2\nexit 1\n")
+    failing.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    with pytest.raises(RuntimeError, match=r"memory of norms on mlp failed: RuntimeError: negative dimension -1$"):
+        memory.measure(Problem("mlp", "tiny"), "norms", threads=1)
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path) -> None:

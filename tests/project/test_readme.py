@@ -1,6 +1,7 @@
 """What the pages say is so: examples run as written, commands exist, links and paths lead somewhere."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -74,14 +75,28 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_knows_its_options(command: str) -> None:
-    words = shlex.split(command)
-    options = {word for word in words if word.startswith("--")}
-    run = subprocess.run(
-        [sys.executable, *words[1:4], "--help"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+def test_command_knows_its_options(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, module, *words = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [module, words[0], "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"{module}.__main__", run_name="__main__")
+    shown = capsys.readouterr()
+    assert ended.value.code == 0, shown.err
+    assert not {word for word in words if word.startswith("--") and word not in shown.out}
+
+
+def test_commands_start() -> None:
+    """In a process of their own, as one types them; both in one, as most of the time is torch's."""
+    code = "\n".join(
+        f"try: runpy.run_module({module!r}, run_name='__main__')\nexcept SystemExit as ended: assert ended.code == 0"
+        for module in ("persample", "fngd")
     )
+    command = [sys.executable, "-c", f"import runpy, sys\nsys.argv[1:] = ['--help']\n{code}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert not {option for option in options if option not in run.stdout}
+    assert run.stdout.count("usage:") == 2
 
 
 def test_readme_names_the_commands() -> None:

@@ -57,11 +57,11 @@ def model() -> Net:
         (lambda out, t: F.cross_entropy(out, t), ValueError, r"got \(\): it is already reduced.*reduction='none'"),
         (lambda out, t: out, ValueError, r"got \(5, 3\): reduce every dimension but the first.*flatten\(1\)"),
         (lambda out, t: out.argmax(1), ValueError, "real floating-point numbers; got dtype torch.int64"),
-        # in the tests, jaxtyping may look first
+        # in the tests, the checker of annotations may look first
         (
             lambda out, t: [1.0],
             TypeError,
-            r"one loss per sample, \[B\]; got list|Expected type: <class 'torch.Tensor'>",
+            r"one loss per sample, \[B\]; got list|violates type hint <class 'torch.Tensor'>",
         ),
     ],
     ids=["scalar", "matrix", "integers", "list"],
@@ -337,7 +337,7 @@ def test_grad_refuses_what_is_no_parameter() -> None:
     for wrong in (w * 2, torch.ones(2)):
         with pytest.raises(ValueError, match=r"params\[1\] must be a leaf tensor that requires a gradient"):
             persample.grad(losses, [w, wrong])
-    with pytest.raises(Exception, match=r"already reduced over the batch|has 0 dimensions|Expected type"):
+    with pytest.raises(Exception, match=r"already reduced over the batch|has 0 dimensions|violates type hint"):
         persample.grad(losses.sum(), w)
 
 

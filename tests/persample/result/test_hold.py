@@ -41,18 +41,20 @@ def test_every_case_as_with_factors(case: Case) -> None:
     graph = held(case, "graph")
     generator = torch.Generator().manual_seed(0)
     c = torch.rand(factors.batch, generator=generator, dtype=torch.float64).to(factors.losses)
-    for _ in range(2):  # the graph is still there the second time
-        same(graph.grads(), factors.grads())
-        same(graph.norms("param"), factors.norms("param"))
-        same(graph.gram(), factors.gram())
-        same(graph.weighted_sum(c), factors.weighted_sum(c))
-        same(graph.sum_of_squares(), factors.sum_of_squares())
-        same(graph.variance(), factors.variance())
-    same(graph.gram(other=factors), factors.gram())
-    same(factors.gram(other=graph), factors.gram())
-    same(graph.dot(factors.weighted_sum(c)), factors.dot(factors.weighted_sum(c)))
-    rows = factors.grads() if factors.batch else {}
-    same(graph.dot(rows), factors.gram() if factors.batch else factors.norms())  # its own rows as directions
+    rows, inner = factors.grads(), factors.gram()
+    weighted = factors.weighted_sum(c)
+    same(graph.grads(), rows)
+    same(graph.norms("param"), factors.norms("param"))
+    same(graph.gram(), inner)
+    same(graph.weighted_sum(c), weighted)
+    same(graph.gram(other=factors), inner)
+    same(factors.gram(other=graph), inner)
+    same(graph.dot(weighted), factors.dot(weighted))
+    same(graph.sum_of_squares(), factors.sum_of_squares())
+    same(graph.variance(), factors.variance())
+    directions = rows if factors.batch else {}
+    same(graph.dot(directions), inner if factors.batch else factors.norms())  # its own rows as directions
+    same(graph.grads(), rows)  # the graph is still there
     assert graph.unused == factors.unused
     assert [row.rule for row in graph.explain()] == [row.rule for row in factors.explain()]
 
