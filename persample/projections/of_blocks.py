@@ -94,8 +94,6 @@ def _(block: Conv, projection: Factors) -> Tensor:
     if not block.batch:
         return found
     right = torch.convolution(x, kernel, None, spec.stride, spec.padding, spec.dilation, False, nothing, groups)
-    for axis, size in enumerate(time, 2):
-        right = right.narrow(axis, 0, size)  # a transposed convolution may have positions that nothing came from
     left = projection.left(torch.arange(z.shape[1], device=z.device), z.dtype).view(groups, -1, projection.out)
     z, right = z.reshape(len(z), groups, -1, time.numel()), right.reshape(len(z), groups, projection.inp, -1)
     return torch.einsum("bgct,gco,bgit->boi", z, left, right).flatten(1) if groups > 1 else _one_group(z, left, right)

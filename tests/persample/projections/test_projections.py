@@ -73,7 +73,7 @@ CONVOLUTIONS = {
 }
 
 
-@every_projection
+@pytest.mark.parametrize("projection", [*FEW.values(), Kronecker(1, 2)], ids=[*FEW, "no rows"])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("chunk_bytes", [1, 2**30])
 def test_convolutions_in_any_parts(
