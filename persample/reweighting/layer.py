@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from persample.reweighting import specialised
 from persample.reweighting.autograd import Uses
 from persample.reweighting.batch_axis.axis import SampleAxis
-from persample.reweighting.batch_axis.folded import Reading
+from persample.reweighting.batch_axis.folded import Folded, Reading  # noqa: F401 of fields that are inherited
+from persample.reweighting.batch_axis.segments import Segment  # noqa: F401
 from persample.reweighting.layer_grads import LayerGrads
 from persample.reweighting.weighted_sum import Parameters, layer_sum
 
