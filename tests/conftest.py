@@ -56,6 +56,8 @@ def _same_state_before_and_after() -> Iterator[None]:
     The seed is set once a test, not once an example: a property that needs random tensors draws their seed.
     """
     torch.set_num_threads(1)  # commands that a test ran may have set another number
+    # torch's own test modules, once imported, forbid to set flags, which Opacus does in a backward pass.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     torch.manual_seed(0)
     yield
     left = []

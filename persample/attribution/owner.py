@@ -75,7 +75,7 @@ class Owner:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """Index along the axis of position t of sample b, and whether there is one; [B, T] each."""
-        rows = (self.ids != NOBODY).nonzero()[:, 0]
+        rows = ((self.ids != NOBODY) & (self.ids < self.batch)).nonzero()[:, 0]
         samples = self.ids[rows]
         order = samples.argsort(stable=True)
         rows, samples = rows[order], samples[order]

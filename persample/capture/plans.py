@@ -38,6 +38,12 @@ _STATIC = (
     "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_pad", "_saved_normalized_shape",
     "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
 )  # fmt: skip
+_CUTS = {
+    "SliceBackward0": ("start", "step"), "SelectBackward0": ("index",), "SplitBackward0": ("split_size",),
+    "SplitWithSizesBackward0": ("split_sizes",), "UnsafeSplitBackward0": ("split_size",),
+    "UnsafeSplitWithSizesBackward0": ("split_sizes",),
+}  # fmt: skip
+"""Where operations cut, by kind: as the shapes it may be other in a batch of the same structure."""
 _static_of_kind: dict[str, tuple[str, ...]] = {}
 
 
@@ -221,7 +227,10 @@ def signature(graph: Graph, parameters: Iterable[Tensor]) -> Signature:
             (
                 kind,
                 tuple((graph.order.get(source), output) for source, output in node.next_functions),
-                tuple(shape_of(meta) for meta in node._input_metadata),
+                (
+                    tuple(shape_of(meta) for meta in node._input_metadata),
+                    tuple(_hashable(getattr(node, f"_saved_{name}")) for name in _CUTS.get(kind, ())),
+                ),
                 tuple(_hashable(getattr(node, name)) for name in _static_of_kind[kind]),
             )
         )

@@ -151,8 +151,6 @@ def entries() -> Iterator[tuple[str, Any, Any, bool]]:
     """Name, table row, input and mode of everything in the table."""
     from torch.testing._internal.common_modules import module_db
 
-    torch.backends.__allow_nonbracketed_mutation_flag = True  # that import forbids what Opacus does in a backward pass
-
     for info in module_db:
         for training in (True, False):
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

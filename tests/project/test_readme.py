@@ -80,6 +80,7 @@ def test_command_knows_its_options(
 ) -> None:
     _, _, module, *words = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [module, words[0], "--help"])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # another test may have run it
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"{module}.__main__", run_name="__main__")
     shown = capsys.readouterr()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from persample import start
+from persample.testing import start
 
 tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with tomllib, from Python 3.11 on")
 

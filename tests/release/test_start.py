@@ -14,7 +14,7 @@ import shapes
 
 import fngd
 import persample
-from persample import start
+from persample.testing import start
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import persample
-from persample import start
 from persample.__main__ import MODELS, main, parser
-from persample.testing import compare, conformance, measure, peers
+from persample.testing import compare, conformance, measure, peers, start
 from persample.testing.cases import CASES, find
 from persample.testing.loop import deviation, loop_grads
 
