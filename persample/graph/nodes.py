@@ -80,6 +80,11 @@ def signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+def saved_dim(node: Node, axes: int) -> int:
+    """The dimension that a node has saved, of so many, counted from the front."""
+    return signed(node._saved_dim) % max(axes, 1)
+
+
 def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Shape of the tensor at an edge."""
     node, output = edge

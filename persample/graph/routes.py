@@ -9,7 +9,7 @@ from torch import Tensor
 
 from persample.blocks.precision import full_precision
 from persample.graph.calls import call_node_rows
-from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape, signed
+from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape, saved_dim, signed
 
 # Operations that only rearrange a tensor, each entry kept: inner products survive their pull-back.
 REARRANGING = frozenset(
@@ -75,7 +75,7 @@ class Route:
         node, axes = self.nodes[-1], len(edge_shape((self.leaf, 0)))
         if node.name() not in ("SelectBackward0", "UnbindBackward0"):
             return None
-        dim = signed(node._saved_dim) % axes
+        dim = saved_dim(node, axes)
         if node.name() == "SelectBackward0":
             return Cut(dim, signed(node._saved_index) % edge_shape((self.leaf, 0))[dim])
         ends = [self.source, *(edge for each in self.nodes[:-1] for edge in each.next_functions)]

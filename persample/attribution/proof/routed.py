@@ -19,7 +19,8 @@ from torch import Tensor
 
 from persample.attribution.owner import NOBODY
 from persample.attribution.proof.layouts import Place, Rows, Shape, rows_of
-from persample.graph.nodes import Node, signed
+from persample.graph.nodes import Node, saved_dim, signed
+from persample.graph.saved import unpacked_by_hooks
 
 Before = Callable[[Node, int, Rows, Shape, Shape], Place | Rows | None]
 """(node, slot, list of the output, its shape, that of the input) → list of the input."""
@@ -41,10 +42,14 @@ def routed(*kinds: str, axis: Axis) -> Callable[[Before], Before]:
 def routed_before(
     node: Node, slot: int, at: Place | Rows, shape: Shape, entering: Shape, device: torch.device
 ) -> Place | Rows | None:
-    """Whose the rows of an input are, by the list or the pattern of an output; None where indices do not tell."""
+    """Whose the rows of an input are, by the list or the pattern of an output; None where indices do not tell.
+
+    Nor where they come from hooks: in a checkpoint each that is read runs its segment again, and others can be read
+    only once.
+    """
     if entering and not prod(entering):
         return Rows.of_nobody(entering, device)
-    if node.name() not in ROUTED:
+    if node.name() not in ROUTED or unpacked_by_hooks([node]):
         return None
     before, axis = ROUTED[node.name()]
     if isinstance(at, Place):  # all of one sample's is so along every axis
@@ -63,10 +68,6 @@ def scattered(ids: Tensor, index: Tensor, size: int) -> Tensor | None:
     found = torch.full((size,), NOBODY, device=ids.device)
     found[index] = ids
     return found if bool((found[index] == ids).all()) else None
-
-
-def _dim(node: Node, axes: int) -> int:
-    return signed(node._saved_dim) % max(axes, 1)
 
 
 def _indices(node: Node) -> list[Tensor | None]:
@@ -138,20 +139,24 @@ def _along_one(ids: Tensor, place: int) -> Rows | None:
     return None
 
 
-@routed("IndexSelect", axis=lambda node, shape: _dim(node, len(shape)))
+@routed("IndexSelect", axis=lambda node, shape: saved_dim(node, len(shape)))
 def _index_select(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    dim = _dim(node, len(entering))
+    dim = saved_dim(node, len(entering))
     if at.axis != dim:
         return at
     found = scattered(at.ids, node._saved_index, entering[dim])
     return None if found is None else Rows(dim, found)
 
 
-@routed(
-    "Gather", axis=lambda node, shape: 0 if 0 < _dim(node, len(shape)) == len(shape) - 1 else _dim(node, len(shape))
-)
+def _gathered_axis(node: Node, shape: Shape) -> int:
+    """Where entries of the last axis are picked, of features, rows stay as they are."""
+    dim = saved_dim(node, len(shape))
+    return 0 if 0 < dim == len(shape) - 1 else dim
+
+
+@routed("Gather", axis=_gathered_axis)
 def _gather(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    dim = _dim(node, len(entering))
+    dim = saved_dim(node, len(entering))
     if at.axis != dim:
         return at if entering[at.axis] == shape[at.axis] else None
     ids = at.ids.view([-1 if k == dim else 1 for k in range(len(shape))]).expand(shape)
@@ -159,17 +164,17 @@ def _gather(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> R
     return None if found is None else Rows(dim, found)
 
 
-@routed("IndexAdd", "IndexCopy", axis=lambda node, shape: _dim(node, len(shape)))
+@routed("IndexAdd", "IndexCopy", axis=lambda node, shape: saved_dim(node, len(shape)))
 def _index_add(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    dim = _dim(node, len(shape))
+    dim = saved_dim(node, len(shape))
     if slot == 0 or at.axis != dim:
         return at
     return Rows(dim, at.ids[node._saved_index.reshape(-1) % shape[dim]])
 
 
-@routed("ScatterAdd", "Scatter", axis=lambda node, shape: _dim(node, len(shape)))
+@routed("ScatterAdd", "Scatter", axis=lambda node, shape: saved_dim(node, len(shape)))
 def _scatter(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    dim, index = _dim(node, len(shape)), node._saved_index
+    dim, index = saved_dim(node, len(shape)), node._saved_index
     if slot == 0:
         return at
     if tuple(index.shape) != tuple(entering):

@@ -26,7 +26,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from persample.attribution.proof.layouts import Place, Rows, Shape, Slab, cut, cut_rows, joined, viewed, whole
 from persample.attribution.proof.passages import PASSAGES, Lying, Passage, Step, stride_of
 from persample.attribution.proof.routed import routed_before
-from persample.graph.nodes import Edge, Graph, Node, edge_shape, signed
+from persample.graph.nodes import Edge, Graph, Node, edge_shape, saved_dim, signed
 from persample.graph.routes import REARRANGING
 
 SEVERAL = "several"
@@ -112,26 +112,26 @@ def _passed_on(node: Node) -> bool:
 
 
 def _split(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:
-    dim = _dim(node, len(entering))
+    dim = saved_dim(node, len(entering))
     sizes = getattr(node, "_saved_split_sizes", None)
     start = output * node._saved_split_size if sizes is None else sum(sizes[:output])
     return dim, start, shape[dim]
 
 
 def _slice(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int] | None:
-    dim = _dim(node, len(entering))
+    dim = saved_dim(node, len(entering))
     start, size = signed(node._saved_start), entering[dim]
     start = min(max(start + size if start < 0 else start, 0), size)
     return (dim, start, shape[dim]) if node._saved_step == 1 else None
 
 
 def _select(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:
-    dim = _dim(node, len(entering))
+    dim = saved_dim(node, len(entering))
     return dim, signed(node._saved_index) % entering[dim], 1
 
 
 def _unbind(node: Node, output: int, shape: Shape, entering: Shape) -> tuple[int, int, int]:
-    return _dim(node, len(entering)), output, 1
+    return saved_dim(node, len(entering)), output, 1
 
 
 _CUTS = {
@@ -143,10 +143,6 @@ _CUTS = {
     "SelectBackward0": _select,
     "UnbindBackward0": _unbind,
 }
-
-
-def _dim(node: Node, axes: int) -> int:
-    return signed(node._saved_dim) % max(axes, 1)
 
 
 def _before(
@@ -167,7 +163,7 @@ def _before(
     if kind == "CatBackward0":
         return _of_cat(node, slot, place, shape, entering)
     if kind == "StackBackward0":
-        return _part(place, shape, _dim(node, len(shape)), slot, 1, entering)
+        return _part(place, shape, saved_dim(node, len(shape)), slot, 1, entering)
     if _passed_on(node):
         return place
     if isinstance(place, Place):
@@ -223,7 +219,7 @@ def _part(place: Place | Rows, shape: Shape, dim: int, start: int, length: int, 
 def _of_cat(node: Node, slot: int, place: Place | Rows, shape: Shape, entering: Shape) -> Place | Rows | None:
     if len(entering) != len(shape):  # an empty tensor, which may have other axes
         return None
-    dim = _dim(node, len(shape))
+    dim = saved_dim(node, len(shape))
     sizes = [None if source is None else edge_shape((source, k)) for source, k in node.next_functions]
     before = sizes[:slot]
     if None not in before:

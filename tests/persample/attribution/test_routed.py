@@ -140,3 +140,18 @@ def test_batches_are_exact_and_not_probed(name: str, monkeypatch: pytest.MonkeyP
     assert counts[0] > 1
     assert 1 in counts[1:]
     assert sum(each > 1 for each in counts[1:]) <= 1  # an expert without tokens has another graph
+
+
+def test_indices_that_hooks_unpack_are_left_alone() -> None:
+    """In a checkpoint reading one would run its segment again; others can be read only once."""
+    x, reads = torch.randn(4, 2, requires_grad=True), []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        reads.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        doubled = 2 * x
+        losses = doubled[torch.tensor([3, 0, 1, 2])].square().sum(1)
+    assert Proof(trace(losses), 4).owner(doubled.grad_fn, 0) is None
+    assert not reads
