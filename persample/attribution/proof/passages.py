@@ -139,12 +139,18 @@ def stack(step: Step) -> Lying | None:
 
 @passage(
     "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
-    "Narrow Flip Roll Kthvalue Sort Topk"
+    "Narrow Flip Kthvalue Sort Topk"
 )
 def along_another(step: Step) -> Lying | None:
     """Whatever happens along `dim`, the other axes are kept apart."""
     name = "dim" if hasattr(step.node, "_saved_dim") else "dims"
     return step.kept() if step.at.axis not in step.dims(name, len(step.shape)) else None
+
+
+@passage("Roll")
+def roll(step: Step) -> Lying | None:
+    """Along other axes; without any all entries are rolled as one row, from sample to sample."""
+    return along_another(step) if step.saved("dims") else None
 
 
 @passage("Addmm Mm")

@@ -213,9 +213,11 @@ def _flip(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Row
 
 @routed("Roll", axis=lambda node, shape: signed(node._saved_dims[0]) % len(shape) if node._saved_dims else 0)
 def _roll(node: Node, slot: int, at: Rows, shape: Shape, entering: Shape) -> Rows | None:
-    if not node._saved_dims:
-        return None
     dims, shifts = ([signed(each) for each in found] for found in (node._saved_dims, node._saved_shifts))
+    if not dims:  # all entries as one row: whole rows, or nothing is known
+        [shift], row = shifts, prod(shape[at.axis + 1 :])
+        whole_rows = prod(shape[: at.axis]) == 1 and shift % row == 0
+        return Rows(at.axis, at.ids.roll(-shift // row)) if whole_rows else None
     by = {dim % len(shape): shift for dim, shift in zip(dims, shifts, strict=True)}
     return Rows(at.axis, at.ids.roll(-by.get(at.axis, 0)))
 

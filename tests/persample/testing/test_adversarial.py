@@ -76,6 +76,7 @@ REORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip": lambda y, x: y.flip(0) if positive(x) else y.flip(1),
     "rot90": lambda y, x: torch.rot90(y, 2 * int(positive(x)), (0, 1)),
     "cat of slices": lambda y, x: torch.cat([y[:2], y[2:]] if positive(x) else [y[2:], y[:2]]),
+    "roll of all entries": lambda y, x: y.roll(0 if positive(x) else y[0].numel()),
     "cat of splits": lambda y, x: torch.cat(y.split(2)[:: -1 if positive(x) else 1]),
     "transpose or none": lambda y, x: y.transpose(0, 1) if positive(x) else y.transpose(1, 1),
     "permute": lambda y, x: y.permute(0, 1, 2) if positive(x) else y.permute(1, 0, 2),

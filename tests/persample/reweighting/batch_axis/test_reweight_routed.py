@@ -94,6 +94,35 @@ def test_every_batch_is_read_anew(name: str) -> None:
             assert check(model, recorder, rows, handle)
 
 
+@pytest.mark.parametrize("how", ["axis", "all entries", "flip", "index"])
+def test_batches_in_another_order_inside(how: str) -> None:
+    """Factors go to the sample whose output a row becomes; or, of rows that an index picks, it is said."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            picked = h[torch.tensor([2, 0, 3, 1, 4])]
+            return self.last({"axis": h.roll(2, 0), "all entries": h.roll(-8), "flip": h.flip(0), "index": picked}[how])
+
+    model, x = Turned(), torch.randn(5, 3)
+    parameters, rows = dict(model.named_parameters()), []
+    for loss in model(x).sin().sum(1):
+        rows.append(torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))
+    expected = {name: torch.stack(each) for name, each in zip(parameters, zip(*rows, strict=True), strict=True)}
+    recorder = Recorder()
+    with persample.reweight(model, recorder) as handle:
+        if how == "index":
+            with pytest.raises(ValueError, match="rows that change with others than their own"):
+                model(x).sin().sum().backward()
+            return
+        model(x).sin().sum().backward()
+        assert check(model, recorder, expected, handle) == {"first", "last"}
+
+
 def test_optimisers_train_experts_as_they_train_dense_layers() -> None:
     """NGD on modules of experts: the direction of each is that of its Gram matrix over the samples of the batch."""
     torch.manual_seed(1)
