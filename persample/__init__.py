@@ -8,9 +8,9 @@ __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
     check_torch()
-    from persample.api import backends, from_losses, grad, per_sample
     from persample.blocks.kernels import force_kernel
     from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+    from persample.result.api import backends, from_losses, grad, per_sample
     from persample.result.explanation import Explanation
     from persample.result.per_sample_grads import PerSampleGrads
     from persample.reweighting.api import Reweighting, reweight

@@ -8,7 +8,7 @@ from functools import singledispatch
 from persample.blocks.convolution.algorithms import ordinary
 from persample.blocks.convolution.choice import choose_form, gram_form
 from persample.blocks.convolution.gradients import choose
-from persample.blocks.outer import gram_by_hadamard, norms_by_hadamard
+from persample.blocks.kinds.outer import gram_by_hadamard, norms_by_hadamard
 from persample.blocks.types import Block, Conv, Outer, Pulled, Rows, Stacked
 from persample.result.gradient import Gradient
 

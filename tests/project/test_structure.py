@@ -15,8 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {
     "persample": (
-        "__main__ testing api reweighting result projections backends capture rules attribution graph blocks memory "
-        "errors"
+        "__main__ testing reweighting result projections backends capture rules attribution graph blocks memory errors"
     ),
     "fngd": "__main__ training natural shampoo kronecker least_squares optim coefficients",
 }
