@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from persample.capture.streaming import Stream, Take
 from persample.capture.sum_check import SumCheck, binary_weights, sum_error
 from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
+from persample.graph.nodes import Node
 from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
 
@@ -153,8 +155,10 @@ def known_again(reading: Reading, uses: Sequence[Use] | None = None) -> Separati
     return Separation(zs=z_at(reading.graph, reading.losses, nodes), owners=owners)
 
 
-def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> dict[str, tuple[Captured, ...]]:
-    """The blocks of every use of every parameter."""
+def build_uses(
+    uses: Mapping[str, list[Use]], known: Separation, batch: int, read: dict[Node, dict[str, Any]] | None = None
+) -> dict[str, tuple[Captured, ...]]:
+    """The blocks of every use of every parameter; `read` gets what was read of nodes, and is not read again."""
     built: dict[tuple, tuple[Block, str]] = {}
     captured = {}
     for name, places in uses.items():
@@ -162,7 +166,8 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
         for use in places:
             key = (use.node, use.slot)
             if key not in built:
-                built[key] = build(site_of(use, known, batch))
+                site = site_of(use, known, batch)
+                built[key] = build(site if read is None else replace(site, read=read.setdefault(use.node, {})))
             found.append(capture_use(use, *built[key]))
         captured[name] = merged(found)
     return captured

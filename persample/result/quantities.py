@@ -1,7 +1,7 @@
 """The reductions of per-sample gradients: what is formed of them, however they are held.
 
-`persample.result.per_sample_grads` holds factors, `persample.result.graph_held` the graph; both show every parameter's
-gradient in turn (`_each`), and a reduction adds up what it forms of each.
+`persample.result.per_sample_grads` holds factors, `persample.result.holding.graph_held` the graph; both show every
+parameter's gradient in turn (`_each`), and a reduction adds up what it forms of each.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph.nodes import trace
 from persample.graph.saved import saved_by
-from persample.result.chunked import ChunkedPerSampleGrads, batch_of
-from persample.result.graph_held import GraphPerSampleGrads
+from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
+from persample.result.holding.graph_held import GraphPerSampleGrads
+from persample.result.holding.unchanged import addresses
+from persample.result.holding.whole import whole
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.unchanged import addresses
-from persample.result.whole import whole
 
 
 @torch.compiler.disable
@@ -58,9 +58,8 @@ def per_sample(
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
-            (`persample.result.chunked`). A model that draws random numbers draws others for chunks than it does for the
-            whole
-            batch: other dropout masks, the same ones in every reduction.
+            (`persample.result.holding.chunked`). A model that draws random numbers draws others for chunks than it does
+            for the whole batch: other dropout masks, the same ones in every reduction.
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
             parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and
