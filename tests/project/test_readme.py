@@ -102,7 +102,7 @@ def test_commands_start() -> None:
 
 def test_readme_names_the_commands() -> None:
     named = {" ".join(shlex.split(command)[2:4]) for command in commands()}
-    assert named == {"persample compare", "persample conformance", "persample report", "fngd compare"}
+    assert named == {"persample compare", "persample conformance", "persample report", "fngd compare", "fngd demo"}
 
 
 def test_make_targets_exist() -> None:
