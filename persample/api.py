@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS
 from persample.backends.outputs import capture_losses, hold_graph
+from persample.capture.eagerly import eagerly
 from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
@@ -26,6 +28,7 @@ from persample.result.unchanged import addresses
 from persample.result.whole import whole
 
 
+@torch.compiler.disable
 def per_sample(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Float[Tensor, " batch"]],
@@ -114,6 +117,7 @@ def per_sample(
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
 
+    @eagerly
     def capture(some_inputs: Any, some_targets: Any) -> PerSampleGrads:
         problem = Problem(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
@@ -199,6 +203,7 @@ def capture_first(problem: Problem) -> tuple[str, Capture]:
     raise UnsupportedError("no backend covers this model. " + " ".join(refusals))
 
 
+@torch.compiler.disable
 def from_losses(
     losses: Float[Tensor, " batch"],
     params: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
@@ -236,6 +241,7 @@ def from_losses(
     return PerSampleGrads(capture, names, "outputs", addresses([*outside, *names.values()]))
 
 
+@torch.compiler.disable
 def grad(
     losses: Float[Tensor, " batch"],
     params: Tensor | Iterable[Tensor],

@@ -31,13 +31,14 @@ T = TypeVar("T")
 def reduction(method: Method) -> Method:
     """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
 
+    @torch.compiler.disable
     @wraps(method)
     def guarded(self: Quantities, *args: Any, **kwargs: Any) -> Any:
         self._require()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
-    return guarded  # type: ignore[return-value]
+    return guarded
 
 
 class Quantities:
