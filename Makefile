@@ -19,7 +19,7 @@ READY_BENCH := $(VENV)/.ready-bench
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-optimisers test slow lint format notebooks docs bench conformance experiments experiments-smoke verdicts clean
+.PHONY: help install demo demo-optimisers test slow matrix lint format notebooks docs bench conformance experiments experiments-smoke verdicts clean
 
 help: ## show this list
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.11]"
@@ -38,6 +38,9 @@ test: $(READY) ## the tests, but for the slow ones, on all cores
 
 slow: $(READY) ## the slow tests, and many more examples for each property
 	$(BIN)/python -m pytest -m slow --hypothesis-profile=slow $(ARGS)
+
+matrix: $(READY) ## the tests on other Pythons and torches, one new environment after the other; table in README.md
+	$(BIN)/python tests/helpers/matrix.py $(ARGS)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -58,7 +61,7 @@ bench: $(READY_BENCH) ## speed and memory beside plain training and other librar
 	$(BIN)/python -m benchmarks $(ARGS)
 
 conformance: $(READY_BENCH) ## every backend and other libraries on every case: exact, refused or wrong
-	$(BIN)/python -m persample conformance --peers --out docs/conformance.md $(ARGS)
+	$(BIN)/python -m persample conformance --peers --out docs/conformance.md --totals README.md $(ARGS)
 	$(BIN)/python -m fngd.demo.verdicts
 
 experiments: $(READY_BENCH) ## the papers' tables and figures at small scale, DATA=DIR; goes on where it stopped

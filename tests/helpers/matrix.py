@@ -4,8 +4,8 @@ Each environment is a Python and a torch; the rest comes as pyproject.toml has i
 a copy of the repository, and removed before the next one. Results go to docs/versions.json, one entry for each pair,
 and from there into the table of README.md.
 
-python tests/release/matrix.py [--pairs 3.10:2.8.0,…] [--what smoke|full] [--where DIR]
-python tests/release/matrix.py --table      the table alone, from what is kept
+python tests/helpers/matrix.py [--pairs 3.10:2.8.0,…] [--what smoke|full] [--where DIR]
+python tests/helpers/matrix.py --table      the table alone, from what is kept
 """
 
 from __future__ import annotations
