@@ -29,7 +29,8 @@ PAIRS = ("3.10:2.8.0", "3.11:2.10.0", "3.12:2.13.0", "3.13:2.14.1", "3.14:2.15.0
 """The edges of the range in pyproject.toml and points between: Python and torch."""
 SMOKE = (
     *("tests/project/test_readme.py", "tests/release/test_start.py", "tests/fngd/demo"),
-    *("tests/persample/backends", "tests/persample/result", "tests/persample/testing/test_cases.py"),
+    *("tests/persample/backends", "tests/persample/result", "tests/persample/reweighting"),
+    "tests/persample/testing/test_cases.py",
     *("tests/fngd/natural/test_optimizers.py", "tests/fngd/kronecker/test_kfac.py"),
     "tests/fngd/least_squares/test_gauss_newton.py",
 )
@@ -75,7 +76,7 @@ def run_pair(python: str, torch: str, what: str, folder: Path) -> dict[str, Any]
     # An exact pin finds a build for processors alone, where there is one; the ordinary wheel brings gigabytes of CUDA.
     if not (pip(f"torch=={torch}+cpu") or pip(f"torch=={torch}")):
         raise RuntimeError(f"torch {torch} cannot be installed on Python {python}")
-    if not pip("-e", ".[test]", f"torch=={torch}"):
+    if not pip("-e", ".[test,opacus]", f"torch=={torch}"):
         raise RuntimeError(f"the project cannot be installed on Python {python} with torch {torch}")
     told = "import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)"
     versions = subprocess.run([own, "-c", told], capture_output=True, text=True, check=True).stdout.split()
@@ -128,7 +129,7 @@ def keep(entry: dict[str, Any]) -> None:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """The entries as Markdown."""
-    words = {"smoke": "import, examples, backends, optimisers", "full": "all default tests"}
+    words = {"smoke": "examples, commands, backends, results, reweighting, optimisers", "full": "all default tests"}
     lines = ["| Python | torch | what was run | passed | failed | date |", "| --- | --- | --- | ---: | ---: | --- |"]
     lines += [
         f"| {e['python']} | {e['torch']} | {words[e['what']]} | {e['passed']} | {e['failed']} | {e['date']} |"
