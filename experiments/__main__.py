@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from experiments import record as records
-from experiments import verdicts
+from experiments import tuning, verdicts
 from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
 from fngd.training.data import DataError
 from fngd.training.report import writable
@@ -65,6 +65,8 @@ def _parser(known: dict[str, Experiment]) -> argparse.ArgumentParser:
         add = command.add_argument
         add("--only", default="*", metavar="A,B,…", help="units to run, by patterns such as 'fngd/*' (default all)")
         add("--set", action="append", default=[], metavar="NAME=JSON", help="another setting than the scale's")
+        if any({"methods", "trials"} <= settings.keys() for settings in experiment.scales.values()):
+            add("--optimizers", metavar="A,B,…", help="other methods than the scale's: names, or module:function")
         add("--list", action="store_true", help="print the settings and the units, and which are finished")
     every = commands.add_parser("all", help="every experiment; what cannot run is told at the end")
     every.set_defaults(only="*", set=[], list=False)
@@ -114,6 +116,8 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     check_device(options.device)
     settings = {**experiment.scales[options.scale], **_changes(options.set, experiment.scales[options.scale])}
+    if getattr(options, "optimizers", None) is not None:
+        settings["methods"] = _methods(options.optimizers)
     path = records.file_of(options.out, experiment.name, options.scale, options.device)
     record = records.open_record(experiment, options.scale, options.device, settings, path)
     every = list(experiment.units(record.settings))
@@ -199,6 +203,15 @@ def _changes(given: list[str], known: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise ValueError(f"--set {entry}: {text!r} is no JSON; texts need quotes: --set '{name}=\"…\"'") from None
     return result
+
+
+def _methods(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"--optimizers {text!r} names none; choose from {', '.join(tuning.OPTIMISERS)}")
+    for name in names:  # before any work
+        tuning.optimiser(name)
+    return names
 
 
 def _minutes(text: str) -> float:

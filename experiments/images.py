@@ -142,7 +142,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     model.to(context.device)
     plan = Plan(
         model,
-        tuning.OPTIMISERS[base].build(model, tuning.Training(steps, inverse_every=task["inverse_every"]), options),
+        tuning.optimiser(base).build(model, tuning.Training(steps, inverse_every=task["inverse_every"]), options),
         batches=lambda epoch: loop.batches(trained, config, seed, epoch),
         loss=lambda batch: _loss(model, batch),
         factor=lambda step: SCHEDULES["step"](step / (epochs * steps)),
