@@ -8,6 +8,7 @@ __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
     from fngd.coefficients import smw_coefficients
+    from fngd.kronecker.ekfac import EKFAC
     from fngd.kronecker.eva import Eva
     from fngd.kronecker.kfac import KFAC
     from fngd.kronecker.skfac import SKFAC
@@ -17,4 +18,15 @@ if TYPE_CHECKING or not deferred(__name__):
     from fngd.natural.ngd import NGD
     from fngd.shampoo import Shampoo
 
-__all__ = ["FNGD", "KFAC", "NGD", "SKFAC", "AdaptiveDamping", "Eva", "GaussNewton", "Shampoo", "smw_coefficients"]
+__all__ = [
+    "EKFAC",
+    "FNGD",
+    "KFAC",
+    "NGD",
+    "SKFAC",
+    "AdaptiveDamping",
+    "Eva",
+    "GaussNewton",
+    "Shampoo",
+    "smw_coefficients",
+]

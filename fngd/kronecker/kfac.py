@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_sums
 from fngd.kronecker.statistics import (
@@ -127,8 +128,8 @@ def on_device(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    """KFAC's part of a step; see `fngd.kronecker.base.Method`."""
+class KroneckerFactors(Method):
+    """KFAC's part of a step; see `fngd.kronecker.method.Method`."""
 
     average: float
     inverse: str
@@ -168,7 +169,7 @@ class KroneckerFactors:
             }
         return {**averages, "count": old["count"] + good}
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns eigenvalues and eigenvectors, or damped inverses."""
         a, g = running["inputs"], running["outputs"]
         if self.inverse == "cholesky":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fngd.kronecker.ekfac import EKFAC
 from fngd.kronecker.eva import Eva
 from fngd.kronecker.kfac import KFAC
 from fngd.kronecker.skfac import SKFAC
@@ -76,6 +77,10 @@ def _kfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> 
     return KFAC(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
 
 
+def _ekfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return EKFAC(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
+
+
 def _skfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
     # As published: refreshed about 48 times an epoch.
     return SKFAC(model, lr=lr, weight_decay=config.weight_decay, every=max(1, steps_per_epoch // 48))
@@ -95,6 +100,7 @@ OPTIMIZERS = {
     "ngd": OptimizerSpec(_ngd, 0.05, settings.OPTIMIZERS["ngd"]),
     "fngd": OptimizerSpec(_fngd, 0.05, settings.OPTIMIZERS["fngd"]),
     "kfac": OptimizerSpec(_kfac, 0.05, settings.OPTIMIZERS["kfac"]),
+    "ekfac": OptimizerSpec(_ekfac, 0.05, settings.OPTIMIZERS["ekfac"]),
     "skfac": OptimizerSpec(_skfac, 0.05, settings.OPTIMIZERS["skfac"]),
     "eva": OptimizerSpec(_eva, 0.05, settings.OPTIMIZERS["eva"]),
     "shampoo": OptimizerSpec(_shampoo, 0.05, settings.OPTIMIZERS["shampoo"]),

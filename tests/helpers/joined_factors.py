@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fngd import KFAC, SKFAC, Eva, Shampoo
+from fngd import EKFAC, KFAC, SKFAC, Eva, Shampoo
 from fngd.kronecker.eva import MeanVectors
 from fngd.kronecker.kfac import KroneckerFactors
 from fngd.kronecker.processes import COLUMNS, Ranks
@@ -23,6 +23,7 @@ Make = Callable[..., Any]
 METHODS: dict[str, Make] = {
     "kfac": lambda net, **o: KFAC(net, statistics_every=2, inverse_every=2, **o),
     "kfac cholesky": lambda net, **o: KFAC(net, inverse="cholesky", preset="kfac-pytorch", **o),
+    "ekfac": lambda net, **o: EKFAC(net, inverse_every=2, **o),
     "skfac": lambda net, **o: SKFAC(net, **o),
     "skfac subsample": lambda net, **o: SKFAC(net, positions="subsample", keep=2, every=2, **o),
     "eva": lambda net, **o: Eva(net, statistics_every=2, **o),
