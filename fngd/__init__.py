@@ -11,6 +11,7 @@ if TYPE_CHECKING or not deferred(__name__):
     from fngd.kronecker.ekfac import EKFAC
     from fngd.kronecker.eva import Eva
     from fngd.kronecker.kfac import KFAC
+    from fngd.kronecker.mbf import MBF
     from fngd.kronecker.skfac import SKFAC
     from fngd.least_squares.gauss_newton import GaussNewton
     from fngd.natural.adaptive_damping import AdaptiveDamping
@@ -22,6 +23,7 @@ __all__ = [
     "EKFAC",
     "FNGD",
     "KFAC",
+    "MBF",
     "NGD",
     "SKFAC",
     "AdaptiveDamping",

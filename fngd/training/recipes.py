@@ -21,6 +21,7 @@ from torch import nn
 from fngd.kronecker.ekfac import EKFAC
 from fngd.kronecker.eva import Eva
 from fngd.kronecker.kfac import KFAC
+from fngd.kronecker.mbf import MBF
 from fngd.kronecker.skfac import SKFAC
 from fngd.natural.fngd import FNGD
 from fngd.natural.ngd import NGD
@@ -81,6 +82,10 @@ def _ekfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) ->
     return EKFAC(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
 
 
+def _mbf(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return MBF(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
+
+
 def _skfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
     # As published: refreshed about 48 times an epoch.
     return SKFAC(model, lr=lr, weight_decay=config.weight_decay, every=max(1, steps_per_epoch // 48))
@@ -101,6 +106,7 @@ OPTIMIZERS = {
     "fngd": OptimizerSpec(_fngd, 0.05, settings.OPTIMIZERS["fngd"]),
     "kfac": OptimizerSpec(_kfac, 0.05, settings.OPTIMIZERS["kfac"]),
     "ekfac": OptimizerSpec(_ekfac, 0.05, settings.OPTIMIZERS["ekfac"]),
+    "mbf": OptimizerSpec(_mbf, 0.05, settings.OPTIMIZERS["mbf"]),
     "skfac": OptimizerSpec(_skfac, 0.05, settings.OPTIMIZERS["skfac"]),
     "eva": OptimizerSpec(_eva, 0.05, settings.OPTIMIZERS["eva"]),
     "shampoo": OptimizerSpec(_shampoo, 0.05, settings.OPTIMIZERS["shampoo"]),

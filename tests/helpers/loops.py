@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from fngd import EKFAC, FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva, Shampoo
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, AdaptiveDamping, Eva, Shampoo
 
 STEPS_PER_EPOCH = 5
 
@@ -59,6 +59,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "kfac": lambda model: KFAC(model, lr=0.05, statistics_every=2, inverse_every=5, other="adamw"),
     "kfac cholesky": lambda model: KFAC(model, lr=0.05, inverse_every=3, inverse="cholesky", preset="kfac-pytorch"),
     "ekfac": lambda model: EKFAC(model, lr=0.05, statistics_every=2, inverse_every=3, weight_decay=1e-3),
+    "mbf": lambda model: MBF(model, lr=0.05, statistics_every=2, inverse_every=3, rows="each", other="adamw"),
     "skfac": lambda model: SKFAC(model, lr=0.05, every=2, positions="subsample", keep=3, seed=5),
     "eva": lambda model: Eva(model, lr=0.05, statistics_every=2, weight_decay=1e-3),
     "shampoo": lambda model: Shampoo(model.parameters(), lr=0.05, block=6, statistics_every=2, inverse_every=5),

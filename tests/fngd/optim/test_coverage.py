@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import fngd
 
-MODELS = ("NGD", "FNGD", "KFAC", "EKFAC", "SKFAC", "Eva")
+MODELS = ("NGD", "FNGD", "KFAC", "EKFAC", "MBF", "SKFAC", "Eva")
 B = 6
 
 
@@ -148,7 +148,7 @@ def frozen_weights(model: nn.Module) -> nn.Module:
 def test_an_ordinary_model_is_not_told_of(what: str, name: str) -> None:
     torch.manual_seed(0)
     model, x = ORDINARY[what](), torch.randn(B, 4)
-    if what == "adapters" and name in ("KFAC", "EKFAC", "SKFAC", "Eva"):
+    if what == "adapters" and name in ("KFAC", "EKFAC", "MBF", "SKFAC", "Eva"):
         assert "used by several layers" in told(model, build(name, model), x)[0]
         return
     assert told(model, build(name, model), x) == []

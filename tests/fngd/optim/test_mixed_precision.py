@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from fngd import EKFAC, FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, Eva, Shampoo
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -28,6 +28,7 @@ WITH_SCALER: dict[str, Callable[..., Any]] = {
     "kfac": lambda model, **o: KFAC(model, lr=0.01, statistics_every=2, inverse_every=5, **o),
     "kfac cholesky": lambda model, **o: KFAC(model, lr=0.01, inverse="cholesky", **o),
     "ekfac": lambda model, **o: EKFAC(model, lr=0.01, inverse_every=3, **o),
+    "mbf": lambda model, **o: MBF(model, lr=0.01, inverse_every=3, **o),
     "skfac": lambda model, **o: SKFAC(model, lr=0.01, **o),
     "skfac subsample": lambda model, **o: SKFAC(model, lr=0.01, positions="subsample", every=2, **o),
     "eva": lambda model, **o: Eva(model, lr=0.01, **o),

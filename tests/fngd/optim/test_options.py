@@ -15,7 +15,7 @@ from torch import nn
 import fngd
 from fngd.optim.checks import OPTIONS
 
-ALL = ("NGD", "FNGD", "KFAC", "EKFAC", "SKFAC", "Eva", "Shampoo", "GaussNewton")
+ALL = ("NGD", "FNGD", "KFAC", "EKFAC", "MBF", "SKFAC", "Eva", "Shampoo", "GaussNewton")
 NEEDED = {"FNGD": {"steps_per_epoch": 2}}
 
 
