@@ -10,6 +10,7 @@ if TYPE_CHECKING or not deferred(__name__):
     from fngd.coefficients import smw_coefficients
     from fngd.kronecker.ekfac import EKFAC
     from fngd.kronecker.eva import Eva
+    from fngd.kronecker.hylo.hylo import HyLo
     from fngd.kronecker.kfac import KFAC
     from fngd.kronecker.mbf import MBF
     from fngd.kronecker.skfac import SKFAC
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveDamping",
     "Eva",
     "GaussNewton",
+    "HyLo",
     "Shampoo",
     "smw_coefficients",
 ]

@@ -55,6 +55,7 @@ class Statistics:
 
     `samples` are N; `rows` is the number that the sum over `outputs` is an average of, R unless positions were reduced.
     `kept` are passes, for methods that read inputs and output gradients again in the step; of this process alone.
+    `weights` say what `inputs` and `outputs` stand for, where they are those of some samples.
     """
 
     inputs: Float[Tensor, "groups *inputs"]
@@ -63,6 +64,7 @@ class Statistics:
     rows: int
     convolution: bool
     kept: tuple[Kept, ...] = ()
+    weights: Tensor | None = None
 
     def finite(self) -> Tensor:
         """Returns one bool, on the device: whether there is no inf and no NaN."""

@@ -105,6 +105,8 @@ OPTIONS: Mapping[str, Kind] = {
     "steps_per_epoch": Kind("a whole number of at least 1 (give len(loader))", COUNT.holds, COUNT.of),
     "alpha": _number("> 0 (a good start is alpha=1e-2; 1 is nearly plain SGD)", lambda value: value > 0, or_none=True),
     "kl_clip": _number("> 0 (1e-3 is usual), or None for no clipping", lambda value: value > 0, or_none=True),
+    "rank": _number("greater than 0 and at most 1, as a share of the batch", lambda value: 0 < value <= 1),
+    "threshold": _number("at least 0", lambda value: value >= 0),
     "decay": _number("greater than 0 and at most 1", lambda value: 0 < value <= 1),
     "refresh_cosine": _number("in (0, 1], as the cosine of two vectors", lambda value: 0 < value <= 1),
     "seed": Kind("a whole number", of=_is_whole),

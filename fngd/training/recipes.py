@@ -20,6 +20,7 @@ from torch import nn
 
 from fngd.kronecker.ekfac import EKFAC
 from fngd.kronecker.eva import Eva
+from fngd.kronecker.hylo.hylo import HyLo
 from fngd.kronecker.kfac import KFAC
 from fngd.kronecker.mbf import MBF
 from fngd.kronecker.skfac import SKFAC
@@ -86,6 +87,10 @@ def _mbf(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> t
     return MBF(model, lr=lr, weight_decay=config.weight_decay, statistics_every=10, inverse_every=100)
 
 
+def _hylo(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
+    return HyLo(model, lr=lr, weight_decay=config.weight_decay, steps_per_epoch=steps_per_epoch)
+
+
 def _skfac(model: nn.Module, lr: float, config: Config, steps_per_epoch: int) -> torch.optim.Optimizer:
     # As published: refreshed about 48 times an epoch.
     return SKFAC(model, lr=lr, weight_decay=config.weight_decay, every=max(1, steps_per_epoch // 48))
@@ -107,6 +112,7 @@ OPTIMIZERS = {
     "kfac": OptimizerSpec(_kfac, 0.05, settings.OPTIMIZERS["kfac"]),
     "ekfac": OptimizerSpec(_ekfac, 0.05, settings.OPTIMIZERS["ekfac"]),
     "mbf": OptimizerSpec(_mbf, 0.05, settings.OPTIMIZERS["mbf"]),
+    "hylo": OptimizerSpec(_hylo, 0.05, settings.OPTIMIZERS["hylo"]),
     "skfac": OptimizerSpec(_skfac, 0.05, settings.OPTIMIZERS["skfac"]),
     "eva": OptimizerSpec(_eva, 0.05, settings.OPTIMIZERS["eva"]),
     "shampoo": OptimizerSpec(_shampoo, 0.05, settings.OPTIMIZERS["shampoo"]),

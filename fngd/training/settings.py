@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "kfac": "KFAC, statistics every 10 steps, decompositions every 100",
     "ekfac": "EKFAC, squared gradients every 10 steps, their basis every 100",
     "mbf": "MBF, statistics every 10 steps, inverses every 100",
+    "hylo": "HyLo, a tenth of the samples, selected anew every 100 steps",
     "skfac": "SKFAC with Reduce Sum, refreshed 48 times an epoch",
     "eva": "Eva, vectors updated in every step",
     "shampoo": "Shampoo grafted on SGD, statistics every 10 steps, roots every 100",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fngd import EKFAC, KFAC, MBF, SKFAC, Eva, Shampoo
+from fngd import EKFAC, KFAC, MBF, SKFAC, Eva, HyLo, Shampoo
 from fngd.kronecker.eva import MeanVectors
 from fngd.kronecker.kfac import KroneckerFactors
 from fngd.kronecker.mbf import MiniBlocks
@@ -27,6 +27,7 @@ METHODS: dict[str, Make] = {
     "ekfac": lambda net, **o: EKFAC(net, inverse_every=2, **o),
     "mbf": lambda net, **o: MBF(net, inverse_every=2, **o),
     "mbf each": lambda net, **o: MBF(net, rows="each", **o),
+    "hylo": lambda net, **o: HyLo(net, rank=1.0, select="interpolate", every=2, **o),  # all samples: none to select
     "skfac": lambda net, **o: SKFAC(net, **o),
     "skfac subsample": lambda net, **o: SKFAC(net, positions="subsample", keep=2, every=2, **o),
     "eva": lambda net, **o: Eva(net, statistics_every=2, **o),
