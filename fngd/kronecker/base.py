@@ -18,7 +18,7 @@ from fngd.kronecker.layers.matrices import as_matrix, gradient_of, put
 from fngd.kronecker.method import Method, State, Step
 from fngd.kronecker.processes import Ranks
 from fngd.kronecker.saved_state import check_factors, moved, placed
-from fngd.kronecker.statistics import Statistics
+from fngd.kronecker.statistics import Factors, Statistics
 from fngd.optim.coverage import told
 from fngd.optim.discarded_passes import FirstPass
 from fngd.optim.distributed import Exchange, world_size
@@ -55,6 +55,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         damping: float = 0.03,
         kl_clip: float | None = 1e-3,
         reduction: str = "mean",
+        curvature_samples: int | None = None,
         other: str = "sgd",
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
@@ -67,6 +68,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         check_scaler(scaler)
         self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
+        self._curvature_samples = curvature_samples
         self._running: dict[str, State] = {}
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
@@ -97,11 +99,12 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         if self._scale is not None:
             self._scale.see(grads, self.param_groups)
         _, _, bias = found
-        factors = grads.factors()
+        factors: Factors = grads.factors()
         if self._scaler is not None:
             # A public way to learn the scale that does not wait for the device.
             scale = self._scaler.scale(torch.ones((), device=grads.device))
             factors = [(x, z / scale) for x, z in factors]
+        factors = self._some_samples(factors, grads.batch_size)
         weight = found[1].param
         if self._pending and self._first.discarded(weight, self.param_groups):
             self._forget()
@@ -112,6 +115,14 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         new = self._method.collect(factors, bias=bias is not None, convolution=convolution, random=self._random)
         before = self._pending.get(layer)
         self._pending[layer] = new if before is None else self._method.combine(before, new)
+
+    def _some_samples(self, factors: Factors, batch: int) -> Factors:
+        """The first samples, if fewer than all are asked for, as if the loss were the mean over these."""
+        count = self._curvature_samples
+        if count is None or count >= batch:
+            return factors
+        share = batch / count if self._reduction == "mean" else 1.0
+        return [(x[:count], z[:count] * share) for x, z in factors]
 
     def _directions(self) -> dict[Tensor, Tensor]:
         if self._scale is not None:

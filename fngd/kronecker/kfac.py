@@ -214,6 +214,8 @@ class KFAC(LayerPreconditioned):
         inverse: "eigen", or "cholesky" for (G + √γ/π·I)⁻¹ g (A + π√γ·I)⁻¹.
         kl_clip: κ > 0, or None for no clip.
         reduction: how the training loss is reduced over the batch, "mean" or "sum".
+        curvature_samples: how many samples of each backward pass the factors are made of, the first ones, ≥ 1 (a
+            smaller batch for curvature than for the gradient: Ren and Goldfarb 2019); None: all.
         other: "sgd" or "adamw", for the parameters that are not preconditioned; with "adamw" they are in
             parameter groups of their own, with options `other_options` (lr, betas, eps, weight_decay).
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does, so that G is that of the true loss.

@@ -84,6 +84,7 @@ OPTIONS: Mapping[str, Kind] = {
             "samples",
             "chunk_size",
             "max_samples",
+            "curvature_samples",
         ),
         COUNT,
     ),

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     data.say_if_larger(options.batch_size, dataset)
     report.writable(options.out)
     network = options.model or DEFAULTS[options.data].get("model", Config().model)
-    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": data.CLASSES}
+    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": dataset.classes}
     model = build_model(network, **sizes, seed=options.seed).to(options.device)
     config = Config(batch_size=options.batch_size, device=options.device)
     images, labels = next(batches(dataset.train, config, options.seed, options.epochs))

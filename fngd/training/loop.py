@@ -45,7 +45,7 @@ class Runner:
     def __init__(self, name: str, config: Config, dataset: Dataset, seed: int) -> None:
         self.name, self.config = name, config
         steps = math.ceil(len(dataset.train.labels) / config.batch_size)
-        sizes = {"size": dataset.size, "channels": dataset.channels, "classes": 10}
+        sizes = {"size": dataset.size, "channels": dataset.channels, "classes": dataset.classes}
         self.model = build_model(config.model, **sizes, seed=seed).to(config.device)
         self.optimizer, self.scheduler = build_optimizer(name, self.model, config, steps_per_epoch=steps)
         self.total, self.count, self.seconds = torch.zeros((), device=config.device), 0, 0.0

@@ -40,8 +40,12 @@ def _add_compare(commands: Any) -> None:
     )  # fmt: skip
     add, default = compare.add_argument, Config()
     add("--data", choices=list(DEFAULTS), help=f"data set (default {default.data})")
-    add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
-    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of cifar-10-batches-py, cifar-100-python or FashionMNIST/raw; not for digits",
+    )
+    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10, resnet18 for cifar100)")
     add(
         "--optimizers", type=_names, metavar="A,B,…",
         help=f"names from the list below, or module:function of your own (default {','.join(default.optimizers)})",
@@ -78,9 +82,13 @@ def _add_inspect(commands: Any) -> None:
     )
     add = inspect.add_argument
     add("--data", choices=list(DEFAULTS), default="digits", help="data set (default %(default)s)")
-    add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of cifar-10-batches-py, cifar-100-python or FashionMNIST/raw; not for digits",
+    )
     add("--train-size", type=whole(), metavar="N", help="train on the first N images (default all)")
-    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
+    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10, resnet18 for cifar100)")
     add(
         "--optimizer", type=_known, default="fngd", metavar="NAME",
         help=f"to train with: {', '.join(optimizers())}, or module:function (default %(default)s)",

@@ -45,6 +45,7 @@ SCHEDULES = ("step", "cosine", "constant")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {},
     "cifar10": {"model": "resnet20", "epochs": 10, "batch_size": 128},
+    "cifar100": {"model": "resnet18", "epochs": 10, "batch_size": 128},
     "fashion-mnist": {"model": "cnn", "epochs": 10, "batch_size": 128},
 }
 """The data sets, and where their defaults differ from those of `Config`."""
