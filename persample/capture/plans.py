@@ -35,8 +35,8 @@ CHECK_EVERY = 8
 REGULAR = ("identity", "grouped", "tiled")
 """How samples may lie along an axis, as `Owner.layout` calls it, for a plan to follow the graph alone."""
 _STATIC = (
-    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_pad", "_saved_normalized_shape",
-    "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_pad",
+    "_saved_normalized_shape", "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
 )  # fmt: skip
 _CUTS = {
     "SliceBackward0": ("start", "step"), "SelectBackward0": ("index",), "SplitBackward0": ("split_size",),
