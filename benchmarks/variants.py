@@ -24,24 +24,6 @@ DIRECTIONS, SAMPLES, OUTPUTS = 16, 4, 10
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "batch_axis": 0}  # with T = B no shape tells the axis
 OURS = "ours"
 
-WHATS = {
-    "plain": "forward, backward, SGD with momentum",
-    "stored": "FNGD step with stored coefficients",
-    "coefficient": "FNGD step that computes coefficients",
-    "ngd": "NGD step",
-    "capture": "per_sample(...) alone",
-    "grads": "per-sample gradients",
-    "norms": "their norms",
-    "gram": "their Gram matrix",
-    "clipped_sum": "their clipped sum",
-    "norms_step": "their norms, and the step with the clipped sum",
-    "dot": "their inner products with 16 directions",
-    "project": "256 random features of each",
-    "sum_of_squares": "the sum of their squares, entry by entry",
-    "jacobian": "the gradients of 10 outputs of 4 samples",
-    "kernel": "the tangent kernel of these",
-    "compiled": "the plain and the stored step under torch.compile; minutes to compile",
-}
 STEPS = ("plain", "stored", "coefficient", "ngd", "compiled")
 """What needs no gradient of a sample of its own."""
 

@@ -25,6 +25,8 @@ from torch import nn
 
 from experiments.record import Context, load_record
 from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
+from fngd.training.recipes import default_rate, optimizer_spec
+from fngd.training.settings import Config, is_foreign
 
 Options = dict[str, Any]
 Grid = list[Options]
@@ -149,14 +151,37 @@ OPTIMISERS: dict[str, Optimiser] = {
 so that the step of a layer is η/λ with the λ of its first epoch: the paper's "adaptive learning rate"."""
 
 
+_FACTORS = [1.0, 0.5, 2.0, 0.25, 4.0, 0.125]
+"""Of the default learning rate of a function of one's own, in the order in which they are tried."""
+
+
+def optimiser(method: str) -> Optimiser:
+    """Returns the entry of `OPTIMISERS`, or one for a function that `module:function` names.
+
+    Such a function is called as `fngd.training.recipes` says, and is tuned over the default of its `lr`, halved and
+    doubled. Raises ValueError for an unknown method, or a function whose `lr` has no default.
+    """
+    if method in OPTIMISERS:
+        return OPTIMISERS[method]
+    if not is_foreign(method):
+        raise ValueError(f"method {method!r} is unknown; choose from {list(OPTIMISERS)}, or give module:function")
+    spec = optimizer_spec(method)
+    rate = spec.lr if spec.lr is not None else default_rate(method)
+
+    def build(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+        config = Config(weight_decay=training.weight_decay)
+        return spec.build(model, options["lr"], config, training.steps)
+
+    rates = grid(lr=[rate * factor for factor in _FACTORS])
+    return Optimiser(build, method, rates, rates[:4])
+
+
 def trials(method: str, kind: str, count: int) -> Grid:
     """Returns the first `count` trials of a method, kind being "images" or "translation".
 
     Raises ValueError for an unknown method, or one that has fewer.
     """
-    if method not in OPTIMISERS:
-        raise ValueError(f"method {method!r} is unknown; choose from {list(OPTIMISERS)}")
-    found: Grid = getattr(OPTIMISERS[method], kind)
+    found: Grid = getattr(optimiser(method), kind)
     if not 1 <= count <= len(found):
         raise ValueError(f"{count} trials of {method!r}; there are 1 … {len(found)} for {kind}")
     return found[:count]

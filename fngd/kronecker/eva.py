@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_sums
 from fngd.kronecker.statistics import (
@@ -61,8 +62,8 @@ def rank_one_direction(
 
 
 @dataclass(frozen=True)
-class MeanVectors:
-    """Eva's part of a step; see `fngd.kronecker.base.Method`."""
+class MeanVectors(Method):
+    """Eva's part of a step; see `fngd.kronecker.method.Method`."""
 
     average: float
     preset: str | None
@@ -95,7 +96,7 @@ class MeanVectors:
         }
         return {**averages, "count": count + good}
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns the vectors themselves."""
         return running
 

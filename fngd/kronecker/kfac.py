@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_sums
 from fngd.kronecker.statistics import (
@@ -127,8 +128,8 @@ def on_device(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    """KFAC's part of a step; see `fngd.kronecker.base.Method`."""
+class KroneckerFactors(Method):
+    """KFAC's part of a step; see `fngd.kronecker.method.Method`."""
 
     average: float
     inverse: str
@@ -168,7 +169,7 @@ class KroneckerFactors:
             }
         return {**averages, "count": old["count"] + good}
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns eigenvalues and eigenvectors, or damped inverses."""
         a, g = running["inputs"], running["outputs"]
         if self.inverse == "cholesky":
@@ -213,6 +214,8 @@ class KFAC(LayerPreconditioned):
         inverse: "eigen", or "cholesky" for (G + √γ/π·I)⁻¹ g (A + π√γ·I)⁻¹.
         kl_clip: κ > 0, or None for no clip.
         reduction: how the training loss is reduced over the batch, "mean" or "sum".
+        curvature_samples: how many samples of each backward pass the factors are made of, the first ones, ≥ 1 (a
+            smaller batch for curvature than for the gradient: Ren and Goldfarb 2019); None: all.
         other: "sgd" or "adamw", for the parameters that are not preconditioned; with "adamw" they are in
             parameter groups of their own, with options `other_options` (lr, betas, eps, weight_decay).
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does, so that G is that of the true loss.

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
 from fngd.kronecker.kfac import damped_inverse, on_device
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_rows
 from fngd.kronecker.statistics import (
@@ -119,8 +120,8 @@ def _moment(side: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LowRankFactors:
-    """SKFAC's part of a step; see `fngd.kronecker.base.Method`."""
+class LowRankFactors(Method):
+    """SKFAC's part of a step; see `fngd.kronecker.method.Method`."""
 
     positions: str
     keep: int
@@ -169,7 +170,7 @@ class LowRankFactors:
             "count": count + good,
         }
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns each side with what the solve leaves: an inverse, or rows and solved rows."""
         result, root = {}, damping**0.5
         for name in ("inputs", "outputs"):
