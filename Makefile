@@ -19,7 +19,7 @@ READY_BENCH := $(VENV)/.ready-bench
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test slow lint format notebooks docs bench conformance experiments experiments-smoke verdicts clean
+.PHONY: help install demo demo-optimisers test slow matrix lint format notebooks docs bench conformance experiments experiments-smoke verdicts clean
 
 help: ## show this list
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.11]"
@@ -27,14 +27,20 @@ help: ## show this list
 
 install: $(READY) ## make .venv with everything but the benchmark extras
 
-demo: $(READY) ## train on digits with SGD, AdamW, NGD and FNGD; table, JSON and figure in results/demo
-	$(BIN)/python -m fngd compare --out results/demo $(ARGS)
+demo: $(READY) ## in a minute: who is right, what it costs, what it is good for; table, JSON and figure in results/demo
+	$(BIN)/python -m fngd demo --out results/demo $(ARGS)
+
+demo-optimisers: $(READY) ## train on digits with SGD, AdamW, NGD and FNGD; table, JSON and figure in results/demo-optimisers
+	$(BIN)/python -m fngd compare --out results/demo-optimisers $(ARGS)
 
 test: $(READY) ## the tests, but for the slow ones, on all cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 slow: $(READY) ## the slow tests, and many more examples for each property
 	$(BIN)/python -m pytest -m slow --hypothesis-profile=slow $(ARGS)
+
+matrix: $(READY) ## the tests on other Pythons and torches, one new environment after the other; table in README.md
+	$(BIN)/python tests/helpers/matrix.py $(ARGS)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -55,7 +61,8 @@ bench: $(READY_BENCH) ## speed and memory beside plain training and other librar
 	$(BIN)/python -m benchmarks $(ARGS)
 
 conformance: $(READY_BENCH) ## every backend and other libraries on every case: exact, refused or wrong
-	$(BIN)/python -m persample conformance --peers --out docs/conformance.md $(ARGS)
+	$(BIN)/python -m persample conformance --peers --out docs/conformance.md --totals README.md $(ARGS)
+	$(BIN)/python -m fngd.demo.verdicts
 
 experiments: $(READY_BENCH) ## the papers' tables and figures at small scale, DATA=DIR; goes on where it stopped
 	$(BIN)/python -m experiments all --scale small $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
@@ -69,7 +76,7 @@ verdicts: $(READY) ## fill the table of experiments/README.md from the results
 	$(BIN)/python -m experiments verdicts
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info results/demo results/tmp .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info results/demo results/demo-optimisers results/tmp .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

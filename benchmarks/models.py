@@ -53,7 +53,6 @@ class ModelSpec:
     """How to build a task, in two sizes."""
 
     make: Callable[..., Task]
-    help: str
     full: Mapping[str, Any]
     tiny: Mapping[str, Any]
     couples: bool = False
@@ -227,56 +226,47 @@ _TINY_TRANSFORMER = {"batch": 4, "time": 5, "width": 8, "depth": 1, "heads": 2, 
 MODELS = {
     "mlp": ModelSpec(
         mlp,
-        "784-1024-1024-10, B 128",
         {"batch": 128, "inputs": 784, "width": 1024, "depth": 2, "classes": 10},
         {"batch": 4, "inputs": 6, "width": 8, "depth": 2, "classes": 3},
     ),
     "resnet20": ModelSpec(
         resnet,
-        "ResNet-20 with GroupNorm, 3×32×32, B 128",
         {**_RESNET20, "norm": "group"},
         {**_TINY_RESNET, "norm": "group"},
     ),
     "resnet18": ModelSpec(
         resnet,
-        "ResNet-18 with GroupNorm, 3×32×32, B 32",
         {**_RESNET18, "norm": "group"},
         {**_TINY_RESNET, "norm": "group"},
     ),
     "transformer": ModelSpec(
         transformer,
-        "Transformer 4 × 256, T 32, B 32",
         {"batch": 32, "time": 32, "width": 256, "depth": 4, "heads": 4, "words": 1000},
         _TINY_TRANSFORMER,
     ),
     "transformer_wide": ModelSpec(
         transformer,
-        "Transformer 2 × 768, T 128, B 8",
         {"batch": 8, "time": 128, "width": 768, "depth": 2, "heads": 12, "words": 1000},
         _TINY_TRANSFORMER,
     ),
     "waves": ModelSpec(
         waves,
-        "1-D convolutions, 2×1024, B 64",
         {"batch": 64, "length": 1024, "width": 32},
         {"batch": 4, "length": 16, "width": 8},
     ),
     "words": ModelSpec(
         words,
-        "bag of words, table 30,000 × 64, T 64, B 64",
         {"batch": 64, "time": 64, "words": 30_000, "width": 64},
         {"batch": 4, "time": 5, "words": 20, "width": 8},
     ),
     "resnet20_bn": ModelSpec(
         resnet,
-        "ResNet-20 with BatchNorm, 3×32×32, B 128",
         {**_RESNET20, "norm": "batch"},
         {**_TINY_RESNET, "norm": "batch"},
         couples=True,
     ),
     "resnet18_bn": ModelSpec(
         resnet,
-        "ResNet-18 with BatchNorm, 3×32×32, B 32",
         {**_RESNET18, "norm": "batch"},
         {**_TINY_RESNET, "norm": "batch"},
         couples=True,

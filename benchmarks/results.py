@@ -19,7 +19,6 @@ from persample.testing.measure import Ratio
 
 FORMAT = 1
 PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "numpy")
-CLOCKS = ("wall", "process")
 
 Results = dict[str, Any]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import Problem
+from benchmarks.options import MODELS
 from benchmarks.variants import OURS, STEPS, VARIANTS, Step, Variant, rows_nbytes
 from persample.testing.machine import quiet
 
@@ -120,7 +121,7 @@ def about(problem: Problem) -> dict[str, Any]:
     """What results are to be seen against."""
     task = problem.build()
     parameters = sum(parameter.nbytes for parameter in task.model.parameters())
-    words = problem.spec.help if problem.size == "full" and not problem.changes else f"in size {problem.size}"
+    words = MODELS[problem.name] if problem.size == "full" and not problem.changes else f"in size {problem.size}"
     return {"help": words, "batch": task.batch, "parameter_bytes": parameters, "grads_bytes": rows_nbytes(task)}
 
 

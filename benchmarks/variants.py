@@ -22,18 +22,6 @@ LR, MOMENTUM, STEPS_PER_EPOCH, MAX_NORM = 1e-4, 0.9, 8, 1.0
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "batch_axis": 0}  # with T = B no shape tells the axis
 OURS = "ours"
 
-WHATS = {
-    "plain": "forward, backward, SGD with momentum",
-    "stored": "FNGD step with stored coefficients",
-    "coefficient": "FNGD step that computes coefficients",
-    "ngd": "NGD step",
-    "capture": "per_sample(...) alone",
-    "grads": "per-sample gradients",
-    "norms": "their norms",
-    "gram": "their Gram matrix",
-    "clipped_sum": "their clipped sum",
-    "compiled": "the plain and the stored step under torch.compile; minutes to compile",
-}
 STEPS = ("plain", "stored", "coefficient", "ngd", "compiled")
 """What needs no gradient of a sample of its own."""
 

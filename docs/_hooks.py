@@ -1,6 +1,7 @@
 """Adds to the site what lives outside docs/: README, CONTRIBUTING, CHANGELOG, notebooks, and measured results.
 
-A page may hold `<!-- include: GLOB -->`, which stands for the Markdown files that the glob finds in the repository.
+A page may hold `<!-- include: GLOB -->`, which stands for the Markdown files that the glob finds in the repository, and
+`<!-- summary: PACKAGE -->`, for a table of the package's names, each with the first sentence of its docstring.
 Links are those of the repository, so that they work where the files are read as they are; here each one is turned
 into a link of the site, or into plain text where its target is no page of it.
 """
@@ -8,6 +9,8 @@ into a link of the site, or into plain text where its target is no page of it.
 from __future__ import annotations
 
 import base64
+import importlib
+import inspect
 import json
 import os
 import posixpath
@@ -23,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+SUMMARY = re.compile(r"^<!-- summary: (\S+) -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -70,9 +74,30 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         texts = [(path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths]
         return "\n\n".join(relinked(demoted(text), name, here, files) for name, text in texts)
 
+    markdown = SUMMARY.sub(lambda found: summary(found[1]), markdown)
     parts = INCLUDE.split(relinked(markdown, origin, here, files))
     matches = list(INCLUDE.finditer(markdown))
     return "".join(part if number % 2 == 0 else included(matches[number // 2]) for number, part in enumerate(parts))
+
+
+def summary(package: str) -> str:
+    """Returns the table of a package's public names, as links into the page."""
+    module = importlib.import_module(package)
+    lines = ["| name | what it is |", "| --- | --- |"]
+    for name in module.__all__:
+        text = " ".join((inspect.getdoc(getattr(module, name)) or "").partition("\n\n")[0].split())
+        lines.append(f"| [`{name}`](#{package}.{name}) | {first_sentence(text)} |")
+    return "\n".join(lines)
+
+
+def first_sentence(text: str) -> str:
+    """Returns the text up to its first full stop or colon that ends a sentence, safe in a table.
+
+    >>> first_sentence("Returns g_b = z|x, e.g. 1.5. And more.")
+    'Returns g_b = z\\\\|x, e.g. 1.5.'
+    """
+    end = re.search(r"(?<!e\.g)(?<!i\.e)[.:](?= [A-Z]|$)", text)
+    return text[: end.end() if end else None].replace("|", "\\|").replace("*", "\\*")
 
 
 def demoted(text: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,74 +18,36 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments import record as records
-from experiments import tuning, verdicts
-from experiments.record import FOLDER, SCALES, Context, Experiment, Record, Stopped
-from fngd.training.data import DataError
-from fngd.training.report import writable
-from persample.testing.command_line import check_device, console, stop_flag, whole
-from persample.testing.start import add_version
+from experiments import verdicts
+from experiments.options import declared, parser
+from experiments.record import Context, Experiment, Record, Stopped
+from persample.testing.command_line import check_device, console, stop_flag
+from persample.testing.start import complete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 130 where units are left, 1 where `all` failed. Exits with 2 on a mistake."""
-    known = records.experiments()
-    parser = _parser(known)
-    options = parser.parse_args(arguments)
+    promised = declared()
+    top = parser(promised, __doc__ or "")
+    options = top.parse_args(arguments)
     try:
         if options.command in ("verdicts", "draw") and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is no folder; give the one that holds the results")
+        unknown = [name for name in getattr(options, "names", ()) if name not in promised]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: unknown; the experiments are {', '.join(promised)}")
+        complete()
+        known = records.experiments()
         if options.command == "verdicts":
             return verdicts.write(known, options.out, options.readme)
         if options.command == "draw":
-            unknown = [name for name in options.names if name not in known]
-            if unknown:
-                raise ValueError(f"{', '.join(unknown)}: unknown; the experiments are {', '.join(known)}")
             return _draw_all([known[name] for name in options.names or known], options.out)
         if options.command == "all":
             return _run_all(known, options)
         return _run(known[options.command], options)
-    except (ValueError, DataError) as error:
-        parser.error(str(error))
-
-
-def _parser(known: dict[str, Experiment]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_version(parser, "experiments")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
-    for experiment in known.values():
-        command = commands.add_parser(experiment.name, help=f"{experiment.source}: {experiment.help}")
-        command.description = f"{experiment.source}: {experiment.help}."
-        _add_common(command, [scale for scale in SCALES if scale in experiment.scales])
-        add = command.add_argument
-        add("--only", default="*", metavar="A,B,…", help="units to run, by patterns such as 'fngd/*' (default all)")
-        add("--set", action="append", default=[], metavar="NAME=JSON", help="another setting than the scale's")
-        if any({"methods", "trials"} <= settings.keys() for settings in experiment.scales.values()):
-            add("--optimizers", metavar="A,B,…", help="other methods than the scale's: names, or module:function")
-        add("--list", action="store_true", help="print the settings and the units, and which are finished")
-    every = commands.add_parser("all", help="every experiment; what cannot run is told at the end")
-    every.set_defaults(only="*", set=[], list=False)
-    _add_common(every, list(SCALES))
-    draw = commands.add_parser("draw", help="figures and tables from the results alone")
-    draw.add_argument("names", nargs="*", metavar="NAME", help="default all")
-    verdict = commands.add_parser("verdicts", help="fill the claim-by-claim table of README.md from the results")
-    verdict.add_argument("--readme", type=Path, default=verdicts.README, metavar="FILE", help="default %(default)s")
-    for command in commands.choices.values():
-        command.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="where results are kept")
-    return parser
-
-
-def _add_common(command: argparse.ArgumentParser, scales: list[str]) -> None:
-    add = command.add_argument
-    add("--scale", choices=scales, default="small", help="small fits 2 CPU cores, full is the paper's (for a GPU)")
-    add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, …")
-    add("--threads", type=whole(), default=None, metavar="N", help="threads of torch (default: torch's)")
-    add("--data-dir", type=Path, default=None, metavar="DIR", help="the folder of the data sets")
-    add("--minutes", type=_minutes, default=None, metavar="M", help="stop each experiment after about M minutes")
+    except ValueError as error:
+        top.error(str(error))
 
 
 def _run_all(known: dict[str, Experiment], options: argparse.Namespace) -> int:
@@ -101,7 +62,7 @@ def _run_all(known: dict[str, Experiment], options: argparse.Namespace) -> int:
             outcomes[name] = "finished" if code == 0 else "unfinished; the same command goes on"
             if code and options.minutes is None:  # Ctrl-C
                 break
-        except (ValueError, DataError) as error:
+        except ValueError as error:
             outcomes[name], failed = f"FAILED: {error}", True
     print("\n".join(f"{name:14}{outcome}" for name, outcome in outcomes.items()))
     unfinished = options.minutes is None and any(outcome.startswith("unfinished") for outcome in outcomes.values())
@@ -112,6 +73,10 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
     absent = records.missing(experiment)
     if absent:
         raise ValueError(f"{', '.join(absent)}: not installed; pip install -e '.[experiments]' brings what is needed")
+    import torch
+
+    from fngd.training.report import writable
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     check_device(options.device)
@@ -206,22 +171,14 @@ def _changes(given: list[str], known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _methods(text: str) -> list[str]:
+    from experiments import tuning  # imports torch
+
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise ValueError(f"--optimizers {text!r} names none; choose from {', '.join(tuning.OPTIMISERS)}")
     for name in names:  # before any work
         tuning.optimiser(name)
     return names
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not 0 <= minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes: at least 0, such as 30 or 0.5")
-    return minutes
 
 
 @contextmanager

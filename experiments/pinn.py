@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
 
 from experiments.pinn_problems import PROBLEMS, Problem
 from experiments.pinn_report import CLAIMS, draw, parsed, report
 from experiments.record import Context, Experiment, Result, Settings
-from fngd import GaussNewton
+from fngd.demo.race import adam, gauss_newton, lbfgs
 
 SMALL: Settings = {
     "seeds": [0, 1, 2],
@@ -72,51 +69,6 @@ def units(settings: Settings) -> list[str]:
         for problem in settings["problems"]
         for method in settings["methods"]
     ]
-
-
-Move = Callable[[], None]
-
-
-def gauss_newton(problem: Problem, options: dict[str, Any]) -> tuple[Move, GaussNewton]:
-    """A step of ours."""
-    opt = GaussNewton(problem.net, weights=problem.weights, **options)
-
-    def move() -> None:
-        opt.step(problem.residuals)
-
-    return move, opt
-
-
-def adam(problem: Problem, rate: Callable[[], float]) -> Move:
-    """A step of Adam at the rate of the moment."""
-    opt = torch.optim.Adam(problem.net.parameters())
-
-    def move() -> None:
-        opt.param_groups[0]["lr"] = rate()
-        opt.zero_grad()
-        problem.loss().backward()
-        opt.step()
-
-    return move
-
-
-def lbfgs(problem: Problem) -> Move:
-    """Twenty iterations of torch's L-BFGS with a strong Wolfe search; tolerances never stop it."""
-    opt = torch.optim.LBFGS(
-        problem.net.parameters(), max_iter=20, history_size=100, line_search_fn="strong_wolfe",
-        tolerance_grad=0.0, tolerance_change=0.0,
-    )  # fmt: skip
-
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = problem.loss()
-        loss.backward()
-        return loss
-
-    def move() -> None:
-        opt.step(closure)
-
-    return move
 
 
 def moves(

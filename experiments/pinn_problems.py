@@ -1,5 +1,7 @@
 """Least-squares problems with a known answer: three differential equations and one regression on real data.
 
+The Poisson equation in two variables, and what all problems are made of, is the one of `python -m fngd demo`.
+
 Each problem is a network, a closure of residuals, and an error that is measured on points of its own. Laplacians and
 other derivatives with respect to inputs are two or three lines each; nothing else is needed.
 """
@@ -8,99 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Residuals = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network to be fitted; `weights` of the groups are the same for every method."""
-
-    net: nn.Module
-    residuals: Callable[[], Residuals]
-    error: Callable[[], float]
-    """Relative L2 error of the solution on test points; for data, the test error over the targets' spread."""
-    weights: dict[str, float] = field(default_factory=dict)
-    picture: Callable[[], dict[str, Any]] | None = None
-    """Solution and error on a coarse grid, for problems in two variables."""
-
-    def loss(self) -> Tensor:
-        """½ Σ_g w_g·mean(r_g²), the loss that GaussNewton minimises."""
-        parts = [self.weights.get(name, 1.0) * r.square().mean() / 2 for name, r in self.residuals().items()]
-        return torch.stack(parts).sum()
-
-
-def mlp(*sizes: int) -> nn.Sequential:
-    """A tanh network in float64."""
-    layers: list[nn.Module] = []
-    for inp, out in pairwise(sizes):
-        layers += [nn.Linear(inp, out, dtype=torch.float64), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def derivatives(net: nn.Module, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u [B], its gradient [B, n] and second derivatives ∂²u/∂x_i² [B, n]; `points` require a gradient."""
-    u = net(points).squeeze(1)
-    (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
-    second = [torch.autograd.grad(s.sum(), points, create_graph=True)[0][:, i] for i, s in enumerate(slope.T)]
-    return u, slope, torch.stack(second, 1)
-
-
-def relative(net: nn.Module, points: Tensor, exact: Tensor) -> Callable[[], float]:
-    """‖u − u*‖/‖u*‖ over the points."""
-
-    def error() -> float:
-        with torch.no_grad():
-            return (torch.linalg.vector_norm(net(points).squeeze(1) - exact) / torch.linalg.vector_norm(exact)).item()
-
-    return error
-
-
-def pictured(net: nn.Module, points: Tensor, exact: Tensor, extent: list[float], axes: list[str]) -> Callable:
-    """Solution and error on a square grid of points."""
-    side = math.isqrt(len(points))
-
-    def picture() -> dict[str, Any]:
-        with torch.no_grad():
-            u = net(points).squeeze(1)
-        grids = {"solution": u.view(side, side), "error": (u - exact).view(side, side)}
-        return {**{name: grid.tolist() for name, grid in grids.items()}, "extent": extent, "axes": axes}
-
-    return picture
-
-
-def square(side: int, low: tuple[float, float], high: tuple[float, float], *, centred: bool) -> Tensor:
-    """side × side points of a rectangle; centred in their cells, or with the edges."""
-    ticks = (torch.arange(side).double() + 0.5) / side if centred else torch.linspace(0, 1, side).double()
-    return torch.cartesian_prod(*(a + (b - a) * ticks for a, b in zip(low, high, strict=True)))
-
-
-def poisson2(seed: int, settings: dict[str, Any]) -> Problem:
-    """−Δu = 2π² sin πx sin πy on the unit square, u = 0 on its edge; 30 × 30 interior and 4 × 30 edge points."""
-    torch.manual_seed(seed)
-    net, side = mlp(2, settings["width"], settings["width"], 1), settings["side"]
-    inside = square(side, (0, 0), (1, 1), centred=True).requires_grad_()
-    ticks = (torch.arange(side).double() + 0.5) / side
-    zero, one = torch.zeros(side).double(), torch.ones(side).double()
-    edge = torch.cat([torch.stack(pair, 1) for pair in ((ticks, zero), (ticks, one), (zero, ticks), (one, ticks))])
-    source = 2 * math.pi**2 * torch.sin(math.pi * inside.detach()).prod(1)
-    test, shown = (square(n, (0, 0), (1, 1), centred=False) for n in (60, 41))
-
-    def exact(x: Tensor) -> Tensor:
-        return torch.sin(math.pi * x).prod(1)
-
-    def residuals() -> Residuals:
-        return {"interior": derivatives(net, inside)[2].sum(1) + source, "boundary": net(edge).squeeze(1)}
-
-    picture = pictured(net, shown, exact(shown), [0, 1, 0, 1], ["x", "y"])
-    return Problem(net, residuals, relative(net, test, exact(test)), picture=picture)
+from fngd.demo.poisson import Problem, Residuals, derivatives, mlp, pictured, poisson2, relative, square
 
 
 def poisson5(seed: int, settings: dict[str, Any]) -> Problem:
@@ -134,7 +50,7 @@ def burgers(seed: int, settings: dict[str, Any]) -> Problem:
     torch.manual_seed(seed)
     net, nu = mlp(2, settings["width"], settings["width"], 1), settings["viscosity"]
     if "side" in settings:
-        inside, side = square(settings["side"], (0, -1), (1, 1), centred=True), settings["side"]
+        inside, side = square(settings["side"], (0.0, -1.0), (1.0, 1.0), centred=True), settings["side"]
     else:
         drawn = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(
             settings["interior"], dtype=torch.float64
@@ -146,7 +62,7 @@ def burgers(seed: int, settings: dict[str, Any]) -> Problem:
     t = torch.linspace(0, 1, side).double()
     edge = torch.cat([torch.stack([t, torch.full_like(t, end)], 1) for end in (-1.0, 1.0)])
     initial = -torch.sin(math.pi * x)
-    test, shown = (square(n, (0, -1), (1, 1), centred=False) for n in (60, 41))
+    test, shown = (square(n, (0.0, -1.0), (1.0, 1.0), centred=False) for n in (60, 41))
 
     def residuals() -> Residuals:
         u, slope, second = derivatives(net, inside)
@@ -162,7 +78,7 @@ def burgers(seed: int, settings: dict[str, Any]) -> Problem:
         residuals,
         error,
         settings["weights"],
-        pictured(net, shown, cole_hopf(shown, nu), [0, 1, -1, 1], ["t", "x"]),
+        pictured(net, shown, cole_hopf(shown, nu), [0.0, 1.0, -1.0, 1.0], ["t", "x"]),
     )
 
 

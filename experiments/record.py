@@ -1,7 +1,8 @@
 """Experiments and their results: what every module of this folder is written against.
 
-An experiment is a module of this folder that defines `EXPERIMENT` (or a tuple `EXPERIMENTS`); it is found by that,
-there is no list to be kept. It cuts its work into **units** (one method with one seed, say), each a string:
+An experiment is a module of this folder that defines `EXPERIMENT`; it is found by that, there is no list to be kept.
+Its name, help and source are texts, and its scales dicts that are written down there: `experiments.options` reads them
+without importing the file. It cuts its work into **units** (one method with one seed, say), each a string:
 
     EXPERIMENT = Experiment(
         name="sharing",                                       # python -m experiments sharing
@@ -54,10 +55,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from persample.testing.machine import environment as machine
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
@@ -116,8 +113,8 @@ def experiments() -> dict[str, Experiment]:
     folder = Path(__file__).parent
     for module in sorted(info.name for info in pkgutil.iter_modules([str(folder)]) if info.name != "__main__"):
         content = vars(importlib.import_module(f"experiments.{module}"))
-        for experiment in content.get("EXPERIMENTS", (content["EXPERIMENT"],) if "EXPERIMENT" in content else ()):
-            found[experiment.name] = experiment
+        if "EXPERIMENT" in content:
+            found[content["EXPERIMENT"].name] = content["EXPERIMENT"]
     return found
 
 
@@ -140,6 +137,8 @@ class Context:
     def save(self, state: Any) -> None:
         """Writes the unit's checkpoint; an interruption in the middle leaves the previous one."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        import torch  # here, as in all of this file, so that options can be read without it
+
         draft = self.checkpoint.with_suffix(".draft")
         torch.save(state, draft)
         draft.replace(self.checkpoint)
@@ -148,6 +147,8 @@ class Context:
         """Returns the unit's checkpoint on its device, or None."""
         if not self.checkpoint.is_file():
             return None
+        import torch
+
         return torch.load(self.checkpoint, map_location=self.device, weights_only=True)
 
 
@@ -254,6 +255,10 @@ def open_record(experiment: Experiment, scale: str, device: str, settings: Setti
 
 def surroundings(device: str) -> dict[str, Any]:
     """What figures depend on besides the code and the settings; names no machine and no user."""
+    import torch
+
+    from persample.testing.machine import environment as machine
+
     return {**machine(device, PACKAGES), "threads": torch.get_num_threads()}
 
 

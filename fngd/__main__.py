@@ -1,4 +1,6 @@
-"""`python -m fngd compare` trains several optimisers on the same data; `inspect` shows what they see in one batch."""
+"""`python -m fngd demo` is the first minute; `compare` trains several optimisers on the same data, and `inspect` shows
+what they see in one batch.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
     try:
-        check_installed("rich", "matplotlib")
+        check_installed("rich", "matplotlib", *(["sklearn"] if options.command == "demo" else []))
         given = vars(options)
         if given.get("data_dir") and given.get("data", "digits") == "digits" and not given.get("resume"):
             raise ValueError(
                 "--data-dir is given, but the digits come with scikit-learn; name the data set too: --data cifar10"
             )
         complete()
+        from fngd.demo import command as demo_command
         from fngd.training import compare_command, inspect_command
 
-        command = {"compare": compare_command.run, "inspect": inspect_command.run}[options.command]
+        commands = {"demo": demo_command.run, "compare": compare_command.run, "inspect": inspect_command.run}
+        command = commands[options.command]
         return command(options)
     except ValueError as error:
         top.error(str(error))

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     )
     conformance.add_argument("--peers", action="store_true", help="other libraries too, where installed")
     conformance.add_argument("--out", type=Path, metavar="FILE.md", help="write the matrix as Markdown")
+    conformance.add_argument(
+        "--totals", type=Path, metavar="PAGE.md", help="write the totals between the marks that the page has for them"
+    )
     conformance.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     report = commands.add_parser(
         "report",
@@ -76,12 +79,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _conformance(options: argparse.Namespace) -> int:
     check_installed("rich")
-    if options.out is not None:
-        _refuse_unwritable(options.out, ())
+    for path in (options.out, options.totals):
+        if path is not None:
+            _refuse_unwritable(path, ())
     complete()
     from persample.testing import conformance
 
-    return conformance.run(peers=options.peers, out=options.out, containing=options.cases)
+    return conformance.run(peers=options.peers, out=options.out, containing=options.cases, page=options.totals)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from persample.attribution.separation import Separation, z_at
 from persample.attribution.uses import Use
@@ -34,6 +36,7 @@ from persample.capture.streaming import Stream, Take
 from persample.capture.sum_check import SumCheck, binary_weights, sum_error
 from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
+from persample.graph.nodes import Node
 from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
 
@@ -56,6 +59,12 @@ def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: b
     return captured_by(read(losses, parameters), parameters, None, "error", check=check)
 
 
+READ_ONCE = (
+    "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
+    "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
+)
+
+
 @dataclass(frozen=True)
 class HeldGraph:
     """A batch whose autograd graph is held; every `stream` is one backward pass through it."""
@@ -64,8 +73,15 @@ class HeldGraph:
     check: bool
 
     def stream(self, take: Take) -> None:
-        """Hands over the uses of one parameter after another and keeps none."""
-        stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
+        """Hands over the uses of one parameter after another and keeps none.
+
+        Raises:
+            UnsupportedError: saved tensors that can be read only once, where torch has not told so before.
+        """
+        try:
+            stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
+        except CheckpointError as error:
+            raise UnsupportedError(READ_ONCE) from error
 
 
 def hold_graph(problem: Problem) -> HeldGraph:
@@ -77,11 +93,9 @@ def hold_graph(problem: Problem) -> HeldGraph:
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
         found = run(problem, plans, keep=False)
-        if read_once(found):
-            raise UnsupportedError(
-                "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
-                "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
-            )
+        # Where torch does not tell, the graph is held all the same: checkpoints raise when they are read again.
+        if read_once(found, untold=False):
+            raise UnsupportedError(READ_ONCE)
         held = HeldGraph(replace(found, known=None), problem.check)
         if found.known is not None and found.plan is not None and found.key is not None:
             if problem.check:
@@ -98,9 +112,9 @@ def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool
     passed.run(reading.losses, retain_graph=retain_graph)
 
 
-def read_once(reading: Reading) -> bool:
-    """Whether saved tensors that a rule may ask for can be read only once."""
-    return unpacked_by_hooks(list(reading.owners))
+def read_once(reading: Reading, *, untold: bool = True) -> bool:
+    """Whether saved tensors that a rule may ask for can be read only once; `untold` where torch does not tell."""
+    return unpacked_by_hooks(list(reading.owners), untold=untold)
 
 
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
@@ -153,8 +167,10 @@ def known_again(reading: Reading, uses: Sequence[Use] | None = None) -> Separati
     return Separation(zs=z_at(reading.graph, reading.losses, nodes), owners=owners)
 
 
-def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> dict[str, tuple[Captured, ...]]:
-    """The blocks of every use of every parameter."""
+def build_uses(
+    uses: Mapping[str, list[Use]], known: Separation, batch: int, read: dict[Node, dict[str, Any]] | None = None
+) -> dict[str, tuple[Captured, ...]]:
+    """The blocks of every use of every parameter; `read` gets what was read of nodes, and is not read again."""
     built: dict[tuple, tuple[Block, str]] = {}
     captured = {}
     for name, places in uses.items():
@@ -162,7 +178,8 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
         for use in places:
             key = (use.node, use.slot)
             if key not in built:
-                built[key] = build(site_of(use, known, batch))
+                site = site_of(use, known, batch)
+                built[key] = build(site if read is None else replace(site, read=read.setdefault(use.node, {})))
             found.append(capture_use(use, *built[key]))
         captured[name] = merged(found)
     return captured

@@ -24,15 +24,21 @@ def raw_saved(node: Node) -> Iterator[Any]:
         yield from raw if isinstance(raw, (tuple, list)) else (raw,)
 
 
-def unpacked_by_hooks(nodes: Iterable[Node]) -> bool:
-    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
-    return any(saved is not None and _hooked(saved) for node in nodes for saved in raw_saved(node))
+def unpacked_by_hooks(nodes: Iterable[Node], *, untold: bool = True) -> bool:
+    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once.
+
+    Args:
+        nodes: of the graph.
+        untold: the answer for a saved tensor of a torch that does not tell, as up to 2.9.
+    """
+    return any(saved is not None and _hooked(saved, untold) for node in nodes for saved in raw_saved(node))
 
 
-def _hooked(saved: Any) -> bool:
-    """Whether a saved tensor, packed, comes from hooks of others; a torch that does not tell is not trusted."""
-    hook = getattr(saved, "unpack_hook", saved)
-    return hook is not None and not isinstance(getattr(hook, "__self__", None), Reader)
+def _hooked(saved: Any, untold: bool) -> bool:
+    """Whether a saved tensor, packed, comes from hooks of others."""
+    if not hasattr(saved, "unpack_hook"):
+        return untold
+    return saved.unpack_hook is not None and not isinstance(getattr(saved.unpack_hook, "__self__", None), Reader)
 
 
 def _names(node: Node) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from persample.blocks.types import Block
 from persample.capture.types import Capture
 from persample.result.arguments import check_buffers
 from persample.result.explanation import Explanation, explained
-from persample.result.factors import held, owned, portable, watched
 from persample.result.gradient import Gradient, reused
+from persample.result.holding.factors import held, owned, portable, watched
 from persample.result.quantities import Quantities, T, reduction
 
 
@@ -37,7 +37,7 @@ class PerSampleGrads(Quantities):
         backend: str,
         caller: frozenset[int] = frozenset(),
     ) -> None:
-        """`caller`: the `persample.result.unchanged.addresses` of tensors that others may write to."""
+        """`caller`: the `persample.result.holding.unchanged.addresses` of tensors that others may write to."""
         self.losses = capture.losses
         self.backend = backend
         self.notes = capture.notes

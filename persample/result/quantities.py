@@ -1,7 +1,7 @@
 """The reductions of per-sample gradients: what is formed of them, however they are held.
 
-`persample.result.per_sample_grads` holds factors, `persample.result.graph_held` the graph; both show every parameter's
-gradient in turn (`_each`), and a reduction adds up what it forms of each.
+`persample.result.per_sample_grads` holds factors, `persample.result.holding.graph_held` the graph; both show every
+parameter's gradient in turn (`_each`), and a reduction adds up what it forms of each.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ T = TypeVar("T")
 def reduction(method: Method) -> Method:
     """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
 
+    @torch.compiler.disable
     @wraps(method)
     def guarded(self: Quantities, *args: Any, **kwargs: Any) -> Any:
         self._require()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
-    return guarded  # type: ignore[return-value]
+    return guarded
 
 
 class Quantities:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persample.reweighting.batch_axis.folded import Folded
+from persample.reweighting.compile.guards import compare_hooks
 from persample.reweighting.compile.hooks import TracedHooks
 from persample.reweighting.functions.interception import owners
 from persample.reweighting.hooks import ForwardHooks
@@ -84,6 +85,7 @@ class Reweighting:
         self._hooks = list(self._register(model))
 
     def _register(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        compare_hooks()
         eager, traced = self._eager, self._traced
         # The root's hook first: the model may be a layer itself.
         # After a break in a graph Dynamo compiles what is called next, and these change more than it can follow.

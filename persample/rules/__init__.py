@@ -31,6 +31,8 @@ class Site:
     batch: int
     shared: dict[str, Any] = field(default_factory=dict)
     """What rules for several slots of the node have in common."""
+    read: dict[str, Any] | None = None
+    """What was read of the node before, for other z; None: it is read each time."""
 
     @property
     def z(self) -> Tensor:
@@ -50,8 +52,13 @@ class Site:
 
     def saved(self, name: str, default: Any = None) -> Any:
         """An attribute that autograd saved for the node; tensors come without the graph behind them."""
+        if self.read is not None and name in self.read:
+            return self.read[name]
         value = getattr(self.node, f"_saved_{name}", default)
-        return value.detach() if isinstance(value, Tensor) else value
+        value = value.detach() if isinstance(value, Tensor) else value
+        if self.read is not None:
+            self.read[name] = value
+        return value
 
     @property
     def input_shape(self) -> tuple[int, ...]:

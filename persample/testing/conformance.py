@@ -14,21 +14,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from persample.api import backends, per_sample
 from persample.blocks.reductions import real_rows
 from persample.errors import PerSampleError
+from persample.result.api import backends, per_sample
 from persample.testing.cases import CASES, Case
 from persample.testing.command_line import console
 from persample.testing.loop import deviation, loop_grads
 from persample.testing.peers import PEERS, Peer
 
 VERDICTS = ("exact", "refused", "wrong", "crash")
+SIGNS = {"exact": "✓", "refused": "·", "wrong": "**✗**", "crash": "**‼**"}
+"""What stands for a verdict in a table."""
 TOLERANCE = 1e-8
 """Largest relative deviation that counts as exact, in float64."""
 FLOAT32_TOLERANCE = 1e-5
@@ -162,41 +165,79 @@ def counts(found: Matrix) -> dict[str, Counter[str]]:
 
 
 def markdown(found: Matrix) -> str:
-    """The matrix as a page of documentation."""
-    total = counts(found)
-    names = list(total)
+    """The matrix as a page of documentation: totals, then a table for each family of cases."""
+    names = list(counts(found))
     coupled = {case.name for case in CASES if case.coupled}
     libraries = sorted({f"{PEERS[n].package} {PEERS[n].version}" for n in names if n in PEERS} | {_torch()})
+    families: dict[str, Matrix] = {}
+    for case, row in found.items():
+        families.setdefault(case.partition("/")[0], {})[case] = row
     lines = [
         "# Conformance",
         "",
-        f"Measured by `python -m persample conformance --peers --out FILE.md` with {', '.join(libraries)}, Python "
-        f"{platform.python_version()}, in float64, against a loop that differentiates one sample at a time.",
+        f"{len(found)} models with a batch; in each cell a backend or library against a loop that differentiates one",
+        "sample at a time, in float64.",
         "",
-        "exact: agrees with the loop to 1e-8 (1e-5 where part of the model computes in float32). refused: an error, or",
-        "no result. **wrong**: a result that is not the gradient, without a word. Cases marked ◦ couple their samples, "
-        "so that",
-        "a refusal is the right answer.",
+        *totals(found),
         "",
-        _line(["verdict", *names]),
-        _line(["---", *("---:" for _ in names)]),
-        *(_line([_shown(v), *(str(total[n][v]) for n in names)]) for v in VERDICTS if any(total[n][v] for n in names)),
+        "✓ exact: agrees with the loop to 1e-8 (1e-5 where part of the model computes in float32). · refused: an",
+        "error, or no result. **✗ wrong**: a result that is not the gradient, without a word. Cases marked ◦ couple",
+        "their samples, so that a refusal is the right answer. The first four columns are our backends, the others",
+        "are other libraries, called as their documentation says, with the batch on axis 0.",
         "",
-        _line(["case", *names]),
-        _line(["---" for _ in range(len(names) + 1)]),
+        f"Measured on {date.today().isoformat()} by `python -m persample conformance --peers --out FILE.md` with "
+        f"{', '.join(libraries)}, Python {platform.python_version()}.",
     ]
-    for case, row in found.items():
-        title = case.replace("|", "\\|") + (" ◦" if case in coupled else "")
-        lines.append(_line([title, *(_shown(row[name].verdict) for name in names)]))
+    for family, rows in families.items():
+        lines += ["", f"## {family.capitalize()}: {len(rows)} cases", "", _line(["case", *names])]
+        lines.append(_line(["---", *(":---:" for _ in names)]))
+        for case, row in rows.items():
+            title = _code(case.partition("/")[2]) + (" ◦" if case in coupled else "")
+            lines.append(_line([title, *(SIGNS[row[name].verdict] for name in names)]))
     return "\n".join(lines) + "\n"
+
+
+def totals(found: Matrix) -> list[str]:
+    """How often each verdict stands in each column, as lines of Markdown."""
+    total = counts(found)
+    verdicts = [v for v in VERDICTS if v != "crash" or any(count[v] for count in total.values())]
+    rows = [[name, *(str(count[v]) for v in verdicts)] for name, count in total.items()]
+    ours = backends()
+    for row in rows:
+        row[0] = f"`{row[0]}`" if row[0] in ours else row[0]
+        wrong = 1 + verdicts.index("wrong")
+        row[wrong] = row[wrong] if row[wrong] == "0" else f"**{row[wrong]}**"
+    return [
+        _line([f"of {len(found)} cases", *verdicts]),
+        _line(["---", *("---:" for _ in verdicts)]),
+        *map(_line, rows),
+    ]
+
+
+BEGIN = "<!-- conformance: begin, written by `make conformance` -->"
+END = "<!-- conformance: end -->"
+
+
+def put_totals(found: Matrix, page: Path) -> None:
+    """Writes the totals between the two marks of a page.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} must hold the lines {BEGIN!r} and {END!r}, between which the totals go")
+    lines = "\n".join(totals(found))
+    page.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
 
 
 def _torch() -> str:
     return f"torch {torch.__version__}"
 
 
-def _shown(verdict: str) -> str:
-    return verdict if verdict in ("exact", "refused") else f"**{verdict}**"
+def _code(name: str) -> str:
+    return f"`{name}`".replace("|", "\\|")
 
 
 def _line(cells: list[str]) -> str:
@@ -209,12 +250,8 @@ def shown_matrix(found: Matrix) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    signs = {
-        "exact": Text("✓", style="green"),
-        "refused": Text("·", style="dim"),
-        "wrong": Text("✗", style="bold red"),
-        "crash": Text("‼", style="bold magenta"),
-    }
+    styles = {"exact": "green", "refused": "dim", "wrong": "bold red", "crash": "bold magenta"}
+    signs = {verdict: Text(SIGNS[verdict].strip("*"), style=style) for verdict, style in styles.items()}
     result = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="✓ exact   · refused   ✗ wrong   ‼ crash"
     )
@@ -239,7 +276,7 @@ def summary(found: Matrix) -> Any:
     return result
 
 
-def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
+def run(*, peers: bool, out: Path | None, containing: str = "", page: Path | None = None) -> int:
     """Runs the table, prints the matrix and writes it; returns 1 if one of our backends was wrong or crashed."""
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -272,4 +309,7 @@ def run(*, peers: bool, out: Path | None, containing: str = "") -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(markdown(found), encoding="utf-8")
         plain.print(f"matrix: {out}")
+    if page is not None:
+        put_totals(found, page)
+        plain.print(f"totals: {page}")
     return 1 if bad else 0

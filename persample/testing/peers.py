@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 
 from persample.testing.cases import call
 
@@ -66,12 +68,8 @@ def _attributes(model: nn.Module, name: str) -> Mapping[str, Tensor]:
 
 def _summed_backward(run: Callable[..., Any], built: Built) -> None:
     _, loss_fn, inputs, targets = built
-    losses = loss_fn(_called(run, inputs), targets)
+    losses = loss_fn(call(run, inputs), targets)
     losses.sum().backward()
-
-
-def _called(run: Callable[..., Any], inputs: Any) -> Any:
-    return call(run, inputs)  # type: ignore[arg-type]
 
 
 @peer("Opacus hooks", package="opacus")
@@ -102,6 +100,22 @@ def expanded_weights(built: Built, batch: int) -> Any:
     return _attributes(built[0], "grad_sample")
 
 
+@peer("torch.func", package="torch")
+def vmap_of_grad(built: Built, batch: int) -> Any:
+    """vmap of grad of functional_call, the batch on axis 0 of every tensor: torch's tutorial."""
+    model, loss_fn, inputs, targets = built
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Any, target: Any) -> Tensor:
+        x, target = tree_map(lambda tensor: tensor.unsqueeze(0), (x, target))
+        state = {**fixed, **dict(model.named_buffers()), **parameters}
+        outputs = call(lambda *args, **kwargs: functional_call(model, state, args, kwargs), x)
+        return loss_fn(outputs, target).sum()
+
+    return vmap(grad(loss), in_dims=(None, 0, 0))(trained, inputs, targets)
+
+
 @peer("BackPACK", package="backpack-for-pytorch", module="backpack")
 def backpack_batch_grad(built: Built, batch: int) -> Any:
     """BatchGrad."""
@@ -110,7 +124,7 @@ def backpack_batch_grad(built: Built, batch: int) -> Any:
 
     model, loss_fn, inputs, targets = built
     extend(model)
-    losses = loss_fn(_called(model, inputs), targets)
+    losses = loss_fn(call(model, inputs), targets)
     with backpack(BatchGrad()):
         losses.sum().backward()
     return _attributes(model, "grad_batch")
@@ -123,5 +137,5 @@ def torchjd_gramian(built: Built, batch: int) -> Any:
 
     model, loss_fn, inputs, targets = built
     engine = Engine(model, batch_dim=0)
-    losses = loss_fn(_called(model, inputs), targets)
+    losses = loss_fn(call(model, inputs), targets)
     return torch.as_tensor(engine.compute_gramian(losses))

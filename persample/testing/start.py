@@ -1,7 +1,7 @@
 """Before torch is imported: the version, which torch is needed, and command lines that answer at once.
 
-Importing torch takes seconds. `python -m persample` and `python -m fngd` import their package before they read a word
-of the command line, so its `__init__` asks `deferred` whether to wait with all that needs torch. Once the options are
+Importing torch takes seconds. `python -m persample` and the other commands import our packages before they read a word
+of the command line, so each `__init__` asks `deferred` whether to wait with all that needs torch. Once the options are
 known to be right, the command calls `complete`.
 """
 
@@ -17,19 +17,20 @@ VERSION = "0.1.0"
 """Of the distribution `persample`, which brings both packages; pyproject.toml reads it from here."""
 OLDEST_TORCH = (2, 8)
 """The first torch whose functions are all there; pyproject.toml asks for the same."""
-COMMANDS = ("persample", "fngd")
+COMMANDS = ("persample", "fngd", "benchmarks", "experiments")
 
 _waiting: list[str] = []
+_finished: list[bool] = []
 
 
 def deferred(package: str) -> bool:
     """Returns whether a package's `__init__` leaves its names to `complete`: while one of our commands starts.
 
-    Python names a command `-m` in `sys.argv` as long as it looks for its file; the package is imported just then, and
-    others while its command line is made.
+    That is so from the first import in `python -m COMMAND …` on until the command calls `complete`. `sys.orig_argv`
+    ends with the command and its words, as many as `sys.argv` has; before them is `-m`, alone or after other letters.
     """
-    named = sys.orig_argv[-len(sys.argv) :][:1] if sys.argv[:1] == ["-m"] else []
-    starts = bool(_waiting) or not {*named}.isdisjoint(COMMANDS)
+    before, named = ["", "", *sys.orig_argv][-len(sys.argv) - 1 :][:2] if sys.argv else ("", "")
+    starts = not _finished and named in COMMANDS and before.startswith("-") and before.endswith("m")
     if starts:
         _waiting.append(package)
     return starts
@@ -37,6 +38,7 @@ def deferred(package: str) -> bool:
 
 def complete() -> None:
     """Imports what `deferred` packages have left out."""
+    _finished.append(True)
     packages = _waiting.copy()
     _waiting.clear()
     for package in packages:

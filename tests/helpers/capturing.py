@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from persample.testing.cases import Case, find
 
 BACKENDS = persample.backends()
 needs_opacus = pytest.mark.filterwarnings("ignore::DeprecationWarning:opacus")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+without_opacus = pytest.mark.skipif(find_spec("opacus") is None, reason="opacus is not installed")
+every_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=without_opacus if name == "opacus" else ()) for name in BACKENDS]
+)
 
 
 def squares(outputs: Tensor, targets: Any) -> Tensor:

@@ -166,7 +166,7 @@ def entries() -> Iterator[tuple[str, Any, Any, bool]]:
 
 def _says(module: nn.Module, inputs: dict[str, Any], words: str) -> bool:
     """Whether a criterion warns in these words."""
-    if not isinstance(module, nn.LinearCrossEntropyLoss):
+    if type(module).__name__ != "LinearCrossEntropyLoss":  # from torch 2.13 on
         return False
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

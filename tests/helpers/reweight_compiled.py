@@ -241,6 +241,21 @@ def test_attention_and_functions(joint: bool) -> None:
     assert_same([each.grad for each in other.parameters()], [each.grad for each in model.parameters()])
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_graph_made_without_hooks_is_not_taken(same: bool) -> None:
+    """torch.compile by default takes the graph of a plain model for every other of its class."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = True
+    model, x = mlp()
+    plain = copy.deepcopy(model)
+    other = plain if same else copy.deepcopy(model)
+    before = torch.compile(plain, backend="aot_eager")
+    before(x).square().sum().backward()
+    plain.zero_grad()
+    expected = train(model, x, model)
+    for one, two in zip(train(other, x, torch.compile(other, backend="aot_eager")), expected, strict=True):
+        assert_same(one, two)
+
+
 def test_a_graph_whose_handle_is_gone() -> None:
     with pytest.raises(RuntimeError, match=r"made for a persample\.reweight handle that is gone"):
         Target.get(-1)

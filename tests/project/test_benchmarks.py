@@ -15,8 +15,9 @@ import torch
 from benchmarks import check, growth, memory, peers, processes, report, results, timing
 from benchmarks.__main__ import main
 from benchmarks.models import MODELS, Problem
+from benchmarks.options import WHATS
 from benchmarks.timing import Times
-from benchmarks.variants import OURS, VARIANTS, WHATS, Step, Variant
+from benchmarks.variants import OURS, VARIANTS, Step, Variant
 from persample.testing.measure import Ratio
 
 assert peers  # its import registers variants

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from experiments import __main__ as command
+from experiments import correlation, images, options, pinn, sharing, step_time, translation, verdicts
 from experiments import record as records
-from experiments import verdicts
 from experiments.record import Claim, Experiment, Record, Verdict
 from fngd.training import data
 
+MODULES = (correlation, images, pinn, sharing, step_time, translation)
 RAN: list[str] = []
 
 
@@ -57,6 +58,7 @@ TOY = Experiment(
 def _only_the_toy(monkeypatch):
     RAN.clear()
     monkeypatch.setattr(records, "experiments", lambda: {"toy": TOY})
+    monkeypatch.setattr(command, "declared", lambda: {"toy": TOY})
 
 
 def _call(tmp_path, *arguments: str) -> int:
@@ -119,6 +121,18 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_unit(tmp_path,
     assert "no file can be written there (File exists); give another folder" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_what_is_read_of_the_files_is_what_they_make():
+    made = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
+    read = options.declared()
+    assert read.keys() == made.keys()
+    for name, experiment in made.items():
+        for field in ("name", "help", "source"):
+            assert getattr(read[name], field) == getattr(experiment, field)
+        assert {scale: list(settings) for scale, settings in read[name].scales.items()} == {
+            scale: list(settings) for scale, settings in experiment.scales.items()
+        }
 
 
 @pytest.mark.parametrize("command", ["draw", "verdicts"])

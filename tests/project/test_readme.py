@@ -1,5 +1,6 @@
 """What the pages say is so: examples run as written, commands exist, links and paths lead somewhere."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matrix
 import pytest
 
 import persample
@@ -65,6 +67,30 @@ def test_readme_examples_are_short() -> None:
         assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
+def test_readme_examples_need_no_extra() -> None:
+    brought = {"torch", "einops", "numpy", "persample", "fngd"}
+    for _, code in fenced(README, "python"):
+        nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+        assert {name.partition(".")[0] for name in names} <= brought
+
+
+def test_totals_are_those_of_the_conformance_page() -> None:
+    def rows(text: str) -> list[str]:
+        begin = text.index("| of ")
+        return text[begin : text.index("\n\n", begin)].splitlines()
+
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    assert rows(README) == rows(page)
+    assert rows(page)[0].startswith(f"| of {len(re.findall(r'^[|] `.*[✓·✗]', page, re.MULTILINE))} cases")
+
+
+def test_the_table_of_versions_is_what_was_run() -> None:
+    table = README.partition("<!-- versions: begin -->\n")[2].partition("\n<!-- versions: end -->")[0]
+    assert table == matrix.table(matrix.kept())
+
+
 # --- commands, tables and links -----------------------------------------------------------------------------
 
 
@@ -102,7 +128,7 @@ def test_commands_start() -> None:
 
 def test_readme_names_the_commands() -> None:
     named = {" ".join(shlex.split(command)[2:4]) for command in commands()}
-    assert named == {"persample compare", "persample conformance", "persample report", "fngd compare"}
+    assert named == {"persample compare", "persample conformance", "persample report", "fngd compare", "fngd demo"}
 
 
 def test_make_targets_exist() -> None:

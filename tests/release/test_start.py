@@ -52,17 +52,21 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fngd inspect --optimizer adam", 2, "'adam' is unknown; choose from"),
         ("fngd inspect --alpha 0", 2, "it must be > 0"),
         ("fngd compare --data-dir .", 2, "name the data set too"),
+        ("fngd demo --seconds 0", 2, "it must be > 0"),
+        ("benchmarks --version", 0, f"benchmarks {start.VERSION}, part of the distribution persample"),
+        ("benchmarks --help", 0, "bag of words"),
+        ("benchmarks --models gpt", 2, "gpt: choose from mlp"),
+        ("benchmarks check", 2, "the following arguments are required: FILE.json"),
+        ("experiments --version", 0, f"experiments {start.VERSION}, part of the distribution persample"),
+        ("experiments --help", 0, "correlation matrices of early and late layers"),
+        ("experiments pinn --scale huge", 2, "invalid choice: 'huge'"),
+        ("experiments draw pin", 2, "pin: unknown; the experiments are correlation"),
     ],
 )
 def test_options_are_read_without_torch(words: str, code: int, told: str, without_torch: Path) -> None:
     done = run(*words.split(), path=without_torch)
     assert done.returncode == code, done.stderr
     assert told in " ".join((done.stdout + done.stderr).split())
-
-
-@pytest.mark.parametrize("command", ["benchmarks", "experiments"])
-def test_other_commands_tell_the_version(command: str) -> None:
-    assert run(command, "--version").stdout == f"{command} {start.VERSION}, part of the distribution persample\n"
 
 
 def test_after_its_options_a_command_has_every_name(tmp_path: Path) -> None:
@@ -81,21 +85,29 @@ def test_after_its_options_a_command_has_every_name(tmp_path: Path) -> None:
 
 
 def test_only_our_commands_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "_waiting", [])
+    monkeypatch.setattr(start, "_finished", [])
     for argv, original, waits in (
         (["-m", "--help"], ["python", "-m", "persample", "--help"], True),
         (["-m", "compare"], ["python", "-X", "dev", "-m", "fngd", "compare"], True),
+        (["somewhere/benchmarks/__main__.py", "report"], ["python", "-um", "benchmarks", "report"], True),
         (["-m"], ["python", "-m", "persample.testing.measure"], False),
         (["-m", "persample"], ["python", "-m", "mine", "persample"], False),
+        (["persample"], ["python", "mine.py", "persample"], False),
         (["-c"], ["python", "-c", "import persample"], False),
         ([""], ["python"], False),
         (["-m"], [], False),
+        ([], ["python", "-m", "persample"], False),
     ):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "orig_argv", original)
-        monkeypatch.setattr(start, "_waiting", [])
         assert start.deferred("a package") is waits, original
-    start._waiting.append("another")
-    assert start.deferred("a package of a command that is starting")
+    assert start._waiting == ["a package"] * 3
+    monkeypatch.setattr(start, "_waiting", [])
+    start.complete()
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fngd"])
+    assert not start.deferred("a package that the command itself imports")
 
 
 # --- versions ---------------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def _take(tree: Any, axes: Any, b: int) -> Any:
     return tree
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Outputs of the model; a tuple is spread over positional arguments, a mapping over keywords."""
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Outputs of the model or function; a tuple is spread over positional arguments, a mapping over keywords."""
     if isinstance(inputs, tuple):
         return model(*inputs)
     if isinstance(inputs, Mapping):

@@ -19,7 +19,7 @@ import persample
 from persample.blocks.types import Outer
 from persample.capture.types import Captured
 from persample.result import factors, unchanged
-from persample.result.unchanged import bits
+from persample.result.holding.unchanged import bits
 
 pytestmark = pytest.mark.usefixtures("double")
 

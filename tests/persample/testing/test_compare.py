@@ -261,8 +261,24 @@ def test_conformance_prints_and_writes(
     assert "case outputs hooks vmap opacus Swapped" in " ".join(shown.split())
     text = out.read_text(encoding="utf-8")
     assert "| case | outputs | hooks | vmap | opacus | Swapped |" in text
-    assert "| usage/module-called-twice | exact | exact | exact | exact | **wrong** |" in text
-    assert "| **wrong** | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| `module-called-twice` | ✓ | ✓ | ✓ | ✓ | **✗** |" in text
+    assert "| Swapped | 0 | 0 | **1** |" in text
+    assert "| `outputs` | 1 | 0 | 0 |" in text
+
+
+def test_totals_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    found = {"a": {"outputs": conformance.Cell("exact")}, "b": {"outputs": conformance.Cell("refused")}}
+    with pytest.raises(ValueError, match="must hold the lines"):
+        conformance.put_totals(found, page)
+    page.write_text(f"before\n{conformance.BEGIN}\nstale\n{conformance.END}\nafter\n")
+    conformance.put_totals(found, page)
+    text = page.read_text()
+    assert "| of 2 cases | exact | refused | wrong |" in text
+    assert "| `outputs` | 1 | 1 | 0 |" in text
+    assert "stale" not in text
+    assert text.endswith("after\n")
 
 
 def test_conformance_fails_where_we_are_wrong(
@@ -277,7 +293,7 @@ def test_conformance_fails_where_we_are_wrong(
 
 def test_coupled_cases_are_marked() -> None:
     found = {"coupling/batch-norm-train": {"outputs": conformance.Cell("refused")}}
-    assert "| coupling/batch-norm-train ◦ | refused |" in conformance.markdown(found)
+    assert "| `batch-norm-train` ◦ | · |" in conformance.markdown(found)
 
 
 @pytest.mark.slow

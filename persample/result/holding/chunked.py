@@ -5,7 +5,7 @@ matrix) and of the result; time is one forward and backward pass over the batch 
 Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
 dropout masks. That the losses of a chunk are those of the whole batch is checked, by one forward pass without a graph:
 they are not where a tensor is cut that all samples share, or where samples are padded to the longest. Where random
-numbers are drawn, it takes two more, without chance (`persample.result.deterministic`).
+numbers are drawn, it takes two more, without chance (`persample.result.holding.deterministic`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from persample.graph.provenance import tensors_of
 from persample.projections import Projection
 from persample.result.accumulating import accumulate
 from persample.result.arguments import refuse_other
-from persample.result.cutting import part_of
 from persample.result.explanation import Explanation
 from persample.result.grouping import Per
+from persample.result.holding.cutting import part_of
+from persample.result.holding.unchanged import Unchanged, require
+from persample.result.holding.whole import Whole
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.unchanged import Unchanged, require
-from persample.result.whole import Whole
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]

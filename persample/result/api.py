@@ -7,25 +7,28 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS
 from persample.backends.outputs import capture_losses, hold_graph
+from persample.capture.eagerly import eagerly
 from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph.nodes import trace
 from persample.graph.saved import saved_by
-from persample.result.chunked import ChunkedPerSampleGrads, batch_of
-from persample.result.graph_held import GraphPerSampleGrads
+from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
+from persample.result.holding.graph_held import GraphPerSampleGrads
+from persample.result.holding.unchanged import addresses
+from persample.result.holding.whole import whole
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.unchanged import addresses
-from persample.result.whole import whole
 
 
+@torch.compiler.disable
 def per_sample(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Float[Tensor, " batch"]],
@@ -55,9 +58,8 @@ def per_sample(
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
-            (`persample.result.chunked`). A model that draws random numbers draws others for chunks than it does for the
-            whole
-            batch: other dropout masks, the same ones in every reduction.
+            (`persample.result.holding.chunked`). A model that draws random numbers draws others for chunks than it does
+            for the whole batch: other dropout masks, the same ones in every reduction.
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
             parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and
@@ -114,6 +116,7 @@ def per_sample(
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
 
+    @eagerly
     def capture(some_inputs: Any, some_targets: Any) -> PerSampleGrads:
         problem = Problem(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
@@ -199,6 +202,7 @@ def capture_first(problem: Problem) -> tuple[str, Capture]:
     raise UnsupportedError("no backend covers this model. " + " ".join(refusals))
 
 
+@torch.compiler.disable
 def from_losses(
     losses: Float[Tensor, " batch"],
     params: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
@@ -236,6 +240,7 @@ def from_losses(
     return PerSampleGrads(capture, names, "outputs", addresses([*outside, *names.values()]))
 
 
+@torch.compiler.disable
 def grad(
     losses: Float[Tensor, " batch"],
     params: Tensor | Iterable[Tensor],
