@@ -85,6 +85,8 @@ OPTIONS: Mapping[str, Kind] = {
             "chunk_size",
             "max_samples",
             "curvature_samples",
+            "curvature_every",
+            "history",
         ),
         COUNT,
     ),
