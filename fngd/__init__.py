@@ -8,6 +8,7 @@ __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
     from fngd.coefficients import smw_coefficients
+    from fngd.data_influence import influence
     from fngd.kronecker.ekfac import EKFAC
     from fngd.kronecker.eva import Eva
     from fngd.kronecker.hylo.hylo import HyLo
@@ -32,5 +33,6 @@ __all__ = [
     "GaussNewton",
     "HyLo",
     "Shampoo",
+    "influence",
     "smw_coefficients",
 ]

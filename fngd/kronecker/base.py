@@ -140,7 +140,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
             self._update(layer, found)
-        stepped = {layer: there for layer in self._running if (there := self._stepped(layer)) is not None}
+        stepped = {layer: there for layer in self._running if (there := self._found(layer)) is not None}
         for layer, (group, _, _, _) in stepped.items():
             if layer not in self._inverses or self._completed % self._inverse_every == 0:
                 running, before = self._running[layer], self._inverses.get(layer)
@@ -179,7 +179,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
                 states[layer] = moved(states[layer], found.inputs)
         self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
 
-    def _stepped(self, layer: str) -> tuple[dict[str, Any], Part, Part | None, Tensor] | None:
+    def _found(self, layer: str) -> tuple[dict[str, Any], Part, Part | None, Tensor] | None:
         """(group, weight, bias, gradient as a matrix) of a layer that this step preconditions."""
         found = self._chosen.members(layer, self.param_groups)
         if found is None:

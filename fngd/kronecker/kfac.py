@@ -39,9 +39,13 @@ from fngd.kronecker.statistics import (
     second_moments,
 )
 from fngd.optim.checks import showing
+from fngd.optim.presets import with_presets
 
 INVERSES = ("eigen", "cholesky")
-PRESETS = (None, "kfac-pytorch")
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "kfac-pytorch": {"damping": 1e-3, "average": 0.95, "statistics_every": 1, "inverse_every": 1, "kl_clip": 1e-3},
+}
 
 
 def kfac_factors(
@@ -219,9 +223,10 @@ class KFAC(LayerPreconditioned):
         other: "sgd" or "adamw", for the parameters that are not preconditioned; with "adamw" they are in
             parameter groups of their own, with options `other_options` (lr, betas, eps, weight_decay).
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does, so that G is that of the true loss.
-        preset: "kfac-pytorch" for that library's factors: both divided by the square of the number of pixels
-            in a convolution, G from the gradient of the mean loss, averages that start from I. Its γ is not
-            comparable with the one above; give damping=1e-3, as that library does.
+        preset: "kfac-pytorch" for that library's step: factors divided by the square of the number of pixels in a
+            convolution, G from the gradient of the mean loss, averages that start from I, and its defaults where none
+            are given: damping=1e-3, which is not comparable with the γ above, average=.95, kl_clip=1e-3, and
+            statistics and decompositions in every step.
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.kronecker.processes`), gradients are as DDP or FSDP2 deliver
             them.
@@ -246,6 +251,7 @@ class KFAC(LayerPreconditioned):
     """
 
     @showing(LayerPreconditioned.__init__)
+    @with_presets(PRESETS)
     def __init__(
         self,
         model: nn.Module,
@@ -260,7 +266,5 @@ class KFAC(LayerPreconditioned):
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"inverse={inverse!r} is unknown; choose one of {list(INVERSES)}")
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         method = KroneckerFactors(average, inverse, preset)
         super().__init__(model, params, method, statistics_every, inverse_every, **options)

@@ -48,8 +48,10 @@ from fngd.kronecker.statistics import (
     summed_positions,
 )
 from fngd.optim.checks import showing
+from fngd.optim.presets import with_presets
 
 POSITIONS = ("sum", "mean", "subsample")
+PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "skfac": {"positions": "mean", "damping": 0.03, "kl_clip": None}}
 
 Rows = Float[Tensor, "groups rows features"]
 
@@ -209,6 +211,7 @@ class SKFAC(LayerPreconditioned):
         keep: positions T' ≥ 1 that subsampling keeps.
         seed: of the subsampling.
         every: steps between new factors and inverses, ≥ 1.
+        preset: "skfac" for the public code's positions="mean", damping=.03 and no KL clip, where none are given.
         Others: as for `KFAC`.
 
     Raises:
@@ -226,6 +229,7 @@ class SKFAC(LayerPreconditioned):
     """
 
     @showing(LayerPreconditioned.__init__)
+    @with_presets(PRESETS)
     def __init__(
         self,
         model: nn.Module,
@@ -235,6 +239,7 @@ class SKFAC(LayerPreconditioned):
         keep: int = 4,
         seed: int = 0,
         every: int = 1,
+        preset: str | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         if positions not in POSITIONS:

@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
         model, lr=0.05, steps_per_epoch=STEPS_PER_EPOCH, refresh_cosine=1.0, fisher="improved", scale="graft"
     ),
     "ngd": lambda model: NGD(model, lr=0.05, kl_clip=1e-3, nesterov=True, gram="network"),
+    "ngd history": lambda model: NGD(model, lr=0.02, history=3, curvature_samples=3, curvature_every=2, kl_clip=1e-2),
     "ngd true": lambda model: NGD(model, lr=0.05, fisher="true", other="adamw", accumulate="joint", seed=5),
     "ngd adaptive": lambda model: NGD(
         model, lr=0.05, momentum=0.0, accumulate="joint", gram="network", adapt_damping=AdaptiveDamping(every=2)

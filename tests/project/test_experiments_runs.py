@@ -68,7 +68,7 @@ def plan(tmp_path: Path, method: str, epochs: int = 3, lr: float = 0.05) -> runs
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
     data = torch.randn(24, 4), torch.randint(3, (24,))
-    options = {"lr": lr, **({"damping": 0.03} if method in ("kfac", "eva", "skfac") else {})}
+    options = {"lr": lr, **({"damping": 0.03} if method in ("kfac", "ekfac", "mbf", "hylo", "eva", "skfac") else {})}
 
     def batches(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         order = torch.randperm(24, generator=torch.Generator().manual_seed(epoch)).split(8)
@@ -95,7 +95,24 @@ def test_methods_are_checked_before_any_work(tmp_path, capsys):
     assert "unrecognized arguments: --optimizers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd", "fngd-per-layer"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sgd",
+        "adamw",
+        "kfac",
+        "ekfac",
+        "mbf",
+        "hylo",
+        "muon",
+        "shampoo",
+        "eva",
+        "skfac",
+        "ngd",
+        "fngd",
+        "fngd-per-layer",
+    ],
+)
 def test_a_stopped_run_goes_on_with_the_same_numbers(tmp_path, method):
     whole = runs.train(plan(tmp_path, method), Context(CPU, None, tmp_path / "whole.pt"))
     calls = itertools.count()

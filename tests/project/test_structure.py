@@ -18,7 +18,7 @@ FLOORS = {
         "__main__ testing opacus reweighting result projections backends capture rules attribution graph blocks "
         "memory errors"
     ),
-    "fngd": "__main__ demo training natural shampoo kronecker least_squares optim coefficients",
+    "fngd": "__main__ demo training data_influence natural shampoo kronecker least_squares optim coefficients",
 }
 """From the top: each imports from those below it, and from itself."""
 PUBLIC = (
