@@ -140,6 +140,12 @@ class Checked:
     _models_as_params: ClassVar[bool] = False
     """Whether a model may be given in place of its parameters."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The class is shown as its constructor; Python 3.10 would show `__new__`."""
+        super().__init_subclass__(**kwargs)
+        own = inspect.signature(cls.__init__)
+        cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Checks names, then values; a copy is made with neither."""
         if args or kwargs:

@@ -13,10 +13,9 @@ Everything finite is as it was, and with it every zero that keeps samples apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +45,7 @@ class Switch(Reader):
 
     def read(self, kept: tuple[Tensor, int | None]) -> Tensor:
         """What the node gets for a saved tensor, packed with the version it had."""
-        saved, version = kept
-        if version is not None and saved._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {tuple(saved.shape)} is at version {saved._version}; expected version {version}"
-            )
+        saved = super().read(kept)
         if not self.level or not (saved.is_floating_point() or saved.is_complex()) or saved.layout != torch.strided:
             return saved
         if self.level == 1:
@@ -102,16 +96,8 @@ def _switch(node: Node) -> Switch:
         switch = node.metadata[_KEY] = Switch()
         for saved in raw_saved(node):
             if saved is not None:
-                _hook(saved, switch)
+                switch.hook(saved)
     return switch
-
-
-def _hook(saved: Any, switch: Switch) -> None:
-    def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
-        return tensor.detach(), None if tensor.is_inference() else tensor._version
-
-    with suppress(RuntimeError):  # hooks of others (checkpointing, offloading), of which there can be one pair only
-        saved.register_hooks(pack, switch.read)
 
 
 def _drawn(like: Tensor, seed: int) -> Tensor:

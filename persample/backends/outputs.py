@@ -37,6 +37,7 @@ from persample.capture.sum_check import SumCheck, binary_weights, sum_error
 from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
 from persample.graph.nodes import Node
+from persample.graph.recomputed import recomputed
 from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
 
@@ -60,8 +61,8 @@ def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: b
 
 
 READ_ONCE = (
-    "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
-    "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
+    "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks that give them "
+    "once (offloading, or checkpointing in torch before 2.10). Use hold='factors', and chunk_size to save memory"
 )
 
 
@@ -92,15 +93,26 @@ def hold_graph(problem: Problem) -> HeldGraph:
     """
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        found = run(problem, plans, keep=False)
-        # Where torch does not tell, the graph is held all the same: checkpoints raise when they are read again.
-        if read_once(found, untold=False):
-            raise UnsupportedError(READ_ONCE)
-        held = HeldGraph(replace(found, known=None), problem.check)
-        if found.known is not None and found.plan is not None and found.key is not None:
-            if problem.check:
-                check_batch(held.stream, found, problem.parameters, problem.coupled, held=True)
-            plans.keep(found.key, found.plan)
+        return _held(problem, run(problem, plans, keep=False), plans)
+
+
+def capture_or_hold(problem: Problem) -> Capture | HeldGraph:
+    """Runs the model and captures its losses; of a model that checkpoints to save memory, holds the graph."""
+    plans = plans_of(problem.model)
+    with torch.inference_mode(False), torch.enable_grad():
+        found = run(problem, plans)
+        return _held(problem, found, plans) if checkpointed(found) else _captured(problem, found, plans)
+
+
+def _held(problem: Problem, found: Reading, plans: Plans) -> HeldGraph:
+    # Where torch does not tell, the graph is held all the same: checkpoints raise when they are read again.
+    if read_once(found, untold=False) and not checkpointed(found):
+        raise UnsupportedError(READ_ONCE)
+    held = HeldGraph(replace(found, known=None), problem.check)
+    if found.known is not None and found.plan is not None and found.key is not None:
+        if problem.check:
+            check_batch(held.stream, found, problem.parameters, problem.coupled, held=True)
+        plans.keep(found.key, found.plan)
     return held
 
 
@@ -117,6 +129,11 @@ def read_once(reading: Reading, *, untold: bool = True) -> bool:
     return unpacked_by_hooks(list(reading.owners), untold=untold)
 
 
+def checkpointed(reading: Reading) -> bool:
+    """Whether they can be read only once, but beside the pass as well: a checkpoint computes them again."""
+    return read_once(reading, untold=False) and bool(recomputed(reading.graph.order))
+
+
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
     """Every use of every parameter, from z where the reading has it; where not, from a backward pass.
 
@@ -130,7 +147,7 @@ def capture_reading(reading: Reading, turn: int | None, take: Take | None = None
     """
     uses, batch = reading.uses, len(reading.losses)
     known = reading.known if reading.known is not None and reading.known.keep else None
-    if known is None and read_once(reading):
+    if known is None and read_once(reading) and not checkpointed(reading):
         known = known_again(reading)
     if known is not None:
         with torch.no_grad():
@@ -257,17 +274,20 @@ def capture(problem: Problem) -> Capture:
     """Runs the model and captures its losses."""
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        reading = run(problem, plans)
-        try:
-            return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
-        except CheckError as error:
-            if not problem.check or reading.known is None or reading.known.keep:
-                raise
-            missed = error
-        # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
-        losses, provenance = watched_losses_of(problem)
-        reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
-        try:
-            return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
-        except CheckError:
-            raise missed from None
+        return _captured(problem, run(problem, plans), plans)
+
+
+def _captured(problem: Problem, reading: Reading, plans: Plans) -> Capture:
+    try:
+        return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
+    except CheckError as error:
+        if not problem.check or reading.known is None or reading.known.keep:
+            raise
+        missed = error
+    # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
+    losses, provenance = watched_losses_of(problem)
+    reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
+    try:
+        return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
+    except CheckError:
+        raise missed from None

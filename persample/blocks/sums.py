@@ -139,17 +139,31 @@ def _cancels(uses: Uses) -> bool:
     return terms.cancelling(_squares(uses, terms)) is not None
 
 
-def gram_by_rows(ours: Uses, theirs: Uses) -> Float[Tensor, "batch other"]:
-    """Returns K from rows, those of as many samples of each side at a time as there is room for."""
+def gram_by_rows(ours: Uses, theirs: Uses, centers: Tensor | None = None) -> Float[Tensor, "batch other"]:
+    """Returns K from rows, those of as many samples of each side at a time as there is room for.
+
+    Args:
+        ours: uses of a parameter.
+        theirs: of the same, on another batch; or `ours`.
+        centers: [groups, *shape], taken off the rows before they are multiplied: off row r number r modulo groups.
+    """
+
+    def rows_of(uses: Uses, samples: slice) -> Tensor:
+        rows = _rows(uses, samples)
+        if centers is None:
+            return real_rows(rows)
+        numbers = torch.arange(samples.start, samples.stop, device=rows.device)
+        return real_rows(rows - centers.to(rows.device)[numbers % len(centers)])
+
     same, budget = theirs is ours, ROWS_KEPT * chunking.CHUNK_BYTES
     size, other = ours[0].batch, theirs[0].batch
     result = ours[0].factors[-1].real.new_zeros(size, other, dtype=ours[0].dtype.to_real())
     for s in chunks(size, _bytes(ours), budget):
-        rows = real_rows(_rows(ours, s))
+        rows = rows_of(ours, s)
         if same:
             result[s, s] = gram_of_rows(rows)
         for t in chunks(s.start if same else other, _bytes(theirs), budget):
-            result[s, t] = gram_of_rows(rows, real_rows(_rows(theirs, t)))
+            result[s, t] = gram_of_rows(rows, rows_of(theirs, t))
             if same:
                 result[t, s] = result[s, t].T
     return result

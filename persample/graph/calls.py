@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from persample.graph.nodes import Node, Result, edge_dtype, edge_shape, shape_of
+from persample.graph.recomputed import reading_beside
+from persample.graph.saved import unpacked_by_hooks
 
 
 def inside_backward() -> bool:
     """Whether this thread is in a backward pass, where a node silently leaves out what the pass does not need."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1 or reading_beside()
 
 
 _helpers = threading.local()
@@ -40,17 +42,28 @@ def outside(function: Callable[..., Result], *arguments: Any) -> Result:
     return helper.submit(call).result()
 
 
-def without_call(node: Node, z: Tensor | None, slot: int) -> Tensor | None:
+def without_call(
+    node: Node, z: Tensor | None, slot: int, saved: Callable[[str], Tensor | None] | None = None
+) -> Tensor | None:
     """A sum's or product's gradient for an input, before any reduction; None where the node has to be called.
 
     Calling takes another thread inside of a backward pass, which lasts longer than small products do.
+
+    Args:
+        node: of the operation.
+        z: gradient of its output.
+        slot: of the input.
+        saved: reads a saved tensor of the node; without it, one is read where that can be done as often as one likes.
     """
     kind = node.name()
     if z is None or kind not in ("AddBackward0", "MulBackward0") or edge_dtype(node.next_functions[slot]) != z.dtype:
         return None
     if kind == "AddBackward0":
         return z if slot == 0 or node._saved_alpha == 1 else None
-    factor: Tensor | None = node._saved_other if slot == 0 else node._saved_self
+    if saved is None and unpacked_by_hooks([node]):
+        return None
+    name = "other" if slot == 0 else "self"
+    factor: Tensor | None = getattr(node, f"_saved_{name}") if saved is None else saved(name)
     if factor is None or factor.dtype != z.dtype or z.is_complex() or factor.layout != z.layout:
         return None
     return z * factor.detach()

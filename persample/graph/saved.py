@@ -13,8 +13,33 @@ from persample.graph.nodes import Node
 _RAW_SAVED: dict[str, tuple[str, ...]] = {}
 
 
+_FREE = "persample.graph.saved"
+
+
 class Reader:
-    """Base of what unpacks saved tensors for this library: they may be read as often as one likes."""
+    """Unpacks saved tensors for this library: they may be read as often as one likes, unless they were changed."""
+
+    def read(self, kept: tuple[Tensor, int | None]) -> Tensor:
+        """What the node gets for a saved tensor, packed with the version it had."""
+        saved, version = kept
+        if version is not None and saved._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(saved.shape)} is at version {saved._version}; expected version {version}"
+            )
+        return saved
+
+    def hook(self, saved: Any) -> bool:
+        """Unpacks a packed tensor from now on; returns False where hooks of others do, for it takes one pair."""
+
+        def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+            return tensor.detach(), None if tensor.is_inference() else tensor._version
+
+        try:
+            saved.register_hooks(pack, self.read)
+        except RuntimeError as error:
+            return "with value None" in str(error)  # nothing is saved there
+        return True
 
 
 def raw_saved(node: Node) -> Iterator[Any]:
@@ -39,6 +64,19 @@ def _hooked(saved: Any, untold: bool) -> bool:
     if not hasattr(saved, "unpack_hook"):
         return untold
     return saved.unpack_hook is not None and not isinstance(getattr(saved.unpack_hook, "__self__", None), Reader)
+
+
+def may_be_read(node: Node) -> bool:
+    """Whether what is saved for one node may be read more than once, hooks of others being on none of it.
+
+    A torch that does not tell, up to 2.9, is asked by giving it a `Reader`'s hooks, which stay.
+    """
+    found = [saved for saved in raw_saved(node) if saved is not None]
+    if all(hasattr(saved, "unpack_hook") for saved in found):
+        return not unpacked_by_hooks([node])
+    if _FREE not in node.metadata:
+        node.metadata[_FREE] = all(Reader().hook(saved) for saved in found)
+    return node.metadata[_FREE]
 
 
 def _names(node: Node) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ def GradSampleModule(
         batch_first: whether axis 0 of its first input counts samples; if not, axis 1 does.
         loss_reduction: "mean" or "sum", over the batch; as given to `make_private`.
         ghost: to be used with `make_private(grad_sample_mode="ghost")`, which returns a criterion, too.
-        max_grad_norm: with `ghost`, the bound; **it must be the one that `make_private` is given**, which calibrates
-            the noise by its own and does not hand it on to a module that is there already.
+        max_grad_norm: with `ghost`, the bound that `make_private` is given, which does not hand it on to a module that
+            is there already; another one is refused in `loss.backward()`.
         output_axis: the axis of every output that counts samples; by default it is found by its length.
         check: as in `persample.per_sample`.
 
@@ -83,7 +83,9 @@ def GradSampleModule(
             "several processes, and would see none. Train in one process"
         )
     wrapper = _opacus_module(model, batch_first=batch_first, loss_reduction=loss_reduction, max_grad_norm=max_grad_norm)
-    wrapper.forward = Recorder(wrapper, output_axis=output_axis, check=check)
+    recorder = wrapper.forward = Recorder(wrapper, output_axis=output_axis, check=check)
+    if ghost:
+        wrapper.get_clipping_coef = recorder.clipping_coef
     return wrapper
 
 

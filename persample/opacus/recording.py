@@ -11,6 +11,7 @@ and gets Σ_b c_b g_b from the factors of the first.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
@@ -36,6 +37,8 @@ ACCUMULATED = (
     "optimizer.step() and optimizer.zero_grad() after each, or take Opacus' BatchMemoryManager"
 )
 
+CALLERS = 8
+"""Frames up to Opacus' loss; there are more than one where calls are checked."""
 CLIPPED = 1e-2
 """Part of a gradient by which Opacus' clipped one may differ from ours, in the precision of outputs."""
 
@@ -88,6 +91,29 @@ class Recorder:
         outputs = _Boundary.apply(this, *this.inputs, *this.problem.parameters.values())
         self.waiting.add(this)
         return this.with_outputs(outputs)
+
+    def clipping_coef(self) -> Tensor:
+        """Opacus' own factors, once the bound is known to be the one that the noise is made for.
+
+        `make_private` hands its bound to the optimizer, and not to a module that is there already; the two meet where
+        Opacus' loss, which has both, asks for the factors. Nothing is to be found elsewhere, so it is looked for there.
+
+        Raises:
+            ValueError: two bounds.
+        """
+        wrapper, frame = self.wrapper, inspect.currentframe()
+        for _ in range(CALLERS):
+            frame = None if frame is None else frame.f_back
+            if frame is None or getattr(frame.f_locals.get("self"), "module", None) is not wrapper:
+                continue
+            ours, noise = self.wrapper.max_grad_norm, frame.f_locals["self"].optimizer.max_grad_norm
+            if noise != ours:
+                raise ValueError(
+                    f"GradSampleModule clips to max_grad_norm={ours}, and the noise is made for {noise}: the step "
+                    "would not be as private as the accountant says. Give both the same"
+                )
+        factors: Tensor = type(wrapper).get_clipping_coef(wrapper)
+        return factors
 
     def arrived(self, this: _Pass) -> None:
         """Takes a pass that is captured; where it is the last one, hands over what Opacus expects after a backward."""

@@ -27,6 +27,7 @@ from persample.capture.types import Capture, Problem
 from persample.projections import Projection
 from persample.result.api import refuse_gradient_hooks, refuse_meta, refuse_nothing
 from persample.result.arguments import check_outputs, root_of
+from persample.result.centred import refuse_mean, without_mean
 from persample.result.explanation import Explanation
 from persample.result.grouping import Per
 from persample.result.holding.unchanged import addresses
@@ -152,7 +153,7 @@ class Jacobian:
         return _each(self._rows.norms(per), self._by_output)
 
     def gram(
-        self, per: Per = "total", other: Jacobian | None = None
+        self, per: Per = "total", other: Jacobian | None = None, *, centred: bool = False
     ) -> Float[Tensor, "batch outs other other_outs"] | dict[str, Float[Tensor, "batch outs other other_outs"]]:
         """Returns ⟨g_bc, g_b'c'⟩, [B, C, B, C]: the empirical neural tangent kernel; with `other` [B, C, B', C'].
 
@@ -162,9 +163,10 @@ class Jacobian:
         Args:
             per: over all parameters ("total"), or a dict for each "layer" or "param".
             other: the Jacobian of another batch, or at another point, for the same parameters.
+            centred: of the rows of each output without their mean over the batch.
 
         Raises:
-            TypeError, ValueError: `other` is no Jacobian, or of other parameters.
+            TypeError, ValueError: `other` is no Jacobian, or of other parameters; or `centred` with `other`.
 
         >>> persample.jacobian(nn.Linear(3, 2, bias=False), torch.ones(1, 3)).gram()
         tensor([[[[3., 0.]],
@@ -175,6 +177,9 @@ class Jacobian:
             raise TypeError(
                 f"other must be what persample.jacobian returned for another batch; got {type(other).__name__}"
             )
+        if centred:
+            refuse_mean(other, per)
+            return without_mean(self.gram(per), lambda: self._around_means(per))
         right = self if other is None else other
         shape = (self.batch, self._count, right.batch, right._count)
         return _each(self._rows.gram(per, None if other is None else other._rows), lambda found: found.view(shape))
@@ -267,6 +272,15 @@ class Jacobian:
         ['Outputs', 'Dense']
         """
         return self._rows.explain()
+
+    def _around_means(self, per: Per) -> Any:
+        """The centred Gram matrix, from rows."""
+        chosen = torch.eye(self._count, device=self.outputs.device).expand(self.batch, -1, -1) / max(self.batch, 1)
+        means = [self._rows.weighted_sum(c.reshape(-1)) for c in chosen.to(self._rows.losses).unbind(2)]
+        centers = {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
+        shape = (self.batch, self._count, self.batch, self._count)
+        with torch.no_grad():
+            return _each(self._rows._gram_around(per, self._rows, centers), lambda found: found.view(shape))
 
     @property
     def _count(self) -> int:

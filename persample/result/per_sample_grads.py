@@ -14,8 +14,9 @@ from persample.capture.types import Capture
 from persample.result.arguments import check_buffers
 from persample.result.explanation import Explanation, explained
 from persample.result.gradient import Gradient, reused
+from persample.result.gradients import T, reduction
 from persample.result.holding.factors import held, owned, portable, watched
-from persample.result.quantities import Quantities, T, reduction
+from persample.result.quantities import Quantities
 
 
 class PerSampleGrads(Quantities):
@@ -147,7 +148,9 @@ class PerSampleGrads(Quantities):
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
         before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
-        if any(self._gradients[name] is not each for name, each in before.items()):
+        changed = [name for name, each in before.items() if self._gradients[name] is not each]
+        if changed:
+            self._condensed |= {*changed}
             self._unchanged.forget(held(self._gradients.values()))
 
     def _require(self) -> None:

@@ -87,11 +87,10 @@ class Reweighting:
     def _register(self, model: nn.Module) -> Iterator[RemovableHandle]:
         compare_hooks()
         eager, traced = self._eager, self._traced
-        # The root's hook first: the model may be a layer itself.
+        # The root's hooks around those of the layers: the model may be a layer itself.
         # After a break in a graph Dynamo compiles what is called next, and these change more than it can follow.
         enter, leave = (torch.compiler.disable(function) for function in (eager.enter_model, eager.leave_model))
         yield model.register_forward_pre_hook(Hook(enter, traced.enter_model), with_kwargs=True)
-        yield model.register_forward_hook(Hook(leave, traced.leave_model), always_call=True)
         modules = dict(self._layers) | {path: self._layers[first] for path, first in self._tied.items()}
         for path, layer in modules.items():
             module, number = model.get_submodule(path), traced.number(layer)
@@ -99,6 +98,8 @@ class Reweighting:
             after = Hook(partial(eager.after, layer), partial(traced.after, layer, number))
             yield module.register_forward_pre_hook(before, with_kwargs=True)
             yield module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True)
+        # Not sooner, with `prepend` there: up to torch 2.10 Dynamo looks hooks up in the order of registration.
+        yield model.register_forward_hook(Hook(leave, traced.leave_model), always_call=True)
         for module, weights in owners(model, self._watcher.names):
             # A checkpoint runs a module again in the backward pass, without the model around it.
             yield module.register_forward_pre_hook(Hook(partial(eager.enter_owner, weights)), with_kwargs=True)

@@ -7,7 +7,7 @@ The generic rule calls the node itself, so no kind of operation needs a rule to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Site:
     zs: tuple[Tensor | None, ...]
     owners: tuple[Owner | None, ...]
     batch: int
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
     """What rules for several slots of the node have in common."""
     read: dict[str, Any] | None = None
     """What was read of the node before, for other z; None: it is read each time."""

@@ -32,7 +32,7 @@ def summed(site: Site, entries: Tensor) -> Block | None:
 )  # fmt: skip
 def elementwise(site: Site) -> Block | None:
     """Any operation that treats every entry by itself, after broadcasting."""
-    entries = without_call(site.node, site.z, site.slot)
+    entries = without_call(site.node, site.z, site.slot, site.saved)
     if entries is None:
         entries = call_node(site.node, [site.z])[site.slot]
     return None if entries is None or entries.shape != site.z.shape else summed(site, entries)

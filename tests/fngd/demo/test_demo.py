@@ -131,7 +131,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "one sample at a time" in printed
     assert len(written["verdicts"]) == 25
     assert [curve["method"] for curve in written["poisson"]["curves"]] == list(race.METHODS)
-    assert written["environment"]["versions"]["torch"] == torch.__version__
+    # the metadata of some builds lack the local part
+    assert written["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ def test_no_scheduler_is_forgotten() -> None:
     assert exported == set(SCHEDULERS)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # SequentialLR's own call, in torch 2.8
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", [NGD, FNGD])
 def test_every_scheduler_runs_as_with_sgd(kind: Any, name: str) -> None:

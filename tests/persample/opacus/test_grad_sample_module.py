@@ -440,3 +440,13 @@ def test_the_second_pass_must_be_the_first_one_clipped() -> None:
     module.disable_hooks()
     with pytest.raises(RuntimeError, match="not the first one with its samples clipped"):
         losses.sum().backward()
+
+
+def test_another_bound_than_that_of_the_noise_is_refused() -> None:
+    model, x, y = convnet(), torch.randn(8, 1, 6, 6), torch.randint(4, (8,))
+    _, module, optimizer, criterion, _ = private(model, x, y, ghost=True, max_grad_norm=2 * BOUND)
+    with pytest.raises(ValueError, match=r"clips to max_grad_norm=0\.3, and the noise is made for 0\.6"):
+        criterion(module(x), y).backward()
+    optimizer.max_grad_norm = BOUND
+    criterion(module(x), y).backward()
+    assert copy.deepcopy(module).get_clipping_coef is not module.get_clipping_coef

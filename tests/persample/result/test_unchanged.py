@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import persample
 from persample.blocks.types import Outer
 from persample.capture.types import Captured
-from persample.result import factors, unchanged
+from persample.result.holding import factors, unchanged
 from persample.result.holding.unchanged import bits
 
 pytestmark = pytest.mark.usefixtures("double")
