@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from persample.attribution.separation import Separation, z_at
 from persample.attribution.uses import Use
@@ -57,12 +56,6 @@ def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: b
     return captured_by(read(losses, parameters), parameters, None, "error", check=check)
 
 
-READ_ONCE = (
-    "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
-    "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
-)
-
-
 @dataclass(frozen=True)
 class HeldGraph:
     """A batch whose autograd graph is held; every `stream` is one backward pass through it."""
@@ -71,15 +64,8 @@ class HeldGraph:
     check: bool
 
     def stream(self, take: Take) -> None:
-        """Hands over the uses of one parameter after another and keeps none.
-
-        Raises:
-            UnsupportedError: saved tensors that can be read only once, where torch has not told so before.
-        """
-        try:
-            stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
-        except CheckpointError as error:
-            raise UnsupportedError(READ_ONCE) from error
+        """Hands over the uses of one parameter after another and keeps none."""
+        stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
 
 
 def hold_graph(problem: Problem) -> HeldGraph:
@@ -91,9 +77,11 @@ def hold_graph(problem: Problem) -> HeldGraph:
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
         found = run(problem, plans, keep=False)
-        # Where torch does not tell, the graph is held all the same: checkpoints raise when they are read again.
-        if read_once(found, untold=False):
-            raise UnsupportedError(READ_ONCE)
+        if read_once(found):
+            raise UnsupportedError(
+                "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
+                "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
+            )
         held = HeldGraph(replace(found, known=None), problem.check)
         if found.known is not None and found.plan is not None and found.key is not None:
             if problem.check:
@@ -110,9 +98,9 @@ def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool
     passed.run(reading.losses, retain_graph=retain_graph)
 
 
-def read_once(reading: Reading, *, untold: bool = True) -> bool:
-    """Whether saved tensors that a rule may ask for can be read only once; `untold` where torch does not tell."""
-    return unpacked_by_hooks(list(reading.owners), untold=untold)
+def read_once(reading: Reading) -> bool:
+    """Whether saved tensors that a rule may ask for can be read only once."""
+    return unpacked_by_hooks(list(reading.owners))
 
 
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
