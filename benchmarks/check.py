@@ -121,7 +121,8 @@ def faster_peers(found: Results, clock: str = "wall") -> Iterator[str]:
                 yield f"{name}, {variant.what}: {VARIANTS[str(ours)].label} takes {pair} × {variant.label}"
 
 
-OWN = {what: (what,) for what in ("grads", "norms", "gram", "clipped_sum")}
+WITH_PEERS = ("grads", "norms", "gram", "clipped_sum", "dot", "sum_of_squares", "jacobian", "kernel")
+OWN = {what: (what,) for what in WITH_PEERS}
 """What a peer's time is compared with; not grads(out=…), for no peer takes memory of its caller's."""
 
 

@@ -36,6 +36,12 @@ WHATS = {
     "norms": "their norms",
     "gram": "their Gram matrix",
     "clipped_sum": "their clipped sum",
+    "norms_step": "their norms, and the step with the clipped sum",
+    "dot": "their inner products with 16 directions",
+    "project": "256 random features of each",
+    "sum_of_squares": "the sum of their squares, entry by entry",
+    "jacobian": "the gradients of 10 outputs of 4 samples",
+    "kernel": "the tangent kernel of these",
     "compiled": "the plain and the stored step under torch.compile; minutes to compile",
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import Task
-from benchmarks.variants import MAX_NORM, Step, variant
+from benchmarks.variants import MAX_NORM, SAMPLES, Step, directions, some_outputs, variant
 
 OPACUS = {"library": "Opacus hooks", "package": "opacus", "module": "opacus"}
 GHOST = {"library": "Opacus ghost", "package": "opacus", "module": "opacus"}
@@ -31,7 +31,7 @@ def clear(task: Task) -> Callable[[], None]:
     def drop() -> None:
         for parameter in task.model.parameters():
             parameter.grad = None
-            for name in ("grad_sample", "_norm_sample", "grad_batch", "batch_l2"):
+            for name in ("grad_sample", "_norm_sample", "grad_batch", "batch_l2", "sum_grad_squared"):
                 if hasattr(parameter, name):
                     setattr(parameter, name, None)  # Opacus expects the attribute
 
@@ -64,6 +64,24 @@ def rows_clipped_sum(rows: Rows) -> dict[str, Tensor]:
     return {name: torch.einsum("i,i...", factors, row) for name, row in rows.items()}
 
 
+def rows_dot(rows: Rows, vectors: Rows) -> Tensor:
+    """Inner products with directions from gradients, [B, K]."""
+    products = [row.reshape(len(row), -1) @ vectors[name].flatten(1).T for name, row in rows.items()]
+    return torch.stack(products).sum(0)
+
+
+def rows_squares(rows: Rows) -> dict[str, Tensor]:
+    """Sums of squares from gradients."""
+    return {name: row.square().sum(0) for name, row in rows.items()}
+
+
+def rows_kernel(rows: Rows) -> Tensor:
+    """Inner products of the rows of a Jacobian, [B, C, B, C]."""
+    first = next(iter(rows.values()))
+    flat = torch.cat([row.flatten(0, 1).flatten(1) for row in rows.values()], 1)
+    return (flat @ flat.T).view(*first.shape[:2], *first.shape[:2])
+
+
 # --- Opacus -------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +104,16 @@ variant("grads_opacus", "grads", "Opacus hooks", limit="write_fresh", **OPACUS)(
 variant("norms_opacus", "norms", "Opacus hooks, then norms", **OPACUS)(_hooks(rows_norms))
 variant("gram_opacus", "gram", "Opacus hooks, then Gram", **OPACUS)(_hooks(rows_gram))
 variant("clipped_sum_opacus", "clipped_sum", "Opacus hooks, clipped", **OPACUS)(_hooks(rows_clipped_sum))
+
+
+variant("sum_of_squares_opacus", "sum_of_squares", "Opacus hooks, then squares", **OPACUS)(_hooks(rows_squares))
+
+
+@variant("dot_opacus", "dot", "Opacus hooks, then products", **OPACUS)
+def dot_opacus(task: Task) -> Step:
+    """Rows, and one product with all directions."""
+    vectors = directions(task)
+    return _hooks(lambda rows: rows_dot(rows, vectors))(task)
 
 
 def _ghost(task: Task) -> tuple[Any, Callable[[], Tensor]]:
@@ -165,6 +193,26 @@ def grads_vmap(task: Task) -> Step:
     return Step(lambda: rows(parameters, task.inputs, task.targets))
 
 
+def _jacrev(finish: Callable[[Rows], Any]) -> Callable[[Task], Step]:
+    def prepare(task: Task) -> Step:
+        from torch.func import functional_call, jacrev, vmap
+
+        buffers = dict(task.model.named_buffers())
+        parameters = {name: parameter.detach() for name, parameter in task.model.named_parameters()}
+
+        def outputs(weights: Rows, x: Tensor) -> Tensor:
+            return some_outputs(functional_call(task.model, ({**weights}, buffers), (x[None],)))[0]
+
+        rows = vmap(jacrev(outputs), in_dims=(None, 0))
+        return Step(lambda: finish(rows(parameters, task.inputs[:SAMPLES])))
+
+    return prepare
+
+
+variant("jacobian_jacrev", "jacobian", "vmap(jacrev)", **VMAP)(_jacrev(lambda rows: rows))
+variant("kernel_jacrev", "kernel", "vmap(jacrev), then products", **VMAP)(_jacrev(rows_kernel))
+
+
 # --- BackPACK, TorchJD --------------------------------------------------------------------------------------
 
 
@@ -195,6 +243,11 @@ variant("grads_backpack", "grads", "BackPACK BatchGrad", limit="write_fresh", **
 )
 variant("norms_backpack", "norms", "BackPACK BatchL2Grad", **BACKPACK)(
     _backpack("BatchL2Grad", "batch_l2", _root_of_sum)
+)
+
+
+variant("sum_of_squares_backpack", "sum_of_squares", "BackPACK SumGradSquared", **BACKPACK)(
+    _backpack("SumGradSquared", "sum_grad_squared", lambda squares: squares)
 )
 
 

@@ -17,8 +17,10 @@ from torch.optim import SGD, Optimizer
 import fngd
 import persample
 from benchmarks.models import Task
+from persample.projections import Kronecker
 
 LR, MOMENTUM, STEPS_PER_EPOCH, MAX_NORM = 1e-4, 0.9, 8, 1.0
+DIRECTIONS, SAMPLES, OUTPUTS = 16, 4, 10
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "batch_axis": 0}  # with T = B no shape tells the axis
 OURS = "ours"
 
@@ -179,6 +181,69 @@ def gram_graph(task: Task) -> Step:
 def clipped_sum(task: Task) -> Step:
     """Norm at most 1."""
     return Step(lambda: captured(task).clipped_sum(MAX_NORM))
+
+
+@variant("norms_step", "norms_step", "norms(), backward(c), SGD")
+def norms_step(task: Task) -> Step:
+    """One capture for the norm over all parameters and the step."""
+    optimizer = _sgd(task)
+
+    def run() -> None:
+        psg = captured(task)
+        psg.backward((MAX_NORM / psg.norms()).clamp(max=1) / task.batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Step(run)
+
+
+def directions(task: Task) -> dict[str, Tensor]:
+    """`DIRECTIONS` random vectors of each parameter's shape, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    each = task.model.named_parameters()
+    return {n: torch.randn(DIRECTIONS, *p.shape, generator=generator).to(p.device) for n, p in each}
+
+
+@variant("dot", "dot", "dot(vectors)")
+def dot(task: Task) -> Step:
+    """All directions at once."""
+    vectors = directions(task)
+    return Step(lambda: captured(task).dot(vectors))
+
+
+@variant("project", "project", "project(Kronecker(16, 16))")
+def project(task: Task) -> Step:
+    """Over all parameters."""
+    projection = Kronecker(16, 16)
+    return Step(lambda: captured(task).project(projection))
+
+
+@variant("sum_of_squares", "sum_of_squares", "sum_of_squares()")
+def sum_of_squares(task: Task) -> Step:
+    """Of every parameter."""
+    return Step(lambda: captured(task).sum_of_squares())
+
+
+def some_outputs(outputs: Tensor) -> Tensor:
+    """The first `OUTPUTS` numbers of each sample."""
+    return outputs.flatten(1)[:, :OUTPUTS]
+
+
+def jacobian_of(task: Task) -> persample.Jacobian:
+    """Of some samples and outputs: of all of them the rows would not fit anywhere."""
+    return persample.jacobian(task.model, task.inputs[:SAMPLES], output_fn=some_outputs)
+
+
+@variant("jacobian", "jacobian", "jacobian(…).rows()")
+def jacobian(task: Task) -> Step:
+    """Of some samples and outputs."""
+    return Step(lambda: jacobian_of(task).rows())
+
+
+@variant("kernel", "kernel", "jacobian(…).gram()")
+def kernel(task: Task) -> Step:
+    """Over all parameters."""
+    return Step(lambda: jacobian_of(task).gram())
 
 
 # --- the limit: as many bytes, written and nothing else -----------------------------------------------------

@@ -81,6 +81,8 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     check_device(options.device)
     settings = {**experiment.scales[options.scale], **_changes(options.set, experiment.scales[options.scale])}
+    if getattr(options, "optimizers", None) is not None:
+        settings["methods"] = _methods(options.optimizers)
     path = records.file_of(options.out, experiment.name, options.scale, options.device)
     record = records.open_record(experiment, options.scale, options.device, settings, path)
     every = list(experiment.units(record.settings))
@@ -166,6 +168,17 @@ def _changes(given: list[str], known: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise ValueError(f"--set {entry}: {text!r} is no JSON; texts need quotes: --set '{name}=\"…\"'") from None
     return result
+
+
+def _methods(text: str) -> list[str]:
+    from experiments import tuning  # imports torch
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"--optimizers {text!r} names none; choose from {', '.join(tuning.OPTIMISERS)}")
+    for name in names:  # before any work
+        tuning.optimiser(name)
+    return names
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     """Trains and looks; returns what was seen at each look, and the first seed's matrices at the last."""
     seed = int(unit.removeprefix("seed="))
     dataset = data.load(settings["data"], context.data_dir)
-    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": data.CLASSES}
+    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": dataset.classes}
     model = build_model(settings["model"], **sizes, seed=seed).to(context.device)
     config = Config(batch_size=settings["train_batch"], device=context.device, augment=settings["augment"])
     images, labels = (part[: settings["batch"]].to(context.device) for part in vars(dataset.train).values())

@@ -138,11 +138,11 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     epochs = task["trial_epochs"] if trial else task["epochs"] * (2 if method != base else 1)
     steps = math.ceil(len(trained.labels) / config.batch_size)
     size, channels = trained.images.shape[-1], trained.images.shape[1]
-    model = build_model(task["model"], size=size, channels=channels, classes=data.CLASSES, seed=seed)
+    model = build_model(task["model"], size=size, channels=channels, classes=data.CLASSES[task["data"]], seed=seed)
     model.to(context.device)
     plan = Plan(
         model,
-        tuning.OPTIMISERS[base].build(model, tuning.Training(steps, inverse_every=task["inverse_every"]), options),
+        tuning.optimiser(base).build(model, tuning.Training(steps, inverse_every=task["inverse_every"]), options),
         batches=lambda epoch: loop.batches(trained, config, seed, epoch),
         loss=lambda batch: _loss(model, batch),
         factor=lambda step: SCHEDULES["step"](step / (epochs * steps)),

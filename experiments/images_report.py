@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments import tuning
+from experiments import evidence, tuning
 from experiments.curves import draw_curves
 from experiments.record import Claim, Record, Verdict
 from experiments.runs import first_epoch, spent
@@ -29,6 +29,27 @@ def final(record: Record, task: str, method: str, figure: str = "accuracy") -> d
     return {seed: epochs[-1][figure] for seed, epochs in runs(record, task, method).items()}
 
 
+def entered(record: Record, task: str, *names: str) -> dict[str, dict[int, bool]]:
+    """Returns by method, named with its task, whether its run of a seed diverged."""
+    found: dict[str, dict[int, bool]] = {}
+    for method in names:
+        prefix = f"{task}/{method}/seed="
+        runs_of = {unit: result for unit, result in record.results.items() if unit.startswith(prefix)}
+        found[f"{method} on {task}"] = {int(u.rpartition("=")[2]): bool(r["diverged"]) for u, r in runs_of.items()}
+    return found
+
+
+def _verdict(record: Record, words: list[str], judgement: str, *names: str) -> Verdict:
+    """The judgement on these methods in every task, if the rules of `experiments.evidence` admit one."""
+    groups, edges = [], {}
+    for task in record.settings["tasks"]:
+        groups.append(entered(record, task, *names))
+        base = list(dict.fromkeys(name.removesuffix("-long") for name in names))
+        for method, options in tuning.edges(record.results, base, f"tune/{task}/", figure="accuracy").items():
+            edges[f"{method} on {task}"] = options
+    return evidence.verdict("; ".join(words), judgement, groups, edges)
+
+
 def methods(record: Record) -> list[str]:
     """All methods, long runs behind their short ones."""
     long = record.settings["long"]
@@ -46,7 +67,7 @@ def report(record: Record) -> str:
     ]
     diverged = sorted(unit for unit, result in record.results.items() if result["diverged"] and unit[:5] != "tune/")
     if diverged:
-        lines.append(f"Diverged, and left out of means: {', '.join(diverged)}.")
+        lines.append(f"Diverged, and in no mean: {', '.join(diverged)}.")
     for name, task in record.settings["tasks"].items():
         pooled = f" averaged over {task['pool']} × {task['pool']} pixels" if task["pool"] > 1 else ""
         size = "all" if task["train_size"] is None else f"{task['train_size']}"
@@ -69,7 +90,7 @@ def _table(record: Record, task: str, targets: list[float]) -> str:
         each = [sum(entry["process_seconds"] for entry in epochs) / len(epochs) for epochs in found.values()]
         cells = [
             method,
-            str(len(found)),
+            evidence.seeds(len(found), _diverged(record, task, method)),
             spread([*final(record, task, method).values()]),
             spread([*final(record, task, method, "train_loss").values()], 3),
             spread(each),
@@ -78,6 +99,10 @@ def _table(record: Record, task: str, targets: list[float]) -> str:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _diverged(record: Record, task: str, method: str) -> int:
+    return sum(sum(runs_of.values()) for runs_of in entered(record, task, method).values())
 
 
 def _reached(found: dict[int, list[dict[str, Any]]], target: float) -> str:
@@ -130,9 +155,8 @@ def _half_epochs(record: Record) -> Verdict | None:
             f"{task}: FNGD {long} of SGD with twice the epochs ({gap:+.2f}); SGD on FNGD's schedule "
             f"{spread([*final(record, task, 'sgd').values()])} % (FNGD − SGD {gain:+.2f} ± {error:.2f}, standard error)"
         )
-    seeds = len(record.settings["seeds"])
     judgement = "holds" if all(holds) and all(gains) else "holds in part" if any(holds) and any(gains) else ""
-    return Verdict(f"{'; '.join(words)}; n = {seeds} seeds", judgement or "does not hold")
+    return _verdict(record, words, judgement or "does not hold", "fngd", "sgd", "sgd-long")
 
 
 def _comparable(record: Record) -> Verdict | None:
@@ -143,13 +167,13 @@ def _comparable(record: Record) -> Verdict | None:
     for task in record.settings["tasks"]:
         means = {m: mean([*final(record, task, m).values()]) for m in SECOND_ORDER if final(record, task, m)}
         if not means:
-            return Verdict(f"{task}: every other second-order method diverged", "undecided")
+            return _verdict(record, [f"{task}: every other second-order method diverged"], "undecided", *SECOND_ORDER)
         top = max(means, key=lambda m: means[m])
         text, gap, error = _difference(record, task, "fngd", top)
         holds.append(gap > -max(MARGIN, 2 * error))
         words.append(f"{task}: FNGD {text} of the best other one, {top} ({gap:+.2f} ± {error:.2f})")
     judgement = "holds" if all(holds) else "holds in part" if any(holds) else "does not hold"
-    return Verdict(f"{'; '.join(words)}; n = {len(record.settings['seeds'])} seeds", judgement)
+    return _verdict(record, words, judgement, "fngd", *SECOND_ORDER)
 
 
 def _soonest(record: Record) -> Verdict | None:
@@ -174,7 +198,7 @@ def _soonest(record: Record) -> Verdict | None:
         )
         words.append(f"{task}, to {target:g} %: {listed}")
     judgement = "holds" if all(holds) else "holds in part" if any(holds) else "does not hold"
-    return Verdict(f"{'; '.join(words)}; n = {len(record.settings['seeds'])} seeds", judgement)
+    return _verdict(record, words, judgement, *everyone, "sgd-long")
 
 
 CLAIMS = (

@@ -79,6 +79,8 @@ def parser(known: Mapping[str, Declared], description: str) -> argparse.Argument
         add = command.add_argument
         add("--only", default="*", metavar="A,B,…", help="units to run, by patterns such as 'fngd/*' (default all)")
         add("--set", action="append", default=[], metavar="NAME=JSON", help="another setting than the scale's")
+        if any({"methods", "trials"} <= settings.keys() for settings in experiment.scales.values()):
+            add("--optimizers", metavar="A,B,…", help="other methods than the scale's: names, or module:function")
         add("--list", action="store_true", help="print the settings and the units, and which are finished")
     every = commands.add_parser("all", help="every experiment; what cannot run is told at the end")
     every.set_defaults(only="*", set=[], list=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from experiments import evidence, tuning
 from experiments.pinn_problems import TITLES
 from experiments.record import Claim, Record, Result, Verdict
 
@@ -145,6 +146,21 @@ def _picture(record: Record, problem: str) -> dict | None:
     return found[0] if found else None
 
 
+def _entered(record: Record, problem: str, *methods: str) -> dict[str, dict[int, bool]]:
+    """By method, whether its run of a seed diverged."""
+    return {
+        method: {seed: result["error"][-1] is None for seed, result in runs(record, problem, method).items()}
+        for method in methods
+    }
+
+
+def _edges(record: Record, method: str) -> dict[str, list[str]]:
+    """Whether a baseline's rate is the smallest or the largest of those that were tried of its kind."""
+    kind, _, rate = method.partition("/lr=")
+    rates = [float(each.partition("/lr=")[2]) for each in record.settings["methods"] if each.startswith(f"{kind}/lr=")]
+    return {method: tuning.at_edge({"lr": float(rate)}, tuning.grid(lr=rates))} if rate else {}
+
+
 def judge_ratio(problem: str) -> Callable[[Record], Verdict | None]:
     """Whether the error is as many times lower as it is to be; the 2-D Poisson problem also has an error to reach."""
 
@@ -155,12 +171,13 @@ def judge_ratio(problem: str) -> Callable[[Record], Verdict | None]:
         errors = figures(record, problem, OURS, "error")
         seconds = record.settings["budget"][problem]
         text = (
-            f"{record.scale} scale, {seconds:g} {record.settings['clock']} s, n = {len(errors)}: median error "
+            f"{record.scale} scale, {seconds:g} {record.settings['clock']} s: median error "
             f"{_range(errors)}, best baseline ({best[0]}) {best[1]:.1e}, {factor:.3g} times as much"
         )
         reached = problem != "poisson2" or median(errors) <= POISSON_ERROR
         holds = factor >= NEEDED[problem]
-        return Verdict(text, "holds" if holds and reached else "holds in part" if holds or reached else "does not hold")
+        judgement = "holds" if holds and reached else "holds in part" if holds or reached else "does not hold"
+        return evidence.verdict(text, judgement, [_entered(record, problem, OURS, best[0])], _edges(record, best[0]))
 
     return judge
 

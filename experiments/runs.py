@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.record import Context, Result
+from fngd.training.steps import optimizer_step, set_mode
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def train(plan: Plan, context: Context) -> Result:
             history.append(figures)
             break
         plan.model.eval()
+        set_mode(plan.optimizer, training=False)
         with torch.no_grad():
             history.append({**figures, **plan.test()})
         context.save(
@@ -79,25 +81,34 @@ def train(plan: Plan, context: Context) -> Result:
 
 def _epoch(plan: Plan, scheduler: Any, epoch: int, context: Context) -> tuple[Tensor, float, float]:
     plan.model.train()
+    set_mode(plan.optimizer, training=True)
     total = torch.zeros((), device=context.device, dtype=torch.float64)
     count, seconds, process_seconds = 0.0, 0.0, 0.0
     for step, batch in enumerate(plan.batches(epoch)):
         _wait(context.device)
         wall, process = time.perf_counter(), time.process_time()
-        loss, weight = plan.loss(batch)
-        loss.backward()
-        plan.optimizer.step()
-        plan.optimizer.zero_grad()
+        loss, weight = _step(plan, batch)
         scheduler.step()
         _wait(context.device)
         seconds += time.perf_counter() - wall
         process_seconds += time.process_time() - process
-        total += loss.detach() * weight
+        total += loss * weight
         count += weight
         context.progress(epoch * plan.steps + step + 1, plan.epochs * plan.steps)
         if not total.isfinite():
             break
     return total / max(count, 1), seconds, process_seconds
+
+
+def _step(plan: Plan, batch: Any) -> tuple[Tensor, float]:
+    weights: list[float] = []
+
+    def loss() -> Tensor:
+        value, weight = plan.loss(batch)
+        weights.append(weight)
+        return value
+
+    return optimizer_step(plan.optimizer, loss), weights[0]
 
 
 def _wait(device: str) -> None:

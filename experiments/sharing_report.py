@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import evidence
 from experiments.record import Claim, Record, Verdict
 from experiments.statistics import mean, paired, spread, standard_error
 
@@ -32,6 +33,25 @@ def final(record: Record, method: str, alpha: float | None, figure: str) -> dict
         if name == method and (own == alpha or method == "constant") and result["finite"]:
             found[seed] = result["epochs"][-1][figure]
     return found
+
+
+def entered(record: Record, method: str, alpha: float) -> dict[str, dict[int, bool]]:
+    """Returns, named with its α, whether a method's run of a seed diverged."""
+    found: dict[int, bool] = {}
+    for unit, result in record.results.items():
+        name, own, seed = parsed(unit)
+        if name == method and (own == alpha or method == "constant"):
+            found[seed] = not result["finite"]
+    return {f"{method} (α={alpha:g})": found}
+
+
+def _verdict(record: Record, text: str, judgement: str, *names: str) -> Verdict:
+    """The judgement on these methods at every α, if the rules of `experiments.evidence` admit one."""
+    groups = [
+        {key: runs for name in names for key, runs in entered(record, name, alpha).items()}
+        for alpha in record.settings["alphas"]
+    ]
+    return evidence.verdict(text, judgement, [group for group in groups if all(group.values())])
 
 
 def correlations(record: Record, method: str, alpha: float, epoch: int) -> list[float]:
@@ -64,7 +84,7 @@ def report(record: Record) -> str:
     ]
     diverged = sorted(unit for unit, result in record.results.items() if not result["finite"])
     if diverged:
-        lines.append(f"Diverged, and left out of means: {', '.join(diverged)}.")
+        lines.append(f"Diverged, and in no mean: {', '.join(diverged)}.")
     lines += ["## Test accuracy, %", _figures(record, "test_accuracy", 2)]
     lines += ["## Training loss", _figures(record, "train_loss", 4)]
 
@@ -202,9 +222,8 @@ def _worse(values: list[float]) -> bool:
 
 
 def _words(record: Record, pairs: list[tuple[float, list[float]]]) -> str:
-    seeds = min(len(values) for _, values in pairs)
     each = "; ".join(f"α={a:g}: {spread(values, 2, sign=True)}" for a, values in pairs)
-    return f"{each} points of test accuracy (± std of paired differences, n = {seeds} seeds; {_describe(record)})"
+    return f"{each} points of test accuracy (± std of paired differences; {_describe(record)})"
 
 
 def judge_on_par(record: Record) -> Verdict | None:
@@ -215,7 +234,7 @@ def judge_on_par(record: Record) -> Verdict | None:
     worse = [a for a, values in pairs if _worse(values)]
     verdict = "holds" if not worse else "does not hold" if len(worse) == len(pairs) else "holds in part"
     note = f" FNGD is worse (by more than {MARGIN} points and 2 standard errors) at α = {worse}." if worse else ""
-    return Verdict(f"FNGD − NGD: {_words(record, pairs)}.{note}", verdict)
+    return _verdict(record, f"FNGD − NGD: {_words(record, pairs)}.{note}", verdict, "fngd", "ngd")
 
 
 def judge_whose(record: Record) -> Verdict | None:
@@ -225,7 +244,8 @@ def judge_whose(record: Record) -> Verdict | None:
         return None
     worse = [a for a, values in pairs if _worse(values)]
     verdict = "does not hold" if not worse else "holds" if len(worse) == len(pairs) else "holds in part"
-    return Verdict(f"permuted − FNGD: {_words(record, pairs)}; permuting hurts at α = {worse or 'none'}.", verdict)
+    text = f"permuted − FNGD: {_words(record, pairs)}; permuting hurts at α = {worse or 'none'}."
+    return _verdict(record, text, verdict, "permuted", "fngd")
 
 
 def judge_constant(record: Record) -> Verdict | None:
@@ -238,10 +258,12 @@ def judge_constant(record: Record) -> Verdict | None:
     levels = [mean(values) for _, values in found]
     verdict = "holds" if min(levels) > 0.9 else "holds in part" if max(levels) > 0.5 else "does not hold"
     each = "; ".join(f"α={a:g}: {spread(values, 2)}" for a, values in found)
-    return Verdict(
+    return _verdict(
+        record,
         f"correlation of the first epoch's factors with fresh ones of the same samples, epoch {last + 1}: {each} "
         f"(± std over layers and seeds; {_describe(record)}). Called constant above 0.9, partly above 0.5.",
         verdict,
+        "sample",
     )
 
 
@@ -252,7 +274,8 @@ def judge_better(record: Record) -> Verdict | None:
         return None
     better = [a for a, values in pairs if _worse([-value for value in values])]
     verdict = "does not hold" if not better else "holds" if len(better) == len(pairs) else "holds in part"
-    return Verdict(f"NGD − SGD: {_words(record, pairs)}; better at α = {better or 'none'}.", verdict)
+    text = f"NGD − SGD: {_words(record, pairs)}; better at α = {better or 'none'}."
+    return _verdict(record, text, verdict, "ngd", "constant")
 
 
 CLAIMS = (

@@ -138,7 +138,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     a run that is no trial "test": SacreBLEU on the test sentences by greedy and beam search, and its signature."""
     kind, _, rest = unit.partition("/") if unit.startswith(("tune/", "best/")) else ("", "", unit)
     method, number = rest.split("/")
-    optimiser = tuning.OPTIMISERS[method]
+    optimiser = tuning.optimiser(method)
     if kind == "tune":
         seed, options = TRIAL_SEED, tuning.trials(method, "translation", settings["trials"])[int(number)]
         settings = {**settings, "train_size": settings["trial_size"], "epochs": settings["trial_epochs"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments import tuning
+from experiments import evidence, tuning
 from experiments.curves import draw_curves
 from experiments.record import Claim, Record, Verdict
 from experiments.statistics import mean, paired, spread, standard_error
@@ -18,6 +18,22 @@ def runs(record: Record, method: str) -> dict[int, dict[str, Any]]:
     """Returns a method's finished runs by seed; those that diverged are left out."""
     found = {unit: result for unit, result in record.results.items() if unit.startswith(f"{method}/seed=")}
     return {int(unit.rpartition("=")[2]): result for unit, result in found.items() if not result["diverged"]}
+
+
+def entered(record: Record, *names: str) -> dict[str, dict[int, bool]]:
+    """Returns by method whether its run of a seed diverged."""
+    found: dict[str, dict[int, bool]] = {name: {} for name in names}
+    for unit, result in record.results.items():
+        method, _, seed = unit.partition("/seed=")
+        if method in found and seed:
+            found[method][int(seed)] = bool(result["diverged"])
+    return found
+
+
+def _verdict(record: Record, text: str, judgement: str, *names: str) -> Verdict:
+    """The judgement on these methods, if the rules of `experiments.evidence` admit one."""
+    edges = tuning.edges(record.results, names, "tune/", figure="loss", smallest=True)
+    return evidence.verdict(text, judgement, [entered(record, *names)], edges)
 
 
 def scores(record: Record, method: str, search: str = "beam") -> dict[int, float]:
@@ -40,7 +56,7 @@ def report(record: Record) -> str:
     ]
     diverged = sorted(unit for unit, result in record.results.items() if result["diverged"] and unit[:5] != "tune/")
     if diverged:
-        lines.append(f"Diverged, and left out of means: {', '.join(diverged)}.")
+        lines.append(f"Diverged, and in no mean: {', '.join(diverged)}.")
     for unit, result in record.results.items():
         if unit.startswith("best/") and "test" in result:
             lines += [f"## The long run, {unit.removeprefix('best/')}", _best(record, result)]
@@ -59,7 +75,7 @@ def _table(record: Record) -> str:
         found = [*runs(record, method).values()]
         cells = [
             method,
-            str(len(found)),
+            evidence.seeds(len(found), sum(entered(record, method)[method].values())),
             *(spread([*scores(record, method, search).values()]) for search in ("greedy", "beam")),
             *(spread([each["epochs"][-1][key] for each in found], 3) for key in ("loss", "train_loss")),
             spread([_seconds(each) for each in found], 1),
@@ -126,8 +142,8 @@ def _own(record: Record) -> str | None:
     return max(found, key=lambda name: found[name]) if found else None
 
 
-def _n(record: Record) -> str:
-    return f"n = {len(record.settings['seeds'])} seeds, SacreBLEU, {record.settings['beams']} beams"
+def _how(record: Record) -> str:
+    return f"SacreBLEU, {record.settings['beams']} beams"
 
 
 def _above(record: Record) -> Verdict | None:
@@ -136,14 +152,16 @@ def _above(record: Record) -> Verdict | None:
         return None
     own = _own(record)
     if own is None:
-        return Verdict(f"every run of FNGD diverged; {_listed(record, *others)}", "does not hold")
+        text = f"every run of FNGD diverged; {_listed(record, *others)}"
+        return _verdict(record, text, "does not hold", *READINGS, *others)
     gaps = {other: _difference(record, own, other) for other in others if scores(record, other)}
     text = "; ".join(
         f"{own} − {other} {gap:+.1f} ± {error:.1f} (standard error)" for other, (gap, error) in gaps.items()
     )
     ahead = [gap > 2 * error for gap, error in gaps.values()]
     judgement = "holds" if all(ahead) else "holds in part" if any(ahead) else "does not hold"
-    return Verdict(f"{_listed(record, *READINGS, *others)}; {text}; {_n(record)}", judgement)
+    text = f"{_listed(record, *READINGS, *others)}; {text}; {_how(record)}"
+    return _verdict(record, text, judgement, own, *others)
 
 
 def _highest(record: Record) -> Verdict | None:
@@ -152,12 +170,12 @@ def _highest(record: Record) -> Verdict | None:
         return None
     found = {name: mean([*scores(record, name).values()]) for name in names[1:] if scores(record, name)}
     if not found:
-        return Verdict("every run of FNGD diverged", "does not hold")
+        return _verdict(record, "every run of FNGD diverged", "does not hold", *names)
     own = max(found, key=lambda name: found[name])
     gap, error = _difference(record, own, "adamw-warmup")
     judgement = "holds" if gap > 2 * error else "does not hold" if gap < -2 * error else "undecided"
     text = f"{_listed(record, *names)}; {own} − adamw-warmup {gap:+.1f} ± {error:.1f} (standard error)"
-    return Verdict(f"{text}; {_n(record)}", judgement)
+    return _verdict(record, f"{text}; {_how(record)}", judgement, own, "adamw-warmup")
 
 
 def _time(record: Record) -> Verdict | None:
@@ -169,11 +187,11 @@ def _time(record: Record) -> Verdict | None:
     ratios = [means["fngd"] / means["adamw"], means["kfac"] / means["fngd"], means["shampoo"] / means["fngd"]]
     text = (
         f"process seconds an epoch: {', '.join(f'{name} {spread(values, 1)}' for name, values in seconds.items())}; "
-        f"FNGD {ratios[0]:.2f} × AdamW, KFAC {ratios[1]:.2f} × FNGD, Shampoo {ratios[2]:.2f} × FNGD; "
-        f"n = {len(record.settings['seeds'])} seeds"
+        f"FNGD {ratios[0]:.2f} × AdamW, KFAC {ratios[1]:.2f} × FNGD, Shampoo {ratios[2]:.2f} × FNGD"
     )
     holds = [ratios[0] < 1.1, ratios[1] > 1.5, ratios[2] > 2.0]
-    return Verdict(text, "holds" if all(holds) else "holds in part" if any(holds) else "does not hold")
+    judgement = "holds" if all(holds) else "holds in part" if any(holds) else "does not hold"
+    return evidence.verdict(text, judgement, [entered(record, *names)])  # time does not depend on what was tuned
 
 
 CLAIMS = (

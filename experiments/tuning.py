@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,11 @@ import torch
 from torch import nn
 
 from experiments.record import Context, load_record
-from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, Eva, HyLo, Shampoo
+from fngd.training import rivals
+from fngd.training.recipes import default_rate, optimizer_spec
+from fngd.training.rivals import MuonAndAdamW
+from fngd.training.settings import Config, is_foreign
 
 Options = dict[str, Any]
 Grid = list[Options]
@@ -85,6 +90,30 @@ def _kfac(model: nn.Module, training: Training, options: Options) -> torch.optim
     return KFAC(model, _groups(model, training), **every, **_common(training), **options)
 
 
+def _ekfac(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+    every: Options = {"statistics_every": training.statistics_every, "inverse_every": training.inverse_every}
+    return EKFAC(model, _groups(model, training), **every, **_common(training), **options)
+
+
+def _mbf(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+    every: Options = {"statistics_every": training.statistics_every, "inverse_every": training.inverse_every}
+    return MBF(model, _groups(model, training), **every, **_common(training), **options)
+
+
+def _hylo(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+    every = training.inverse_every
+    common = _common(training)
+    return HyLo(model, _groups(model, training), steps_per_epoch=training.steps, every=every, **common, **options)
+
+
+def _muon(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+    return MuonAndAdamW(model, **options)
+
+
+def _soap(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+    return rivals.soap(model, options["lr"], Config(), training.steps)
+
+
 def _skfac(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
     every = max(1, training.steps // 48)
     return SKFAC(model, _groups(model, training), every=every, **_common(training), **options)
@@ -121,6 +150,8 @@ def grid(**values: list[float]) -> Grid:
 
 _RATES = [0.1, 0.05, 0.2, 0.02, 0.5, 0.01]
 _TEXT_RATES = [0.1, 0.03, 0.3, 0.01]
+_ADAM_RATES = [2e-3, 1e-3, 5e-3, 5e-4, 1e-2, 2e-4]
+_TEXT_ADAM_RATES = [1e-3, 3e-4, 3e-3, 1e-4]
 _FACTORED = grid(damping=[0.03, 0.003], lr=[0.1, 0.03, 0.3])
 _TEXT_FACTORED = grid(damping=[0.03, 0.003], lr=[0.1, 0.3])
 _ALPHA = grid(alpha=[1e-2, 1e-3], lr=[0.1, 0.05, 0.3])
@@ -130,15 +161,18 @@ _TEXT_PER_LAYER = grid(alpha=[1e-2], lr=[1e-2, 1e-3, 1e-1, 1e-4])
 
 OPTIMISERS: dict[str, Optimiser] = {
     "sgd": Optimiser(_sgd, "SGD", grid(lr=_RATES), grid(lr=_TEXT_RATES)),
-    "adamw": Optimiser(
-        _adamw, "AdamW", grid(lr=[2e-3, 1e-3, 5e-3, 5e-4, 1e-2, 2e-4]), grid(lr=[1e-3, 3e-4, 3e-3, 1e-4])
-    ),
+    "adamw": Optimiser(_adamw, "AdamW", grid(lr=_ADAM_RATES), grid(lr=_TEXT_ADAM_RATES)),
     "adamw-warmup": Optimiser(
         _transformer_adamw, "AdamW, warm-up", [], grid(lr=[2e-3, 1e-3, 4e-3, 5e-4]), "inverse root"
     ),
     "kfac": Optimiser(_kfac, "KFAC", _FACTORED, _TEXT_FACTORED),
     "shampoo": Optimiser(_shampoo, "Shampoo", grid(lr=_RATES), grid(lr=_TEXT_RATES)),
     "eva": Optimiser(_eva, "Eva", _FACTORED, _TEXT_FACTORED),
+    "ekfac": Optimiser(_ekfac, "EKFAC", _FACTORED, _TEXT_FACTORED),
+    "mbf": Optimiser(_mbf, "MBF", _FACTORED, _TEXT_FACTORED),
+    "hylo": Optimiser(_hylo, "HyLo", _FACTORED, _TEXT_FACTORED),
+    "muon": Optimiser(_muon, "Muon", grid(lr=_ADAM_RATES), grid(lr=_TEXT_ADAM_RATES)),
+    "soap": Optimiser(_soap, "SOAP", grid(lr=_ADAM_RATES), grid(lr=_TEXT_ADAM_RATES)),
     "skfac": Optimiser(_skfac, "SKFAC", _FACTORED, _TEXT_FACTORED),
     "ngd": Optimiser(_ngd, "NGD", _ALPHA, _TEXT_ALPHA),
     "fngd": Optimiser(_fngd, "FNGD", _ALPHA, _TEXT_ALPHA),
@@ -149,14 +183,37 @@ OPTIMISERS: dict[str, Optimiser] = {
 so that the step of a layer is η/λ with the λ of its first epoch: the paper's "adaptive learning rate"."""
 
 
+_FACTORS = [1.0, 0.5, 2.0, 0.25, 4.0, 0.125]
+"""Of the default learning rate of a function of one's own, in the order in which they are tried."""
+
+
+def optimiser(method: str) -> Optimiser:
+    """Returns the entry of `OPTIMISERS`, or one for a function that `module:function` names.
+
+    Such a function is called as `fngd.training.recipes` says, and is tuned over the default of its `lr`, halved and
+    doubled. Raises ValueError for an unknown method, or a function whose `lr` has no default.
+    """
+    if method in OPTIMISERS:
+        return OPTIMISERS[method]
+    if not is_foreign(method):
+        raise ValueError(f"method {method!r} is unknown; choose from {list(OPTIMISERS)}, or give module:function")
+    spec = optimizer_spec(method)
+    rate = spec.lr if spec.lr is not None else default_rate(method)
+
+    def build(model: nn.Module, training: Training, options: Options) -> torch.optim.Optimizer:
+        config = Config(weight_decay=training.weight_decay)
+        return spec.build(model, options["lr"], config, training.steps)
+
+    rates = grid(lr=[rate * factor for factor in _FACTORS])
+    return Optimiser(build, method, rates, rates[:4])
+
+
 def trials(method: str, kind: str, count: int) -> Grid:
     """Returns the first `count` trials of a method, kind being "images" or "translation".
 
     Raises ValueError for an unknown method, or one that has fewer.
     """
-    if method not in OPTIMISERS:
-        raise ValueError(f"method {method!r} is unknown; choose from {list(OPTIMISERS)}")
-    found: Grid = getattr(OPTIMISERS[method], kind)
+    found: Grid = getattr(optimiser(method), kind)
     if not 1 <= count <= len(found):
         raise ValueError(f"{count} trials of {method!r}; there are 1 … {len(found)} for {kind}")
     return found[:count]
@@ -188,13 +245,33 @@ def finished(context: Context) -> dict[str, dict[str, Any]]:
 
 
 def at_edge(options: Options, tried: Grid) -> list[str]:
-    """Names the options of three or more tried values whose best one is the smallest or the largest.
+    """Names the options of which several values were tried and the best one is the smallest or the largest.
 
-    >>> at_edge({"lr": 0.2}, grid(lr=[0.1, 0.2, 0.05]))
+    >>> at_edge({"lr": 0.2, "alpha": 0.1}, grid(lr=[0.1, 0.2, 0.05], alpha=[0.1]))
     ['lr']
     """
     ranges = {name: {each[name] for each in tried} for name in options}
-    return [n for n, values in ranges.items() if len(values) > 2 and options[n] in (min(values), max(values))]
+    return [n for n, values in ranges.items() if len(values) > 1 and options[n] in (min(values), max(values))]
+
+
+def edges(
+    results: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[str],
+    prefix: str,
+    *,
+    figure: str,
+    smallest: bool = False,
+) -> dict[str, list[str]]:
+    """Returns for each method with trials the options whose best value is at the edge; as for `table`."""
+    found = {}
+    for method in methods:
+        own = f"{prefix}{method}/"
+        tried = [dict(result["options"]) for unit, result in sorted(results.items()) if unit.startswith(own)]
+        if not tried:
+            continue
+        with suppress(ValueError):  # all of its trials diverged, so that there is no winner
+            found[method] = at_edge(best(results, own, figure=figure, smallest=smallest), tried)
+    return found
 
 
 def in_words(options: Options) -> str:

@@ -27,10 +27,16 @@ from fngd.optim.distributed import sharded_like, whole_tensor
 from fngd.optim.groups import sgd_options
 from fngd.optim.layers import Part
 from fngd.optim.preconditioned import Preconditioned, checked_state
+from fngd.optim.presets import with_presets
 from fngd.optim.state.forms import COUNT, REMEDY, Table, check_form
 from fngd.optim.state.parts import check_state
 
-PRESETS = (None, "shampoo-pytorch")
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "shampoo-pytorch": {
+        "nesterov": True, "block": 128, "epsilon": 1e-12, "decay": 1.0, "statistics_every": 10, "inverse_every": 100,
+    },
+}  # fmt: skip
 
 
 def unfolded_moment(grad: Tensor, axis: int) -> Float[Tensor, "n n"]:
@@ -109,9 +115,12 @@ class Shampoo(Preconditioned):
         decay: weight of the old L_i; 1 adds up (the paper), below 1 is a moving average, 0 < decay ≤ 1.
         statistics_every, inverse_every: steps between updates of L_i and between roots, ≥ 1.
         graft: scale v to the length of g; False leaves the length to Shampoo.
-        preset: "shampoo-pytorch" for the public code's shapes: neighbouring dimensions are merged, first to last,
-            while their product is at most `block`, [64, 16, 3, 3] to [64, 48, 3], and k is counted after that; a
-            parameter with fewer than 2 dimensions left takes the plain gradient.
+        preset: "shampoo-pytorch" for the public code's step. Neighbouring dimensions are merged, first to last, while
+            their product is at most `block`, [64, 16, 3, 3] to [64, 48, 3], and k is counted after that; a parameter
+            with fewer than 2 dimensions left takes the plain gradient. L_i starts from εI; L_i is updated in the
+            steps number statistics_every, 2·statistics_every, … and roots in inverse_every, 2·inverse_every, …, before
+            which they are I. nesterov=True, its default, changes the momentum in place, m ← μ²m + (1 + μ)(v + weight
+            decay), θ ← θ − lr·m: that of nesterov=False with μ² and (1 + μ)·lr.
 
     Raises:
         ValueError: an argument out of range.
@@ -126,6 +135,7 @@ class Shampoo(Preconditioned):
     >>> opt.zero_grad()
     """
 
+    @with_presets(PRESETS)
     def __init__(
         self,
         params: Iterable[Any],
@@ -143,8 +153,6 @@ class Shampoo(Preconditioned):
         graft: bool = True,
         preset: str | None = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         self._block, self._epsilon, self._decay, self._graft, self._preset = block, epsilon, decay, graft, preset
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
         self._moments: dict[Tensor, list[list[Tensor]]] = {}  # of each block, of each dimension
@@ -185,9 +193,11 @@ class Shampoo(Preconditioned):
         for states in (self._moments, self._roots):
             if param in states:
                 states[param] = _moved(states[param], grad)
-        if self._completed % self._statistics_every == 0 or param not in self._moments:
+        if param not in self._moments and self._preset is not None:
+            self._moments[param], self._roots[param] = self._beginning([grad[where] for where in blocks])
+        if self._due(self._statistics_every) or param not in self._moments:
             self._moments[param] = self._updated(self._moments.get(param), [grad[where] for where in blocks])
-        if self._completed % self._inverse_every == 0 or param not in self._roots:
+        if self._due(self._inverse_every) or param not in self._roots:
             self._roots[param] = [
                 [inverse_root(moment, 2 * len(shape), self._epsilon) for moment in moments]
                 for moments in self._moments[param]
@@ -198,6 +208,23 @@ class Shampoo(Preconditioned):
         if self._graft:
             direction = grafted(direction, grad)
         return sharded_like(direction.reshape(param.shape).to(param.dtype), param)
+
+    def _due(self, every: int) -> bool:
+        """Whether something is done in this step; the preset counts from 1."""
+        return (self._completed + (self._preset is not None)) % every == 0
+
+    def _beginning(self, blocks: list[Tensor]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """The preset's first moments, εI, and roots, I."""
+        eyes = [[torch.eye(size, dtype=block.dtype, device=block.device) for size in block.shape] for block in blocks]
+        return [[eye * self._epsilon for eye in block] for block in eyes], eyes
+
+    def _stepped(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._preset is None or not group["nesterov"] or group["rule"] != "sgd":
+            return group
+        momentum, rate = group["momentum"], 1 + group["momentum"]
+        decay = group["weight_decay"] / rate if group["decoupled_weight_decay"] else group["weight_decay"]
+        changed = {"momentum": momentum**2, "nesterov": False, "lr": group["lr"] * rate, "weight_decay": decay}
+        return {**group, **changed}
 
     def _updated(self, old: list[list[Tensor]] | None, blocks: list[Tensor]) -> list[list[Tensor]]:
         good = torch.stack([block.isfinite().all() for block in blocks]).all()

@@ -8,10 +8,11 @@ __version__ = VERSION
 
 if TYPE_CHECKING or not deferred(__name__):
     check_torch()
-    from persample.api import backends, from_losses, grad, per_sample
     from persample.blocks.kernels import force_kernel
     from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
+    from persample.result.api import backends, from_losses, grad, per_sample
     from persample.result.explanation import Explanation
+    from persample.result.jacobian import Jacobian, jacobian
     from persample.result.per_sample_grads import PerSampleGrads
     from persample.reweighting.api import Reweighting, reweight
     from persample.reweighting.batch_axis.folded import Folded
@@ -22,6 +23,7 @@ __all__ = [
     "CoupledSamplesError",
     "Explanation",
     "Folded",
+    "Jacobian",
     "LayerGrads",
     "PerSampleError",
     "PerSampleGrads",
@@ -31,6 +33,7 @@ __all__ = [
     "force_kernel",
     "from_losses",
     "grad",
+    "jacobian",
     "per_sample",
     "reweight",
 ]

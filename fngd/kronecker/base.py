@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from fngd.kronecker.layers import Chosen
-from fngd.kronecker.matrices import as_matrix, gradient_of, put
-from fngd.kronecker.processes import Found, Ranks
+from fngd.kronecker.layers.chosen import Chosen
+from fngd.kronecker.layers.matrices import as_matrix, gradient_of, put
+from fngd.kronecker.method import Method, State, Step
+from fngd.kronecker.processes import Ranks
+from fngd.kronecker.saved_state import check_factors, moved, placed
 from fngd.kronecker.statistics import Factors, Statistics
 from fngd.optim.coverage import told
 from fngd.optim.discarded_passes import FirstPass
@@ -24,45 +25,14 @@ from fngd.optim.distributed import Exchange, world_size
 from fngd.optim.groups import check_scaler, first_order_groups, first_parameter, sgd_options
 from fngd.optim.guards import CheckedLoss, Unchanged
 from fngd.optim.kl_clip import kl_clip_factor
-from fngd.optim.layers import Part, parameter_of
+from fngd.optim.layers import Part
 from fngd.optim.loss_scale import FirstScale
 from fngd.optim.preconditioned import Preconditioned, checked_state
-from fngd.optim.state.forms import REMEDY, Table, Where, check_form
-from fngd.optim.state.parts import check_layers, check_sizes, check_state, not_compiled
+from fngd.optim.state.parts import check_state, not_compiled
 from persample import LayerGrads, Reweighting, reweight
 from persample.reweighting import BatchAxis
 
 REDUCTIONS = ("mean", "sum")
-State = dict[str, Tensor]
-"""Tensors of one layer by name."""
-
-
-@runtime_checkable
-class Method(Protocol):
-    """How a layer-wise method turns statistics into a direction. Pure: it keeps nothing but its options."""
-
-    def collect(self, factors: Factors, *, bias: bool, convolution: bool, random: torch.Generator) -> Statistics:
-        """Returns what to remember of a backward pass."""
-
-    def combine(self, first: Statistics, second: Statistics) -> Statistics:
-        """Returns the statistics of both backward passes together."""
-
-    def joined(self, found: Found, ranks: Ranks) -> dict[str, Statistics]:
-        """Returns the statistics of the batch that the processes have together, the same in each of them."""
-
-    def update(self, old: State | None, new: Statistics, reduction: str) -> State:
-        """Returns the running factors and "count"; `old` where the new statistics are not finite."""
-
-    def invert(self, running: State, damping: float) -> State:
-        """Returns what `direction` needs."""
-
-    def direction(self, inverse: State, grad: Float[Tensor, "groups out inp"], damping: float) -> Tensor:
-        """Returns the preconditioned gradient, of the same shape."""
-
-
-COUNTED = {"inputs": Tensor, "outputs": Tensor, "count": Where(Tensor, lambda value: not value.dim(), "one number")}
-FORM = {"random": Tensor, "running": Table(str, COUNTED), "inverses": Table(str, Table(str, Tensor))}
-"""Of what a state has under "preconditioner"."""
 
 
 class LayerPreconditioned(CheckedLoss, Preconditioned):
@@ -85,6 +55,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         damping: float = 0.03,
         kl_clip: float | None = 1e-3,
         reduction: str = "mean",
+        curvature_samples: int | None = None,
         other: str = "sgd",
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
@@ -97,6 +68,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         check_scaler(scaler)
         self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
+        self._curvature_samples = curvature_samples
         self._running: dict[str, State] = {}
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
@@ -127,11 +99,12 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         if self._scale is not None:
             self._scale.see(grads, self.param_groups)
         _, _, bias = found
-        factors = grads.factors()
+        factors: Factors = grads.factors()
         if self._scaler is not None:
             # A public way to learn the scale that does not wait for the device.
             scale = self._scaler.scale(torch.ones((), device=grads.device))
             factors = [(x, z / scale) for x, z in factors]
+        factors = self._some_samples(factors, grads.batch_size)
         weight = found[1].param
         if self._pending and self._first.discarded(weight, self.param_groups):
             self._forget()
@@ -143,62 +116,83 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         before = self._pending.get(layer)
         self._pending[layer] = new if before is None else self._method.combine(before, new)
 
+    def _some_samples(self, factors: Factors, batch: int) -> Factors:
+        """The first samples, if fewer than all are asked for, as if the loss were the mean over these."""
+        count = self._curvature_samples
+        if count is None or count >= batch:
+            return factors
+        share = batch / count if self._reduction == "mean" else 1.0
+        return [(x[:count], z[:count] * share) for x, z in factors]
+
     def _directions(self) -> dict[Tensor, Tensor]:
         if self._scale is not None:
             self._scale.look(self.param_groups, type(self).__name__)
             self._scale = None
         self._unchanged.look(self.param_groups)
         self._chosen.look()
+        ranks = None
         if world_size(self._process_group) > 1:
             layers = self._chosen.agree(self._exchange)
+            device = first_parameter(self.param_groups).device
+            ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
             if self._completed % self._statistics_every == 0:
                 # Every process takes part, whatever it has met: factors of its own would let the weights drift apart.
-                device = first_parameter(self.param_groups).device
-                ranks = Ranks(self._exchange, layers, device, self._reduction == "mean")
                 self._pending = self._method.joined(self._pending, ranks)
         for layer, found in self._pending.items():
-            if layer in self._running and self._running[layer]["inputs"].shape[-1] != found.inputs.shape[-1]:
-                for states in (self._running, self._inverses):  # its bias was frozen, or thawed: of another size
-                    states.pop(layer, None)
-            for states in (self._running, self._inverses):
-                if layer in states:
-                    states[layer] = _moved(states[layer], found.inputs)
-            self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
-        self._pending.clear()
-        parts: list[tuple[dict[str, Any], Part, Part | None, Tensor, Tensor]] = []
-        result: dict[Tensor, Tensor] = {}
-        for layer, running in self._running.items():
-            found_members = self._chosen.members(layer, self.param_groups)
-            if found_members is None:
-                continue
-            group, weight, bias = found_members
-            if weight.param.grad is None or (bias is not None and bias.param.grad is None):
-                continue
-            damping = group["damping"]
+            self._update(layer, found)
+        stepped = {layer: there for layer in self._running if (there := self._found(layer)) is not None}
+        for layer, (group, _, _, _) in stepped.items():
             if layer not in self._inverses or self._completed % self._inverse_every == 0:
-                self._inverses[layer] = {**self._method.invert(running, damping), "count": running["count"]}
-            inverse, groups = self._inverses[layer], running["inputs"].shape[0]
-            weight_grad, bias_grad = gradient_of(weight), None if bias is None else gradient_of(bias)
-            grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
-            if grad.shape[-1] != running["inputs"].shape[-1]:  # likewise, and no statistics since
-                continue
-            direction = self._method.direction(inverse, grad, damping)
+                running, before = self._running[layer], self._inverses.get(layer)
+                inverse = self._method.invert(running, group["damping"], before)
+                self._inverses[layer] = {**inverse, "count": running["count"]}
+        self._method.refine(Step(self._inverses, self._running, self._pending, ranks, self._reduction))
+        self._pending.clear()
+        if not stepped:
+            return {}
+        directions = []
+        for layer, (group, _, _, grad) in stepped.items():
+            inverse = self._inverses[layer]
+            direction = self._method.direction(inverse, grad, group["damping"])
             # Before the first finite statistics there is nothing to precondition with.
-            direction = torch.where(inverse["count"] > 0, direction, grad)
-            parts.append((group, weight, bias, grad, direction))
-        if not parts:
-            return result
-        directions = [part[-1] for part in parts]
+            directions.append(torch.where(inverse["count"] > 0, direction, grad))
         if self._kl_clip is not None:
-            inner = [torch.sum(part[-1] * part[-2]) for part in parts]
-            nu = kl_clip_factor(inner, [part[0]["lr"] for part in parts], self._kl_clip)
+            inner = [torch.sum(d * part[-1]) for d, part in zip(directions, stepped.values(), strict=True)]
+            nu = kl_clip_factor(inner, [group["lr"] for group, _, _, _ in stepped.values()], self._kl_clip)
             directions = [direction * nu for direction in directions]
-        for (_, weight, bias, _, _), direction in zip(parts, directions, strict=True):
+        result: dict[Tensor, Tensor] = {}
+        for (_, weight, bias, _), direction in zip(stepped.values(), directions, strict=True):
             if bias is not None:
                 put(result, bias, direction[..., -1])
                 direction = direction[..., :-1]
             put(result, weight, direction)
         return result
+
+    def _update(self, layer: str, found: Statistics) -> None:
+        """Takes new statistics into the running factors."""
+        old = self._running.get(layer)
+        if old is not None and _form(old["inputs"], old["outputs"]) != _form(found.inputs, found.outputs):
+            for states in (self._running, self._inverses):  # its bias was frozen, or thawed: of another size
+                states.pop(layer, None)
+        for states in (self._running, self._inverses):
+            if layer in states:
+                states[layer] = moved(states[layer], found.inputs)
+        self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
+
+    def _found(self, layer: str) -> tuple[dict[str, Any], Part, Part | None, Tensor] | None:
+        """(group, weight, bias, gradient as a matrix) of a layer that this step preconditions."""
+        found = self._chosen.members(layer, self.param_groups)
+        if found is None:
+            return None
+        group, weight, bias = found
+        if weight.param.grad is None or (bias is not None and bias.param.grad is None):
+            return None
+        running = self._running[layer]
+        groups, _, features = self._method.sizes(running)
+        weight_grad, bias_grad = gradient_of(weight), None if bias is None else gradient_of(bias)
+        grad = as_matrix(weight_grad, bias_grad, groups).to(running["inputs"].dtype)
+        # Its bias was frozen, or thawed, and no statistics since.
+        return None if grad.shape[-1] != features else (group, weight, bias, grad)
 
     def _preconditioned(self, directions: Mapping[Tensor, Tensor]) -> tuple[list[Part], Callable[[Tensor], str]]:
         return told(self._model, self._handle, self.explain(), functions=self._chosen.functions)
@@ -243,44 +237,16 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         own = checked_state(state, type(self).__name__)
-        check_form(own, FORM, "preconditioner")
-        check_layers(self._model, own["running"], "factors")
         check_state(state, self.param_groups, self.defaults)
-        for layer, factors in own["running"].items():
-            check_sizes(self._model, layer, factors, rows=layer not in self._chosen.modules)
-        if foreign := sorted(set(own["inverses"]) - set(own["running"])):
-            raise ValueError(f"the state has inverses of layers {foreign}, and no factors of them. {REMEDY}")
-        for layer, inverse in own["inverses"].items():
-            self._try_out(layer, own["running"][layer], inverse)
-
-    def _try_out(self, layer: str, running: State, inverse: State) -> None:
-        """Raises ValueError where an inverse does not precondition gradients of its layer's shape."""
-        inputs, outputs = running["inputs"], running["outputs"]
-        grad = inputs.new_zeros(inputs.shape[0], outputs.shape[-1], inputs.shape[-1])
-        try:
-            direction = self._method.direction(inverse, grad, 1.0)
-            fits = direction.shape == grad.shape and not inverse["count"].dim()
-        except (RuntimeError, KeyError, IndexError):
-            fits = False
-        if not fits:
-            shapes = {name: list(tensor.shape) for name, tensor in inverse.items()}
-            raise ValueError(f"the state's inverses of layer '{layer}' do not fit its factors: {shapes}. {REMEDY}")
+        check_factors(own, self._model, self._method, self._chosen.modules)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         own = state["preconditioner"]
         self._completed = own["completed"]
         self._random.set_state(own["random"].cpu())
         self._chosen.forget_agreement()
-        self._running, self._inverses = (self._placed(own[name]) for name in ("running", "inverses"))
+        self._running, self._inverses = (placed(self._model, own[name]) for name in ("running", "inverses"))
         self._pending.clear()
-
-    def _placed(self, states: dict[str, State]) -> dict[str, State]:
-        result = {}
-        for layer, state in states.items():
-            param = parameter_of(self._model, layer)
-            assert param is not None, "load_state_dict has checked"
-            result[layer] = {name: tensor.to(param.device, copy=True) for name, tensor in state.items()}
-        return result
 
     def explain(self) -> dict[str, str]:
         """Returns for each linear and convolution layer and function whether it is preconditioned, and why not.
@@ -339,11 +305,6 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         self._handle.remove()
 
 
-def _moved(state: State, like: Tensor) -> State:
-    """The state where the layer is now, and in its precision: models are moved and cast."""
-    if all(tensor.device == like.device and tensor.dtype in (like.dtype, torch.long) for tensor in state.values()):
-        return state
-    return {
-        name: tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
-        for name, tensor in state.items()
-    }
+def _form(inputs: Tensor, outputs: Tensor) -> tuple[int, int]:
+    """What changes where a bias joins its layer, or leaves it."""
+    return inputs.shape[-1], outputs.dim()

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_sums
 from fngd.kronecker.statistics import (
@@ -35,8 +36,12 @@ from fngd.kronecker.statistics import (
     summed_samples,
 )
 from fngd.optim.checks import showing
+from fngd.optim.presets import with_presets
 
-PRESETS = (None, "eva")
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "eva": {"average": 0.05, "damping": 0.03, "statistics_every": 1, "kl_clip": 1e-3},
+}
 PRESET_SAMPLES = 16
 """Samples of a batch from which the public code takes its vectors."""
 
@@ -61,8 +66,8 @@ def rank_one_direction(
 
 
 @dataclass(frozen=True)
-class MeanVectors:
-    """Eva's part of a step; see `fngd.kronecker.base.Method`."""
+class MeanVectors(Method):
+    """Eva's part of a step; see `fngd.kronecker.method.Method`."""
 
     average: float
     preset: str | None
@@ -95,7 +100,7 @@ class MeanVectors:
         }
         return {**averages, "count": count + good}
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns the vectors themselves."""
         return running
 
@@ -118,7 +123,8 @@ class Eva(LayerPreconditioned):
             min(1 − 1/k, average) in the k-th.
         statistics_every: steps between updates of the vectors, ≥ 1.
         preset: "eva" for the public code: vectors from the first 16 samples, with weight 0.95 for the new ones (an
-            `average` of 0.05 unless one is given), output gradients of the mean loss, averaged over positions.
+            `average` of 0.05), output gradients of the mean loss, averaged over positions; damping=.03, kl_clip=1e-3
+            and statistics in every step where none are given.
         Others: as for `KFAC`.
 
     Raises:
@@ -135,18 +141,15 @@ class Eva(LayerPreconditioned):
     """
 
     @showing(LayerPreconditioned.__init__)
+    @with_presets(PRESETS)
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        average: float | None = None,
+        average: float = 0.95,
         statistics_every: int = 1,
         preset: str | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
-        if average is None:
-            average = 0.95 if preset is None else 0.05
         super().__init__(model, params, MeanVectors(average, preset), statistics_every, statistics_every, **options)

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_sums
 from fngd.kronecker.statistics import (
@@ -38,9 +39,13 @@ from fngd.kronecker.statistics import (
     second_moments,
 )
 from fngd.optim.checks import showing
+from fngd.optim.presets import with_presets
 
 INVERSES = ("eigen", "cholesky")
-PRESETS = (None, "kfac-pytorch")
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "kfac-pytorch": {"damping": 1e-3, "average": 0.95, "statistics_every": 1, "inverse_every": 1, "kl_clip": 1e-3},
+}
 
 
 def kfac_factors(
@@ -127,8 +132,8 @@ def on_device(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    """KFAC's part of a step; see `fngd.kronecker.base.Method`."""
+class KroneckerFactors(Method):
+    """KFAC's part of a step; see `fngd.kronecker.method.Method`."""
 
     average: float
     inverse: str
@@ -168,7 +173,7 @@ class KroneckerFactors:
             }
         return {**averages, "count": old["count"] + good}
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns eigenvalues and eigenvectors, or damped inverses."""
         a, g = running["inputs"], running["outputs"]
         if self.inverse == "cholesky":
@@ -213,12 +218,15 @@ class KFAC(LayerPreconditioned):
         inverse: "eigen", or "cholesky" for (G + √γ/π·I)⁻¹ g (A + π√γ·I)⁻¹.
         kl_clip: κ > 0, or None for no clip.
         reduction: how the training loss is reduced over the batch, "mean" or "sum".
+        curvature_samples: how many samples of each backward pass the factors are made of, the first ones, ≥ 1 (a
+            smaller batch for curvature than for the gradient: Ren and Goldfarb 2019); None: all.
         other: "sgd" or "adamw", for the parameters that are not preconditioned; with "adamw" they are in
             parameter groups of their own, with options `other_options` (lr, betas, eps, weight_decay).
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does, so that G is that of the true loss.
-        preset: "kfac-pytorch" for that library's factors: both divided by the square of the number of pixels
-            in a convolution, G from the gradient of the mean loss, averages that start from I. Its γ is not
-            comparable with the one above; give damping=1e-3, as that library does.
+        preset: "kfac-pytorch" for that library's step: factors divided by the square of the number of pixels in a
+            convolution, G from the gradient of the mean loss, averages that start from I, and its defaults where none
+            are given: damping=1e-3, which is not comparable with the γ above, average=.95, kl_clip=1e-3, and
+            statistics and decompositions in every step.
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.kronecker.processes`), gradients are as DDP or FSDP2 deliver
             them.
@@ -243,6 +251,7 @@ class KFAC(LayerPreconditioned):
     """
 
     @showing(LayerPreconditioned.__init__)
+    @with_presets(PRESETS)
     def __init__(
         self,
         model: nn.Module,
@@ -257,7 +266,5 @@ class KFAC(LayerPreconditioned):
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"inverse={inverse!r} is unknown; choose one of {list(INVERSES)}")
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is unknown; choose one of {list(PRESETS)}")
         method = KroneckerFactors(average, inverse, preset)
         super().__init__(model, params, method, statistics_every, inverse_every, **options)

@@ -1,4 +1,4 @@
-"""Options that KFAC, SKFAC and Eva share: for type checkers, and for signatures that show them."""
+"""Options that KFAC and its kin share: for type checkers, and for signatures that show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from persample.reweighting import BatchAxis
 
 
 class LayerOptions(TypedDict, total=False):
-    """Keyword arguments that `KFAC`, `SKFAC` and `Eva` share; `KFAC` explains them, `LayerPreconditioned` defaults."""
+    """Keyword arguments that layer-wise methods share; `KFAC` explains them, `LayerPreconditioned` defaults."""
 
     lr: float | Tensor
     momentum: float
@@ -21,6 +21,7 @@ class LayerOptions(TypedDict, total=False):
     damping: float
     kl_clip: float | None
     reduction: str
+    curvature_samples: int | None
     other: str
     other_options: Mapping[str, Any] | None
     scaler: Any

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from fngd.kronecker.base import LayerPreconditioned, State
+from fngd.kronecker.base import LayerPreconditioned
 from fngd.kronecker.kfac import damped_inverse, on_device
+from fngd.kronecker.method import Method, State
 from fngd.kronecker.options import LayerOptions
 from fngd.kronecker.processes import Found, Ranks, joined_rows
 from fngd.kronecker.statistics import (
@@ -47,8 +48,10 @@ from fngd.kronecker.statistics import (
     summed_positions,
 )
 from fngd.optim.checks import showing
+from fngd.optim.presets import with_presets
 
 POSITIONS = ("sum", "mean", "subsample")
+PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "skfac": {"positions": "mean", "damping": 0.03, "kl_clip": None}}
 
 Rows = Float[Tensor, "groups rows features"]
 
@@ -119,8 +122,8 @@ def _moment(side: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LowRankFactors:
-    """SKFAC's part of a step; see `fngd.kronecker.base.Method`."""
+class LowRankFactors(Method):
+    """SKFAC's part of a step; see `fngd.kronecker.method.Method`."""
 
     positions: str
     keep: int
@@ -169,7 +172,7 @@ class LowRankFactors:
             "count": count + good,
         }
 
-    def invert(self, running: State, damping: float) -> State:
+    def invert(self, running: State, damping: float, before: State | None) -> State:
         """Returns each side with what the solve leaves: an inverse, or rows and solved rows."""
         result, root = {}, damping**0.5
         for name in ("inputs", "outputs"):
@@ -208,6 +211,7 @@ class SKFAC(LayerPreconditioned):
         keep: positions T' ≥ 1 that subsampling keeps.
         seed: of the subsampling.
         every: steps between new factors and inverses, ≥ 1.
+        preset: "skfac" for the public code's positions="mean", damping=.03 and no KL clip, where none are given.
         Others: as for `KFAC`.
 
     Raises:
@@ -225,6 +229,7 @@ class SKFAC(LayerPreconditioned):
     """
 
     @showing(LayerPreconditioned.__init__)
+    @with_presets(PRESETS)
     def __init__(
         self,
         model: nn.Module,
@@ -234,6 +239,7 @@ class SKFAC(LayerPreconditioned):
         keep: int = 4,
         seed: int = 0,
         every: int = 1,
+        preset: str | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         if positions not in POSITIONS:

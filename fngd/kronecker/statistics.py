@@ -14,7 +14,7 @@ the joined batch would have given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,30 @@ Rows = tuple[Float[Tensor, "groups batch time inp"], Float[Tensor, "groups batch
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A layer's inputs and output gradients in a backward pass, and whether a bias goes with them."""
+
+    factors: Factors
+    bias: bool
+
+    def chunks(self, numbers: int) -> Iterator[Rows]:
+        """Yields `all_positions` of some samples at a time; their rows and gradients have about `numbers` entries."""
+        x, z = self.factors[0]
+        gradient = x.shape[1] * x.shape[2 : x.dim() - (z.dim() - 3)].numel() * z.shape[2]
+        rows = sum(part[0].numel() for pair in self.factors for part in pair)
+        size = max(1, numbers // (gradient + rows))
+        for start in range(0, len(z), size):
+            part = [(x[start : start + size], z[start : start + size]) for x, z in self.factors]
+            yield all_positions(part, bias=self.bias)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What one or more batches say about a layer; what `inputs` and `outputs` hold is the method's business.
 
     `samples` are N; `rows` is the number that the sum over `outputs` is an average of, R unless positions were reduced.
+    `kept` are passes, for methods that read inputs and output gradients again in the step; of this process alone.
+    `weights` say what `inputs` and `outputs` stand for, where they are those of some samples.
     """
 
     inputs: Float[Tensor, "groups *inputs"]
@@ -43,6 +63,8 @@ class Statistics:
     samples: int
     rows: int
     convolution: bool
+    kept: tuple[Kept, ...] = ()
+    weights: Tensor | None = None
 
     def finite(self) -> Tensor:
         """Returns one bool, on the device: whether there is no inf and no NaN."""
@@ -57,6 +79,7 @@ def added(first: Statistics, second: Statistics) -> Statistics:
         first.samples + second.samples,
         first.rows + second.rows,
         first.convolution,
+        first.kept + second.kept,
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fngd.natural.base import NaturalSGD
-from fngd.natural.ngd import NGD
 from fngd.natural.options import Options
 from fngd.natural.sharing.processes import Met
 from fngd.natural.sharing.table import SHARES, CoefficientTable
@@ -63,7 +62,7 @@ class FNGD(NaturalSGD):
     ...     opt.zero_grad()
     """
 
-    @showing(NGD.__init__)
+    @showing(NaturalSGD.__init__)
     def __init__(
         self,
         model: nn.Module,

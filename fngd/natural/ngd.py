@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from typing_extensions import Unpack
+
 from fngd.natural.base import NaturalSGD
+from fngd.natural.options import Options
+from fngd.natural.solve.history import History, check_history
+from fngd.optim.checks import showing
+from fngd.optim.groups import first_parameter
 
 
 class NGD(NaturalSGD):
@@ -44,6 +54,13 @@ class NGD(NaturalSGD):
             factor
             that follows how well steps are predicted. After `step()`: `if opt.measuring: opt.adapt(loss,
             the same loss computed again)`. Keeps x and z of every layer until the steps that are measured.
+        history: R ≥ 1: the Fisher matrix is that of samples of the last R sub-batches, of this batch's and of earlier
+            ones', so that a step leaves the span of its own batch's gradients; see `fngd.natural.solve.history`. Keeps
+            x and z of these samples, and needs the same shapes in every step. Goes with fisher="empirical",
+            accumulate="separate", gram="layer" or "network", and a fixed damping.
+        curvature_samples: how many samples of a batch make a sub-batch, the first ones, ≥ 1 (Ren and Goldfarb 2019);
+            None: all. Without history=, R is 1.
+        curvature_every: steps from one that keeps a sub-batch to the next, ≥ 1.
         kl_clip: κ > 0; the directions of the preconditioned layers are multiplied by
             ν = min(1, √(κ/Σ_l lr²⟨d_l, g_l⟩)) in `step`, with the learning rates of that moment. With several
             backward passes a step, or several processes, an upper bound of the sum is used.
@@ -81,3 +98,52 @@ class NGD(NaturalSGD):
     >>> opt.step()
     >>> opt.zero_grad()
     """
+
+    _history: History | None = None
+
+    @showing(NaturalSGD.__init__)
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        history: int | None = None,
+        curvature_samples: int | None = None,
+        curvature_every: int = 1,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        wanted = history is not None or curvature_samples is not None or curvature_every != 1
+        if wanted:
+            _check_alone(options)
+        super().__init__(model, params, seed=seed, **options)
+        if wanted:
+            self._history = History(self._method, history or 1, curvature_samples, curvature_every)
+            self._policy.history = self._history
+
+    def _own_state(self) -> dict[str, Any]:
+        own = super()._own_state()
+        return own if self._history is None else {**own, "history": self._history.state_dict()}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        if self._history is not None:
+            check_history(state)
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        super()._load_own_state(state)
+        if self._history is not None:
+            self._history.load_state_dict(state["history"], first_parameter(self.param_groups).device)
+
+
+ALONE = {"fisher": ("empirical",), "accumulate": ("separate",), "gram": ("layer", "network"), "adapt_damping": (None,)}
+"""What else may be asked for with a history."""
+
+
+def _check_alone(options: Mapping[str, Any]) -> None:
+    for name, allowed in ALONE.items():
+        if name in options and options[name] not in allowed:
+            raise ValueError(
+                f"{name}={options[name]!r} does not go with history=, curvature_samples= and curvature_every=, whose "
+                f"Fisher matrix is that of samples of several steps; with them it must be one of {list(allowed)}"
+            )

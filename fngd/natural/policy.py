@@ -17,6 +17,7 @@ from fngd.natural.diagnostics import Recorder, Solve
 from fngd.natural.sharing.table import CoefficientTable
 from fngd.natural.solve.accumulation import Passes, joined_gradients
 from fngd.natural.solve.directions import Pair, coefficient_factors, dot, relative_damping, scaled, squared_lengths
+from fngd.natural.solve.history import History
 from fngd.natural.solve.meeting import Joint, Meeting
 from fngd.natural.solve.method import Method
 from fngd.natural.true_fisher.drawn import Drawn
@@ -77,6 +78,7 @@ class Policy:
         self._first_scale: FirstScale | None = FirstScale(method.reduction, scaler)
         self._drawing = False
         self._passes, self._drawn = Passes(), Drawn(method)
+        self.history: History | None = None
         self._reused: dict[str, bool] = {}  # with accumulate="joint": whether this step's coefficients are stored ones
 
     def look_at_scale(self, name: str) -> None:
@@ -87,6 +89,8 @@ class Policy:
 
     def end_batch(self) -> None:
         """Ends a batch: a step was made, or skipped."""
+        if self.history is not None:
+            self.history.commit()
         self.clear()
         self._under_way.clear()
         if self._table is not None:
@@ -97,6 +101,8 @@ class Policy:
         self.met_batch = False
         for kept in (self.inner, self.models, self._passes, self._drawn, self._reused):
             kept.clear()
+        if self.history is not None:
+            self.history.forget()
 
     def _begin(self, layer: str) -> None:
         self.met_batch = True
@@ -206,6 +212,10 @@ class Policy:
             pairs, solve, curvature = self._drawn.directions(
                 key, batch, grads, self._passes, loss_scale=self.loss_scale(), **self._damping()
             )
+        elif self.history is not None:
+            scale = self.loss_scale()
+            pairs, solve = self.history.directions(key, batch, grads, self.handle, loss_scale=scale, **self._damping())
+            curvature = grads
         else:
             factors, solve, grads = self._factors(key, batch, grads)
             if not self._compares():

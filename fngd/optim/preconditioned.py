@@ -55,12 +55,18 @@ class Preconditioned(Copied, OwnState):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
-                first_order_step(group, params, [directions.get(param, param.grad) for param in params], self.state)
+                first_order_step(
+                    self._stepped(group), params, [directions.get(param, param.grad) for param in params], self.state
+                )
         if counts:
             self._completed += 1
         else:
             self._as_new()
         return loss
+
+    def _stepped(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options that a group is stepped with."""
+        return group
 
     def _look_at(self, loss: Any) -> None:
         """Raises ValueError where a closure's loss is none that the directions are right for."""

@@ -14,7 +14,8 @@ from fngd.training import data, report
 from fngd.training.loop import Comparison, Progress
 from fngd.training.memory import measure
 from fngd.training.options import FIGURE, RESULTS
-from fngd.training.settings import DEFAULTS, Config, optimizers
+from fngd.training.recipes import optimizer_spec
+from fngd.training.settings import DEFAULTS, Config
 from persample.testing.command_line import check_device, console, stop_flag
 
 CHECKPOINT = "checkpoint.pt"
@@ -26,9 +27,8 @@ def run(parsed: argparse.Namespace) -> int:
     out, resume, memory = (options.pop(name) for name in ("out", "resume", "memory"))
     comparison = _resumed(out, options) if resume else Comparison(_config(options))
     config = comparison.config
-    unknown = [name for name in config.optimizers if name not in optimizers()]
-    if unknown:  # of a run to resume, which knew optimisers that were registered
-        raise ValueError(f"{', '.join(unknown)}: unknown here; choose from {', '.join(optimizers())}")
+    for name in config.optimizers:  # before any work; of a run to resume, which may have known others
+        optimizer_spec(name)
     check_device(config.device)
     dataset = data.load(config.data, config.data_dir, train_size=config.train_size)
     data.say_if_larger(config.batch_size, dataset)

@@ -4,6 +4,7 @@
 | --------------- | -------------------------------------------------------------------- | --------------- |
 | `digits`        | none: scikit-learn's bundled digits, four fifths for training        | 1 × 8 × 8       |
 | `cifar10`       | `cifar-10-batches-py/data_batch_1` … `_5`, `test_batch` (pickles)    | 3 × 32 × 32     |
+| `cifar100`      | `cifar-100-python/train`, `test` (pickles; the 100 fine labels)      | 3 × 32 × 32     |
 | `fashion-mnist` | `FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]` | 1 × 28 × 28     |
 """
 
@@ -25,7 +26,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-CLASSES = 10
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "fashion-mnist": 10}
+"""Labels of each data set."""
 
 
 class DataError(ValueError):
@@ -50,6 +52,7 @@ class Dataset:
 
     train: Split
     test: Split
+    classes: int = 10
 
     @property
     def channels(self) -> int:
@@ -91,6 +94,7 @@ def load(name: str, data_dir: str | Path | None = None, *, train_size: int | Non
     return Dataset(
         Split(train, torch.from_numpy(train_labels.astype(np.int64))),
         Split(test, torch.from_numpy(test_labels.astype(np.int64))),
+        CLASSES[name],
     )
 
 
@@ -135,27 +139,31 @@ def _digits(_: str | Path | None) -> Arrays:
 
 def _cifar10(data_dir: str | Path | None) -> Arrays:
     folder = _folder(data_dir, "cifar10", "cifar-10-batches-py")
-    train = [_cifar_batch(folder / f"data_batch_{number}") for number in range(1, 6)]
+    train = [_cifar_batch(folder / f"data_batch_{number}", "cifar10") for number in range(1, 6)]
     images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-    return images, labels, *_cifar_batch(folder / "test_batch")
+    return images, labels, *_cifar_batch(folder / "test_batch", "cifar10")
 
 
-def _cifar_batch(path: Path) -> tuple[UInt8[np.ndarray, "n 3 32 32"], Int[np.ndarray, " n"]]:
+def _cifar100(data_dir: str | Path | None) -> Arrays:
+    folder = _folder(data_dir, "cifar100", "cifar-100-python")
+    return *_cifar_batch(folder / "train", "cifar100"), *_cifar_batch(folder / "test", "cifar100")
+
+
+def _cifar_batch(path: Path, name: str) -> tuple[UInt8[np.ndarray, "n 3 32 32"], Int[np.ndarray, " n"]]:
+    title, key = ("CIFAR-10 batch", "labels") if name == "cifar10" else ("CIFAR-100 file", "fine_labels")
     with _open(path) as file:
         try:
             content = _NumpyUnpickler(file, encoding="latin1").load()
         except Exception as error:  # a broken pickle can raise anything
-            raise DataError(f"{path} is no CIFAR-10 batch: {type(error).__name__}: {error}") from error
+            raise DataError(f"{path} is no {title}: {type(error).__name__}: {error}") from error
     try:
         # Python 2 wrote text keys; files repacked with Python 3 often have bytes.
-        content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+        content = {word.decode() if isinstance(word, bytes) else word: value for word, value in content.items()}
         images = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(content["labels"], dtype=np.int64)
+        labels = np.asarray(content[key], dtype=np.int64)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} is no CIFAR-10 batch, a dict with 'data' [n, 3072] and 'labels' [n]: {error!r}"
-        ) from error
-    _check_pair(path, images, path, labels)
+        raise DataError(f"{path} is no {title}, a dict with 'data' [n, 3072] and '{key}' [n]: {error!r}") from error
+    _check_pair(path, images, path, labels, CLASSES[name])
     return images, labels
 
 
@@ -183,7 +191,7 @@ def _fashion_mnist(data_dir: str | Path | None) -> Arrays:
     for part in ("train", "t10k"):
         image_path, label_path = folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"
         images, labels = _idx(image_path, 3), _idx(label_path, 1)
-        _check_pair(image_path, images, label_path, labels)
+        _check_pair(image_path, images, label_path, labels, CLASSES["fashion-mnist"])
         arrays += [images[:, None], labels.astype(np.int64)]
     return arrays[0], arrays[1], arrays[2], arrays[3]
 
@@ -206,12 +214,12 @@ def _idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _check_pair(image_path: Path, images: np.ndarray, label_path: Path, labels: np.ndarray) -> None:
-    if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= CLASSES:
+def _check_pair(image_path: Path, images: np.ndarray, label_path: Path, labels: np.ndarray, classes: int) -> None:
+    if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= classes:
         where = str(image_path) if image_path == label_path else f"{image_path} and {label_path}"
         raise DataError(
             f"{where}: {len(images)} images and {len(labels)} labels; there must be as many of each, at least "
-            f"one, with labels 0 … {CLASSES - 1}"
+            f"one, with labels 0 … {classes - 1}"
         )
 
 
@@ -240,5 +248,6 @@ def _open(path: Path) -> io.BufferedIOBase:
 DATASETS: dict[str, Callable[[str | Path | None], Arrays]] = {
     "digits": _digits,
     "cifar10": _cifar10,
+    "cifar100": _cifar100,
     "fashion-mnist": _fashion_mnist,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from fngd.training.models import build_model
 from fngd.training.options import INSPECTED, PICTURE
 from fngd.training.recipes import build_optimizer
 from fngd.training.settings import DEFAULTS, Config
+from fngd.training.steps import optimizer_step, set_mode
 from persample.testing.command_line import check_device, console
 
 COLUMNS = {
@@ -33,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     data.say_if_larger(options.batch_size, dataset)
     report.writable(options.out)
     network = options.model or DEFAULTS[options.data].get("model", Config().model)
-    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": data.CLASSES}
+    sizes = {"size": dataset.size, "channels": dataset.channels, "classes": dataset.classes}
     model = build_model(network, **sizes, seed=options.seed).to(options.device)
     config = Config(batch_size=options.batch_size, device=options.device)
     images, labels = next(batches(dataset.train, config, options.seed, options.epochs))
@@ -61,12 +63,16 @@ def _train(model: torch.nn.Module, dataset: data.Dataset, options: argparse.Name
     for epoch in range(options.epochs):
         words = f"epoch {epoch + 1}/{options.epochs}"
         for images, labels in track(batches(dataset.train, config, options.seed, epoch), words, steps, console=shown):
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            set_mode(optimizer, training=True)
+            optimizer_step(optimizer, partial(_loss, model, images, labels))
             scheduler.step()
+    set_mode(optimizer, training=False)
     if hasattr(optimizer, "remove"):
         optimizer.remove()
+
+
+def _loss(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(images), labels)
 
 
 def _write(found: inspection.Inspection, options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from fngd.training.data import Dataset, Split, augment
 from fngd.training.models import build_model
 from fngd.training.recipes import build_optimizer
 from fngd.training.settings import Config
+from fngd.training.steps import optimizer_step, set_mode
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -44,7 +45,7 @@ class Runner:
     def __init__(self, name: str, config: Config, dataset: Dataset, seed: int) -> None:
         self.name, self.config = name, config
         steps = math.ceil(len(dataset.train.labels) / config.batch_size)
-        sizes = {"size": dataset.size, "channels": dataset.channels, "classes": 10}
+        sizes = {"size": dataset.size, "channels": dataset.channels, "classes": dataset.classes}
         self.model = build_model(config.model, **sizes, seed=seed).to(config.device)
         self.optimizer, self.scheduler = build_optimizer(name, self.model, config, steps_per_epoch=steps)
         self.total, self.count, self.seconds = torch.zeros((), device=config.device), 0, 0.0
@@ -54,18 +55,17 @@ class Runner:
         self.model.train()
         _wait(self.config.device)
         start = time.perf_counter()
-        loss = F.cross_entropy(self.model(images), labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        set_mode(self.optimizer, training=True)
+        loss = optimizer_step(self.optimizer, lambda: F.cross_entropy(self.model(images), labels))
         _wait(self.config.device)
         self.seconds += time.perf_counter() - start
         self.scheduler.step()
-        self.total += loss.detach() * len(labels)
+        self.total += loss * len(labels)
         self.count += len(labels)
 
     def end_epoch(self, test: Split) -> dict[str, float]:
         """Returns the epoch's figures and starts the next one."""
+        set_mode(self.optimizer, training=False)
         test_loss, accuracy = evaluate(self.model, test)
         figures = {
             "train_loss": (self.total / max(1, self.count)).item(),

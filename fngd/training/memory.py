@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fngd.training.data import Dataset, Split
+from fngd.training.data import CLASSES, Dataset, Split
 from fngd.training.loop import Runner, batches
 from fngd.training.models import build_model
 from fngd.training.settings import Config
@@ -47,14 +47,14 @@ def _resident(which: str) -> float | None:
 def _main(request: dict) -> float | None:
     config = Config.from_json(request["config"])
     shape = (STEPS * config.batch_size, request["channels"], request["size"], request["size"])
-    split = Split(torch.randn(shape), torch.randint(10, shape[:1]))
-    runner = Runner(request["name"], config, Dataset(split, split), seed=0)
+    split = Split(torch.randn(shape), torch.randint(CLASSES[config.data], shape[:1]))
+    runner = Runner(request["name"], config, Dataset(split, split, CLASSES[config.data]), seed=0)
     if config.device.startswith("cuda"):
         before = torch.cuda.memory_allocated(config.device)
         torch.cuda.reset_peak_memory_stats(config.device)
     # One forward pass loads what the libraries load lazily.
     with torch.no_grad():
-        spare = build_model(config.model, size=shape[-1], channels=shape[1], classes=10)
+        spare = build_model(config.model, size=shape[-1], channels=shape[1], classes=CLASSES[config.data])
         spare(split.images[:1])
     start = _resident("VmRSS")
     for images, labels in batches(split, config, seed=0, epoch=0):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fngd.training.settings import DEFAULTS, MODELS, SCHEDULES, Config, optimizers
+from fngd.training.settings import DEFAULTS, MODELS, SCHEDULES, Config, is_foreign, optimizers
 from persample.testing.command_line import whole
 from persample.testing.start import add_version
 
@@ -42,9 +42,16 @@ def _add_compare(commands: Any) -> None:
     )  # fmt: skip
     add, default = compare.add_argument, Config()
     add("--data", choices=list(DEFAULTS), help=f"data set (default {default.data})")
-    add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
-    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
-    add("--optimizers", type=_names, metavar="A,B,…", help=f"default {','.join(default.optimizers)}")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of cifar-10-batches-py, cifar-100-python or FashionMNIST/raw; not for digits",
+    )
+    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10, resnet18 for cifar100)")
+    add(
+        "--optimizers", type=_names, metavar="A,B,…",
+        help=f"names from the list below, or module:function of your own (default {','.join(default.optimizers)})",
+    )  # fmt: skip
     add("--epochs", type=whole(), metavar="N", help=f"default {default.epochs}; 10 for the larger data sets")
     add("--batch-size", type=whole(), metavar="N", help=f"default {default.batch_size}; 128 for the larger data sets")
     add("--train-size", type=whole(), metavar="N", help="train on the first N images (default all)")
@@ -77,10 +84,17 @@ def _add_inspect(commands: Any) -> None:
     )
     add = inspect.add_argument
     add("--data", choices=list(DEFAULTS), default="digits", help="data set (default %(default)s)")
-    add("--data-dir", metavar="DIR", help="folder of cifar-10-batches-py or FashionMNIST/raw; not for digits")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of cifar-10-batches-py, cifar-100-python or FashionMNIST/raw; not for digits",
+    )
     add("--train-size", type=whole(), metavar="N", help="train on the first N images (default all)")
-    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10)")
-    add("--optimizer", choices=list(optimizers()), default="fngd", help="to train with (default %(default)s)")
+    add("--model", choices=list(MODELS), help="network (default cnn; resnet20 for cifar10, resnet18 for cifar100)")
+    add(
+        "--optimizer", type=_known, default="fngd", metavar="NAME",
+        help=f"to train with: {', '.join(optimizers())}, or module:function (default %(default)s)",
+    )  # fmt: skip
     add("--epochs", type=whole(0), default=3, metavar="N", help="to train before looking; 0: untrained (default 3)")
     add("--batch-size", type=whole(), default=128, metavar="N", help="also of the batch that is shown (default 128)")
     add(
@@ -111,15 +125,17 @@ def _add_demo(commands: Any) -> None:
 
 
 def _known(name: str) -> str:
-    if name not in optimizers():
-        raise argparse.ArgumentTypeError(f"{name!r} is unknown; choose from {', '.join(optimizers())}")
+    if name not in optimizers() and not is_foreign(name):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is unknown; choose from {', '.join(optimizers())}, or give module:function"
+        )
     return name
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise argparse.ArgumentTypeError(f"give at least one of {', '.join(optimizers())}")
+        raise argparse.ArgumentTypeError(f"give at least one of {', '.join(optimizers())}, or module:function")
     return tuple(map(_known, names))
 
 

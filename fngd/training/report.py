@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fngd.training.conclusion import conclude
 from fngd.training.loop import Comparison
 from persample.testing.command_line import console
 
@@ -100,7 +101,7 @@ def print_table(comparison: Comparison) -> None:
     for row in rows:
         memory = row["peak_memory_mib"]
         table.add_row(
-            row["optimizer"],
+            row["optimizer"].replace(":", ":\n"),
             _spread(row["train_loss"], math.nan, 4),
             _spread(row["test_accuracy"], row["test_accuracy_std"], 2),
             _times(row["time_ratio"]),
@@ -109,6 +110,7 @@ def print_table(comparison: Comparison) -> None:
             "–" if memory is None else f"{memory:.0f}",
         )
     console().print(table)
+    console().print(conclude(comparison, base), markup=False, highlight=False)
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
@@ -123,6 +125,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
         },
         "finished": comparison.finished,
         "summary": _json(summarise(comparison)),
+        "conclusion": conclude(comparison, reference(comparison)),
         "history": _json(comparison.history),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -16,9 +16,16 @@ OPTIMIZERS = {
     "ngd": "natural gradient, coefficients computed in every step",
     "fngd": "natural gradient, coefficients shared across epochs",
     "kfac": "KFAC, statistics every 10 steps, decompositions every 100",
+    "ekfac": "EKFAC, squared gradients every 10 steps, their basis every 100",
+    "mbf": "MBF, statistics every 10 steps, inverses every 100",
+    "hylo": "HyLo, a tenth of the samples, selected anew every 100 steps",
     "skfac": "SKFAC with Reduce Sum, refreshed 48 times an epoch",
     "eva": "Eva, vectors updated in every step",
     "shampoo": "Shampoo grafted on SGD, statistics every 10 steps, roots every 100",
+    "muon": "torch.optim.Muon for hidden matrices, AdamW for the rest",
+    "soap": "SOAP, eigenbasis renewed every 10 steps (extra: rivals)",
+    "adahessian": "AdaHessian (extra: rivals)",
+    "schedule-free": "schedule-free AdamW; with --schedule constant (extra: rivals)",
     "fngd-permuted": "control: FNGD with permuted coefficients",
     "fngd-constant": "control: FNGD's code with SGD's coefficients",
 }
@@ -38,6 +45,7 @@ SCHEDULES = ("step", "cosine", "constant")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {},
     "cifar10": {"model": "resnet20", "epochs": 10, "batch_size": 128},
+    "cifar100": {"model": "resnet18", "epochs": 10, "batch_size": 128},
     "fashion-mnist": {"model": "cnn", "epochs": 10, "batch_size": 128},
 }
 """The data sets, and where their defaults differ from those of `Config`."""
@@ -47,6 +55,16 @@ def optimizers() -> dict[str, str]:
     """Returns the optimisers' names with their help, those included that were registered meanwhile."""
     recipes = sys.modules.get("fngd.training.recipes")
     return OPTIMIZERS if recipes is None else {name: spec.help for name, spec in recipes.OPTIMIZERS.items()}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is that of a function elsewhere, as `my.module:make`.
+
+    >>> is_foreign("my.module:make"), is_foreign("sgd"), is_foreign("my.module:")
+    (True, False, False)
+    """
+    module, _, function = name.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 @dataclass(frozen=True)

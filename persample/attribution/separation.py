@@ -27,6 +27,7 @@ from persample.attribution.stand_ins import stand_ins
 from persample.attribution.support import supported
 from persample.graph.backward import ends, outputs_of, watched
 from persample.graph.nodes import Graph, Node, edge_dtype, edge_shape
+from persample.graph.recomputed import forgetting, recomputed_in
 
 T = TypeVar("T")
 PARTS = 8
@@ -145,7 +146,8 @@ def z_at(graph: Graph, losses: Tensor, nodes: Iterable[Node]) -> dict[Node, tupl
     if not edges:
         return {}
     wanted = [GradientEdge(*edge) for edge in edges]
-    found = torch.autograd.grad(losses, wanted, torch.ones_like(losses), retain_graph=True, allow_unused=True)
+    with forgetting(recomputed_in(graph.order, nodes)):
+        found = torch.autograd.grad(losses, wanted, torch.ones_like(losses), retain_graph=True, allow_unused=True)
     zs = dict(zip(edges, found, strict=True))
     return {node: tuple(zs.get((node, output)) for output in range(outputs_of(node))) for node in nodes}
 
@@ -176,14 +178,16 @@ class Places:
         self._graph, self._losses, self._nodes, self._scale = graph, losses, nodes, scale
         self.edges = [(node, output) for node in nodes for output in graph.outputs(node)]
         self._numbers = {edge: number for number, edge in enumerate(self.edges)}
-        self._last = ends(graph, nodes)
+        self._last, self._again = ends(graph, nodes), recomputed_in(graph.order, nodes)
 
     def backward(self, weights: Tensor) -> tuple[Tensor, ...]:
         """The gradients there, all at once."""
         if not self.edges:
             return ()
         edges = [GradientEdge(*edge) for edge in self.edges]
-        return torch.autograd.grad(self._losses, edges, self._scale * weights, retain_graph=True, allow_unused=True)
+        weights = self._scale * weights
+        with forgetting(self._again):
+            return torch.autograd.grad(self._losses, edges, weights, retain_graph=True, allow_unused=True)
 
     def watch(self, weights: Tensor, visit: Visit) -> None:
         """Shows the gradients one after another."""
@@ -194,7 +198,8 @@ class Places:
                     visit(self._numbers[node, output], z)
 
         weights = self._scale * weights
-        watched(self._graph, self._losses, weights, self._nodes, self._last, show, retain_graph=True)
+        last, again = self._last, self._again
+        watched(self._graph, self._losses, weights, self._nodes, last, show, retain_graph=True, again=again)
 
     def by_node(self, found: Sequence[T | None]) -> dict[Node, tuple[T | None, ...]]:
         """What was found at each place, by node and output."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from persample.capture.streaming import Stream, Take
 from persample.capture.sum_check import SumCheck, binary_weights, sum_error
 from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
+from persample.graph.nodes import Node
+from persample.graph.recomputed import recomputed
 from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
 
@@ -56,6 +59,12 @@ def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: b
     return captured_by(read(losses, parameters), parameters, None, "error", check=check)
 
 
+READ_ONCE = (
+    "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks that give them "
+    "once (offloading, or checkpointing in torch before 2.10). Use hold='factors', and chunk_size to save memory"
+)
+
+
 @dataclass(frozen=True)
 class HeldGraph:
     """A batch whose autograd graph is held; every `stream` is one backward pass through it."""
@@ -76,17 +85,25 @@ def hold_graph(problem: Problem) -> HeldGraph:
     """
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        found = run(problem, plans, keep=False)
-        if read_once(found):
-            raise UnsupportedError(
-                "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks "
-                "(checkpointing, offloading) that give them once. Use hold='factors', and chunk_size to save memory"
-            )
-        held = HeldGraph(replace(found, known=None), problem.check)
-        if found.known is not None and found.plan is not None and found.key is not None:
-            if problem.check:
-                check_batch(held.stream, found, problem.parameters, problem.coupled, held=True)
-            plans.keep(found.key, found.plan)
+        return _held(problem, run(problem, plans, keep=False), plans)
+
+
+def capture_or_hold(problem: Problem) -> Capture | HeldGraph:
+    """Runs the model and captures its losses; of a model that checkpoints to save memory, holds the graph."""
+    plans = plans_of(problem.model)
+    with torch.inference_mode(False), torch.enable_grad():
+        found = run(problem, plans)
+        return _held(problem, found, plans) if checkpointed(found) else _captured(problem, found, plans)
+
+
+def _held(problem: Problem, found: Reading, plans: Plans) -> HeldGraph:
+    if read_once(found) and not checkpointed(found):
+        raise UnsupportedError(READ_ONCE)
+    held = HeldGraph(replace(found, known=None), problem.check)
+    if found.known is not None and found.plan is not None and found.key is not None:
+        if problem.check:
+            check_batch(held.stream, found, problem.parameters, problem.coupled, held=True)
+        plans.keep(found.key, found.plan)
     return held
 
 
@@ -103,6 +120,11 @@ def read_once(reading: Reading) -> bool:
     return unpacked_by_hooks(list(reading.owners))
 
 
+def checkpointed(reading: Reading) -> bool:
+    """Whether they can be read only once, but beside the pass as well: a checkpoint computes them again."""
+    return read_once(reading) and bool(recomputed(reading.graph.order))
+
+
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
     """Every use of every parameter, from z where the reading has it; where not, from a backward pass.
 
@@ -116,7 +138,7 @@ def capture_reading(reading: Reading, turn: int | None, take: Take | None = None
     """
     uses, batch = reading.uses, len(reading.losses)
     known = reading.known if reading.known is not None and reading.known.keep else None
-    if known is None and read_once(reading):
+    if known is None and read_once(reading) and not checkpointed(reading):
         known = known_again(reading)
     if known is not None:
         with torch.no_grad():
@@ -153,8 +175,10 @@ def known_again(reading: Reading, uses: Sequence[Use] | None = None) -> Separati
     return Separation(zs=z_at(reading.graph, reading.losses, nodes), owners=owners)
 
 
-def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> dict[str, tuple[Captured, ...]]:
-    """The blocks of every use of every parameter."""
+def build_uses(
+    uses: Mapping[str, list[Use]], known: Separation, batch: int, read: dict[Node, dict[str, Any]] | None = None
+) -> dict[str, tuple[Captured, ...]]:
+    """The blocks of every use of every parameter; `read` gets what was read of nodes, and is not read again."""
     built: dict[tuple, tuple[Block, str]] = {}
     captured = {}
     for name, places in uses.items():
@@ -162,7 +186,8 @@ def build_uses(uses: Mapping[str, list[Use]], known: Separation, batch: int) -> 
         for use in places:
             key = (use.node, use.slot)
             if key not in built:
-                built[key] = build(site_of(use, known, batch))
+                site = site_of(use, known, batch)
+                built[key] = build(site if read is None else replace(site, read=read.setdefault(use.node, {})))
             found.append(capture_use(use, *built[key]))
         captured[name] = merged(found)
     return captured
@@ -240,17 +265,20 @@ def capture(problem: Problem) -> Capture:
     """Runs the model and captures its losses."""
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
-        reading = run(problem, plans)
-        try:
-            return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
-        except CheckError as error:
-            if not problem.check or reading.known is None or reading.known.keep:
-                raise
-            missed = error
-        # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
-        losses, provenance = watched_losses_of(problem)
-        reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
-        try:
-            return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
-        except CheckError:
-            raise missed from None
+        return _captured(problem, run(problem, plans), plans)
+
+
+def _captured(problem: Problem, reading: Reading, plans: Plans) -> Capture:
+    try:
+        return captured_by(reading, problem.parameters, plans, problem.coupled, check=problem.check)
+    except CheckError as error:
+        if not problem.check or reading.known is None or reading.known.keep:
+            raise
+        missed = error
+    # The graph is gone. With another one that is held, it can be found out whether it is rounding that differs.
+    losses, provenance = watched_losses_of(problem)
+    reading = read(losses, problem.parameters, provenance=provenance, coupled=problem.coupled)
+    try:
+        return captured_by(reading, problem.parameters, None, problem.coupled, check=True)
+    except CheckError:
+        raise missed from None

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persample.blocks import tables
 from persample.blocks.chunking import chunks, consumed_budget
 from persample.blocks.convolution import gradients as convolution
+from persample.blocks.kinds import tables
 from persample.blocks.precision import full_precision
 from persample.blocks.products import LONGEST, weight_product, weight_products
 from persample.blocks.reductions import read_rows, real_rows, weighted_sum

@@ -23,7 +23,7 @@ from persample.blocks.reductions import real_rows
 from persample.blocks.types import Block, Outer, Rows
 
 BATCHED = 1.6
-"""Times as fast as products of rows, sample by sample, products of large matrices run (`persample.blocks.outer`)."""
+"""Times as fast as products of rows, sample by sample, large products run (`persample.blocks.kinds.outer`)."""
 
 
 @singledispatch

@@ -31,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persample import memory
-from persample.blocks import outer, tables
 from persample.blocks.cancellation import Terms
 from persample.blocks.convolution import gradients as convolution
+from persample.blocks.kinds import outer, tables
 from persample.blocks.precision import full_precision
 from persample.blocks.products import gram_of_rows, weight_product, weight_products
 from persample.blocks.types import Block, Conv, Dense, Outer, Pulled, Rows

@@ -68,19 +68,19 @@ def gram(ours: Uses, theirs: Uses) -> Float[Tensor, "batch other"]:
     terms, same = Terms(), theirs is ours
     if len(ours) > 1 or len(theirs) > 1:
         if not _fast([*ours, *theirs]):
-            return _gram_by_rows(ours, theirs)
+            return gram_by_rows(ours, theirs)
         terms.of_two = not same
     if not same:
         matrix = add([reductions.gram(a, b, terms) for a in ours for b in theirs])
         lost = terms.of_two and matrix.is_cpu and (_cancels(ours) or _cancels(theirs))
-        return _gram_by_rows(ours, theirs) if lost else matrix
+        return gram_by_rows(ours, theirs) if lost else matrix
     own = [reductions.gram(a, terms=terms) for a in ours]
     crosses = [reductions.gram(a, b) for a, b in combinations(ours, 2)]
     if crosses:
         terms.add(add(own).diagonal())
     matrix = add([*own, *(k + k.T for k in crosses)])
     lost = matrix.is_cpu and terms.cancelling(matrix.diagonal()) is not None
-    return _gram_by_rows(ours, ours) if lost else matrix
+    return gram_by_rows(ours, ours) if lost else matrix
 
 
 def weighted_sum(uses: Uses, c: Float[Tensor, " batch"], apart: Samples | None = None) -> Tensor:
@@ -139,17 +139,31 @@ def _cancels(uses: Uses) -> bool:
     return terms.cancelling(_squares(uses, terms)) is not None
 
 
-def _gram_by_rows(ours: Uses, theirs: Uses) -> Tensor:
-    """K from rows, those of as many samples of each side at a time as there is room for."""
+def gram_by_rows(ours: Uses, theirs: Uses, centers: Tensor | None = None) -> Float[Tensor, "batch other"]:
+    """Returns K from rows, those of as many samples of each side at a time as there is room for.
+
+    Args:
+        ours: uses of a parameter.
+        theirs: of the same, on another batch; or `ours`.
+        centers: [groups, *shape], taken off the rows before they are multiplied: off row r number r modulo groups.
+    """
+
+    def rows_of(uses: Uses, samples: slice) -> Tensor:
+        rows = _rows(uses, samples)
+        if centers is None:
+            return real_rows(rows)
+        numbers = torch.arange(samples.start, samples.stop, device=rows.device)
+        return real_rows(rows - centers.to(rows.device)[numbers % len(centers)])
+
     same, budget = theirs is ours, ROWS_KEPT * chunking.CHUNK_BYTES
     size, other = ours[0].batch, theirs[0].batch
     result = ours[0].factors[-1].real.new_zeros(size, other, dtype=ours[0].dtype.to_real())
     for s in chunks(size, _bytes(ours), budget):
-        rows = real_rows(_rows(ours, s))
+        rows = rows_of(ours, s)
         if same:
             result[s, s] = gram_of_rows(rows)
         for t in chunks(s.start if same else other, _bytes(theirs), budget):
-            result[s, t] = gram_of_rows(rows, real_rows(_rows(theirs, t)))
+            result[s, t] = gram_of_rows(rows, rows_of(theirs, t))
             if same:
                 result[t, s] = result[s, t].T
     return result

@@ -217,3 +217,68 @@ class Stacked(Block):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         return tuple(factor for _, part in self.parts for factor in part.factors)
+
+
+@dataclass(frozen=True)
+class Outputs(Block):
+    """g_bc = the weight gradient of x_b and z_bc, of each of C outputs of a sample: row b·C + c.
+
+    Outer products z ⊗ x, or x ⊗ z where `transposed`; with `spec` a convolution. See `persample.blocks.kinds.outputs`.
+    """
+
+    x: Tensor
+    """[B, T, I] or [B, inp, *space], of all outputs."""
+    z: Tensor
+    """[B, C, T, O] or [B, C, out, *space_out]."""
+    spec: ConvSpec | None = None
+    transposed: bool = False
+
+    def at(self, samples: slice | Tensor) -> Block:
+        """Some of the rows, as a block of one output."""
+        chosen = torch.arange(self.batch, device=self.z.device)[samples]
+        return self._ordinary(self.x[chosen // max(self.outputs, 1)], self.z.flatten(0, 1)[chosen])
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs C."""
+        return self.z.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.z.shape[0] * self.z.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.spec is not None:
+            return self.spec.weight_shape
+        shape = self.z.shape[3], self.x.shape[2]
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.x, self.z
+
+    def one(self, output: int) -> Block:
+        """The block of one output, B rows."""
+        return self._ordinary(self.x, self.z[:, output])
+
+    @property
+    def each(self) -> list[Block]:
+        """The blocks of all outputs."""
+        return [self.one(output) for output in range(self.outputs)]
+
+    @property
+    def wide(self) -> Block | None:
+        """One block of B rows, each of them those of all outputs one after the other; None where there is no such."""
+        if self.spec is None:
+            return None if self.transposed else Outer(self.x, self.z.movedim(1, 2).flatten(2))  # [B, T, C·O]
+        if self.spec.transposed or self.spec.groups > 1:
+            return None
+        channels, *others = self.spec.weight_shape
+        spec = replace(self.spec, weight_shape=(self.outputs * channels, *others))
+        return Conv(self.x, self.z.flatten(1, 2), spec)
+
+    def _ordinary(self, x: Tensor, z: Tensor) -> Block:
+        if self.spec is not None:
+            return Conv(x, z, self.spec)
+        return Outer(z, x) if self.transposed else Outer(x, z)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from persample.attribution.coupling import not_finite_error
 from persample.attribution.uses import Use
-from persample.blocks.stacked import join_dense, join_outer, stacked
+from persample.blocks.kinds.stacked import join_dense, join_outer, stacked
 from persample.blocks.types import Block, Dense, Outer, Pulled, Stacked
 from persample.capture.types import Captured
 from persample.graph.routes import Route

@@ -35,8 +35,8 @@ CHECK_EVERY = 8
 REGULAR = ("identity", "grouped", "tiled")
 """How samples may lie along an axis, as `Owner.layout` calls it, for a plan to follow the graph alone."""
 _STATIC = (
-    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_pad", "_saved_normalized_shape",
-    "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_pad",
+    "_saved_normalized_shape", "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
 )  # fmt: skip
 _CUTS = {
     "SliceBackward0": ("start", "step"), "SelectBackward0": ("index",), "SplitBackward0": ("split_size",),
@@ -44,6 +44,8 @@ _CUTS = {
     "UnsafeSplitWithSizesBackward0": ("split_sizes",),
 }  # fmt: skip
 """Where operations cut, by kind: as the shapes it may be other in a batch of the same structure."""
+_WATCHED_AS = {"ReshapeAliasBackward0": "ViewBackward0"}
+"""What an operation is called where nobody follows it, and where `Provenance` does."""
 _static_of_kind: dict[str, tuple[str, ...]] = {}
 
 
@@ -220,7 +222,7 @@ def signature(graph: Graph, parameters: Iterable[Tensor]) -> Signature:
         if variable is not None:
             parts.append(("leaf", places.get(id(variable)), tuple(variable.shape)))
             continue
-        kind = node.name()
+        kind = _WATCHED_AS.get(node.name(), node.name())
         if kind not in _static_of_kind:
             _static_of_kind[kind] = tuple(name for name in _STATIC if hasattr(node, name))
         parts.append(

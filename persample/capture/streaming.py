@@ -8,7 +8,7 @@ z of every operation beside the whole graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from persample.blocks.types import Block
 from persample.capture.assemble import capture_use, merged
 from persample.capture.types import Captured
 from persample.graph.backward import ends, watched
+from persample.graph.calls import outside
 from persample.graph.nodes import Graph, Node
+from persample.graph.recomputed import Beside, recomputed_in
 from persample.rules import Site, build
 
 Take = Callable[[str, tuple[Captured, ...]], None]
@@ -48,6 +50,7 @@ class Stream:
         for node, slot in places:
             self._slots.setdefault(node, []).append(slot)
         self._check = check
+        self._beside: Beside | None = None
         self._checked = places[checked % len(places)] if places else None
         self._waiting = {name: {(use.node, use.slot) for use in found} for name, found in uses.items()}
         self._names: dict[Place, list[str]] = {}
@@ -59,21 +62,35 @@ class Stream:
     def run(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Runs the pass."""
         last, ones = ends(self._graph, self._slots), torch.ones_like(losses)
-        watched(self._graph, losses, ones, self._slots, last, self._arrive, retain_graph=retain_graph)
+        again = recomputed_in(self._graph.order, self._slots)
+        self._beside = Beside() if again else None
+        met = dict.fromkeys((*self._slots, *again)) if retain_graph else self._slots
+        watched(self._graph, losses, ones, met, last, self._arrive, retain_graph=retain_graph, again=again)
         for name in list(self._waiting):  # those with a use that no loss depends on, after all
             self._hand_over(name)
 
     @torch.no_grad()
     def _arrive(self, node: Node, zs: tuple[Tensor | None, ...]) -> None:
-        """Builds the blocks of a node from z."""
-        if all(z is None for z in zs):
+        """Builds the blocks of a node from z, if a parameter enters it."""
+        if self._beside is None:
+            self._build(node, zs)
+        else:
+            with self._beside.reading():
+                self._build(node, zs)
+            self._beside.drop(node)
+
+    def _build(self, node: Node, zs: tuple[Tensor | None, ...]) -> None:
+        if node not in self._slots or all(z is None for z in zs):
             return
-        shared: dict[str, Any] = {}
+        shared: dict[Hashable, Any] = {}
         for slot in self._slots[node]:
             site = Site(node, slot, zs, self._owners[node], self._batch, shared)
             block, rule = build(site)
             if self._check is not None and (node, slot) == self._checked:
-                self._check(site, block)
+                if self._beside is None:
+                    self._check(site, block)
+                else:
+                    outside(self._check, site, block)  # it reads what it checks as often as it likes
             for name in self._names[node, slot]:
                 self._found[name][node, slot] = block, rule
                 self._waiting[name].discard((node, slot))

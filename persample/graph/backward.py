@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from persample.graph.nodes import Graph, Node
+from persample.graph.recomputed import forgetting
 
 Show = Callable[[Node, tuple[Tensor | None, ...]], None]
 """Gets a node and the gradients of its outputs, None where there is none."""
@@ -37,23 +38,37 @@ def watched(
     show: Show,
     *,
     retain_graph: bool,
+    again: Sequence[Node] = (),
 ) -> None:
-    """Back-propagates Σ_b w_b ℓ_b; `last`: the `ends` of the nodes."""
+    """Back-propagates Σ_b w_b ℓ_b.
+
+    Args:
+        graph: of the losses.
+        losses: ℓ [B].
+        weights: w [B].
+        nodes: where gradients are shown.
+        last: the `ends` of the nodes.
+        show: gets the gradients.
+        retain_graph: whether the graph is still there afterwards.
+        again: nodes of which a checkpoint computes saved tensors again (`persample.graph.recomputed`).
+    """
     edges = [(node, output) for node in last for output in graph.outputs(node)]
     if not edges:
         return
-    handles = [node.register_prehook(partial(show, node)) for node in nodes if node not in last]
-    try:
-        zs: Sequence[Tensor | None] = torch.autograd.grad(
-            losses, [GradientEdge(*edge) for edge in edges], weights, retain_graph=retain_graph, allow_unused=True
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    of_edge = dict(zip(edges, zs, strict=True))
-    del zs
-    for node in last:
-        show(node, tuple(of_edge.pop((node, output), None) for output in range(outputs_of(node))))
+    with forgetting(again if retain_graph else ()):
+        handles = [node.register_prehook(partial(show, node)) for node in nodes if node not in last]
+        wanted = [GradientEdge(*edge) for edge in edges]
+        try:
+            zs: Sequence[Tensor | None] = torch.autograd.grad(
+                losses, wanted, weights, retain_graph=retain_graph, allow_unused=True
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        of_edge = dict(zip(edges, zs, strict=True))
+        del zs
+        for node in last:
+            show(node, tuple(of_edge.pop((node, output), None) for output in range(outputs_of(node))))
 
 
 def outputs_of(node: Node) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,23 +12,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.graph.nodes import Node, Result, edge_shape, shape_of
+from persample.graph.nodes import Node, Result, edge_dtype, edge_shape, shape_of
+from persample.graph.recomputed import reading_beside
+from persample.graph.saved import unpacked_by_hooks
 
 
 def inside_backward() -> bool:
     """Whether this thread is in a backward pass, where a node silently leaves out what the pass does not need."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1 or reading_beside()
+
+
+_helpers = threading.local()
+"""Of each thread that calls `outside`: the one that helps it, and the process in which it was started."""
 
 
 def outside(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls the function in a thread that is in no backward pass, without recording a graph."""
+    """Calls the function in a thread that is in no backward pass, without recording a graph.
+
+    The same thread each time: starting one, with the threads that its kernels use, can take longer than a small model.
+    """
 
     def call() -> Result:
         with torch.no_grad():
             return function(*arguments)
 
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(call).result()
+    if getattr(_helpers, "process", None) != os.getpid():  # a fork has no threads but its own
+        _helpers.process, _helpers.threads = os.getpid(), ThreadPoolExecutor(1, "persample")
+    helper: ThreadPoolExecutor = _helpers.threads
+    return helper.submit(call).result()
+
+
+def without_call(
+    node: Node, z: Tensor | None, slot: int, saved: Callable[[str], Tensor | None] | None = None
+) -> Tensor | None:
+    """A sum's or product's gradient for an input, before any reduction; None where the node has to be called.
+
+    Calling takes another thread inside of a backward pass, which lasts longer than small products do.
+
+    Args:
+        node: of the operation.
+        z: gradient of its output.
+        slot: of the input.
+        saved: reads a saved tensor of the node; without it, one is read where that can be done as often as one likes.
+    """
+    kind = node.name()
+    if z is None or kind not in ("AddBackward0", "MulBackward0") or edge_dtype(node.next_functions[slot]) != z.dtype:
+        return None
+    if kind == "AddBackward0":
+        return z if slot == 0 or node._saved_alpha == 1 else None
+    if saved is None and unpacked_by_hooks([node]):
+        return None
+    name = "other" if slot == 0 else "self"
+    factor: Tensor | None = getattr(node, f"_saved_{name}") if saved is None else saved(name)
+    if factor is None or factor.dtype != z.dtype or z.is_complex() or factor.layout != z.layout:
+        return None
+    return z * factor.detach()
 
 
 def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -63,6 +103,8 @@ def call_node_rows(node: Node, cotangents: Sequence[Tensor | None], slots: Seque
 
     Broadcasting is undone: each gradient has the shape of the tensor that enters its slot.
     """
+    if len(slots) == 1 and (grad := without_call(node, cotangents[0], slots[0])) is not None:
+        return [sum_to(grad, (grad.shape[0], *edge_shape(node.next_functions[slots[0]])))]
     if inside_backward():
         return outside(call_node_rows, node, cotangents, slots)
     present = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from persample.blocks.precision import full_precision
-from persample.graph.calls import call_node_rows
+from persample.graph.calls import call_node_rows, inside_backward, outside
 from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape, saved_dim, signed
 
 # Operations that only rearrange a tensor, each entry kept: inner products survive their pull-back.
@@ -97,6 +97,8 @@ class Route:
 
         Operations that compute are called in their own precision, those that rearrange keep that of the rows.
         """
+        if len(self.nodes) > 1 and inside_backward():
+            return outside(self.pull, rows)  # one other thread for all of them
         waiting: dict[Node, dict[int, Tensor]] = {self.source[0]: {self.source[1]: rows}}
         inside = {*self.nodes, self.leaf}
         for node in self.nodes:

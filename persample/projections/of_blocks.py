@@ -20,7 +20,7 @@ from persample.blocks.consumed import row_parts
 from persample.blocks.convolution.algorithms import ordinary
 from persample.blocks.precision import full_precision
 from persample.blocks.sums import add
-from persample.blocks.types import Block, Conv, Outer, Rows
+from persample.blocks.types import Block, Conv, Outer, Outputs, Rows
 from persample.projections.maps import ByEntries, Factors, Map
 
 
@@ -52,6 +52,11 @@ def _(block: Rows, projection: ByEntries) -> Tensor:
     z, width = full_precision(block.z), block.shape[1]
     entries = block.indices.long()[:, :, None] * width + torch.arange(width, device=z.device)
     return projection.picked(entries.flatten(1), z.flatten(1))
+
+
+@by_entries.register
+def _(block: Outputs, projection: ByEntries) -> Tensor:
+    return torch.stack([by_entries(each, projection) for each in block.each], 1).flatten(0, 1)
 
 
 @singledispatch
@@ -97,6 +102,11 @@ def _(block: Conv, projection: Factors) -> Tensor:
     left = projection.left(torch.arange(z.shape[1], device=z.device), z.dtype).view(groups, -1, projection.out)
     z, right = z.reshape(len(z), groups, -1, time.numel()), right.reshape(len(z), groups, projection.inp, -1)
     return torch.einsum("bgct,gco,bgit->boi", z, left, right).flatten(1) if groups > 1 else _one_group(z, left, right)
+
+
+@by_factors.register
+def _(block: Outputs, projection: Factors) -> Tensor:
+    return torch.stack([by_factors(each, projection) for each in block.each], 1).flatten(0, 1)
 
 
 def _one_group(z: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What reductions are given: buffers, vectors, coefficients, bounds, another batch; each is right, or told in words."""
+"""What reductions are given: buffers, vectors, coefficients, bounds, Hessians; each is right, or told in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persample.blocks.precision import full_precision
+from persample.errors import UnsupportedError
 from persample.result.grouping import Per
+
+ASYMMETRIC = 1e-3
+"""Part of a Hessian by which it may differ from its transpose, and its eigenvalues be negative: rounding."""
 
 
 def by_layer(
@@ -136,3 +141,55 @@ def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
     return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
+
+
+def check_outputs(outputs: Any, of_model: bool) -> Tensor:
+    """Returns the outputs if they are real numbers, [B, *out], C of them for each sample.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, or integers.
+        UnsupportedError: complex numbers.
+    """
+    who = "the model" if of_model else "output_fn"
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"{who} must return one tensor, [B, *out], to differentiate; got {type(outputs).__name__}. Choose with "
+            "output_fn=, for example output_fn=lambda out: out[0]"
+        )
+    if outputs.is_complex():
+        raise UnsupportedError(
+            "the outputs are complex. Differentiate real and imaginary parts as two outputs: "
+            "output_fn=lambda out: torch.view_as_real(out)"
+        )
+    if not outputs.is_floating_point():
+        raise ValueError(f"the outputs must be real numbers; got {outputs.dtype}")
+    if outputs.ndim == 0 or not prod(outputs.shape[1:]):
+        raise ValueError(f"{who} must return [B, *out], an output or more for each sample; got {tuple(outputs.shape)}")
+    return outputs
+
+
+def root_of(hessian: Any, shape: tuple[int, ...]) -> Float[Tensor, "batch out out"]:
+    """The symmetric root of each sample's Hessian, [B, C, C].
+
+    Raises:
+        ValueError: what is no Hessian of outputs of this shape, or has none.
+    """
+    wanted = (*shape, *shape[1:])
+    if not isinstance(hessian, Tensor) or tuple(hessian.shape) != wanted:
+        got = tuple(hessian.shape) if isinstance(hessian, Tensor) else type(hessian).__name__
+        raise ValueError(f"hessian must be a tensor [B, *out, *out] = {wanted}; got {got}")
+    if not hessian.is_floating_point() or not bool(hessian.isfinite().all()):
+        raise ValueError("hessian must hold real, finite numbers; a loss that is not finite has no Gauss–Newton matrix")
+    count = prod(shape[1:])
+    matrix = full_precision(hessian.detach()).reshape(shape[0], count, count)
+    size = matrix.abs().amax() if matrix.numel() else 0
+    if bool(((matrix - matrix.mT).abs() > ASYMMETRIC * size).any()):
+        raise ValueError("hessian must be symmetric, H[b] = H[b].T over the outputs of a sample")
+    values, vectors = torch.linalg.eigh(matrix)
+    if bool((values < -ASYMMETRIC * size).any()):
+        raise ValueError(
+            f"hessian must have no negative eigenvalue; got {float(values.min()):.3g}. Losses that are convex in the "
+            "outputs have none; of others take the part that is: clamp the eigenvalues, or add a part of the identity"
+        )
+    return (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT

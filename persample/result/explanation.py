@@ -8,8 +8,8 @@ from functools import singledispatch
 from persample.blocks.convolution.algorithms import ordinary
 from persample.blocks.convolution.choice import choose_form, gram_form
 from persample.blocks.convolution.gradients import choose
-from persample.blocks.outer import gram_by_hadamard, norms_by_hadamard
-from persample.blocks.types import Block, Conv, Outer, Pulled, Rows, Stacked
+from persample.blocks.kinds.outer import gram_by_hadamard, norms_by_hadamard
+from persample.blocks.types import Block, Conv, Outer, Outputs, Pulled, Rows, Stacked
 from persample.result.gradient import Gradient
 
 
@@ -21,7 +21,8 @@ class Explanation:
         parameter: its name.
         operation: the kind of autograd node, or module, at which it meets the data; "× 7": that many in one block.
         rule: what made the block of it; "generic" is exact and may be slow.
-        block: "Outer", "Conv", "Rows", "Dense", "Stacked" or "Pulled"; see `persample.blocks.types`.
+        block: "Outer", "Conv", "Rows", "Dense", "Stacked", "Pulled", of a Jacobian "Outputs"; see
+            `persample.blocks.types`.
         algorithm: how rows, norms and Gram matrix are formed; "rows as they are" needs no forming.
         nbytes: bytes held by this block.
 
@@ -80,6 +81,11 @@ def _(block: Rows) -> str:
 def _(block: Pulled) -> str:
     behind = algorithm(block.inner)
     return f"behind a rearrangement, {behind}" if block.isometric else f"grads pulled back; before that, {behind}"
+
+
+@algorithm.register
+def _(block: Outputs) -> str:
+    return f"{block.outputs} outputs of one input, {algorithm(block.one(0))}"
 
 
 @algorithm.register

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from persample import memory
-from persample.blocks import consumed, directions, reductions, sums
+from persample.blocks import consumed, directions, positions, reductions, sums
 from persample.blocks.kernels import FORMS, forced_among
 from persample.blocks.precision import full_precision
 from persample.blocks.reductions import overwrites
@@ -54,6 +54,8 @@ class Gradient:
         block = use.block
         if not isinstance(block, Conv | Outer) or block.batch * block.numel * block.dtype.itemsize > block.nbytes:
             return self
+        if isinstance(block, Outer) and block.x.shape[1] == 1:
+            return self  # ‖x_b‖ ‖z_b‖ needs no rows
         return replace(self, uses=(replace(use, block=Dense(reductions.materialise(block))),))
 
     def squared_norms(self) -> tuple[Tensor, Tensor | None]:
@@ -69,6 +71,20 @@ class Gradient:
         if not self.blocks or not right.blocks:
             return self._no_numbers(self._batch, right._batch)
         return sums.gram(self.blocks, right.blocks)
+
+    def gram_around(self, right: Gradient, centers: Tensor) -> Tensor:
+        """⟨g_a - ḡ, h_b - ḡ⟩, [B, B'], from rows; see `persample.blocks.sums.gram_by_rows`."""
+        if not self.blocks or not right.blocks:
+            return self._no_numbers(self._batch, right._batch)
+        return sums.gram_by_rows(self.blocks, right.blocks, centers)
+
+    def norms_of_positions(self) -> Tensor | None:
+        """‖s_bt‖, [B, T]; None without positions."""
+        return positions.norms(self.blocks) if self.blocks else None
+
+    def gram_of_positions(self, right: Gradient) -> Tensor | None:
+        """⟨s_at, s_bt'⟩, [B, T, B', T']; None without positions."""
+        return positions.gram(self.blocks, right.blocks) if self.blocks and right.blocks else None
 
     def weighted_sum(self, c: Tensor, apart: Tensor | None = None) -> Tensor:
         """Σ_b c_b g_b, [*shape]; `apart`: samples whose rows are formed for it."""

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 Per = Literal["total", "layer", "param"]
+PerPosition = Literal["total", "layer", "param", "position"]
 
 
 def layer_of(name: str) -> str:
@@ -52,12 +53,18 @@ def grouped(
         return {layer: together([values[name] for name in names]) for layer, names in layers.items()}
     if per == "total":
         return {"": together([value.to(none.device) for value in values.values()]) if values else none}
-    raise ValueError(f"per must be 'total', 'layer' or 'param'; got {per!r}")
+    raise ValueError(f"per must be 'total', 'layer' or 'param', of norms and gram also 'position'; got {per!r}")
 
 
 def transposed(gram: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    """The Gram matrix with its two batches swapped."""
-    return {name: each.T for name, each in gram.items()} if isinstance(gram, dict) else gram.T
+    """The Gram matrix, [B, B'] or [B, T, B', T'], with its two batches swapped."""
+    if isinstance(gram, dict):
+        return {name: _swapped(each) for name, each in gram.items()}
+    return _swapped(gram)
+
+
+def _swapped(gram: Tensor) -> Tensor:
+    return gram.T if gram.ndim == 2 else gram.permute(2, 3, 0, 1)
 
 
 def total(values: dict[str, Tensor], per: Per) -> Tensor | dict[str, Tensor]:

@@ -13,9 +13,10 @@ from persample.blocks.types import Block
 from persample.capture.types import Capture
 from persample.result.arguments import check_buffers
 from persample.result.explanation import Explanation, explained
-from persample.result.factors import held, owned, portable, watched
 from persample.result.gradient import Gradient, reused
-from persample.result.quantities import Quantities, T, reduction
+from persample.result.gradients import T, reduction
+from persample.result.holding.factors import held, owned, portable, watched
+from persample.result.quantities import Quantities
 
 
 class PerSampleGrads(Quantities):
@@ -37,7 +38,7 @@ class PerSampleGrads(Quantities):
         backend: str,
         caller: frozenset[int] = frozenset(),
     ) -> None:
-        """`caller`: the `persample.result.unchanged.addresses` of tensors that others may write to."""
+        """`caller`: the `persample.result.holding.unchanged.addresses` of tensors that others may write to."""
         self.losses = capture.losses
         self.backend = backend
         self.notes = capture.notes
@@ -147,7 +148,9 @@ class PerSampleGrads(Quantities):
     def _condense(self) -> None:
         """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
         before, self._gradients = self._gradients, {name: each.condensed() for name, each in self._gradients.items()}
-        if any(self._gradients[name] is not each for name, each in before.items()):
+        changed = [name for name, each in before.items() if self._gradients[name] is not each]
+        if changed:
+            self._condensed |= {*changed}
             self._unchanged.forget(held(self._gradients.values()))
 
     def _require(self) -> None:

@@ -1,144 +1,98 @@
 """The reductions of per-sample gradients: what is formed of them, however they are held.
 
-`persample.result.per_sample_grads` holds factors, `persample.result.graph_held` the graph; both show every parameter's
-gradient in turn (`_each`), and a reduction adds up what it forms of each.
+`persample.result.per_sample_grads` holds factors, `persample.result.holding.graph_held` the graph; both show every
+parameter's gradient in turn (`_each`), and a reduction adds up what it forms of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from persample.blocks.cancellation import lengths
 from persample.blocks.precision import full_precision
-from persample.blocks.sums import add, overflowed
 from persample.projections import Projection
 from persample.projections.families import maps_of
 from persample.result.accumulating import COPY, accumulate
 from persample.result.arguments import by_layer, check_alike, check_vectors, clip_factors, refuse_other
-from persample.result.gradient import Gradient
-from persample.result.grouping import Per, grouped, groups_of, layer_of, layers_of, total, transposed
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-T = TypeVar("T")
+from persample.result.centred import mean_of, refuse_mean, without_mean
+from persample.result.gradients import Gradients, reduction
+from persample.result.grouping import Per, PerPosition, groups_of, total, transposed
 
 
-def reduction(method: Method) -> Method:
-    """Marks a method that consumes the factors: no graph is recorded, and factors must be as they were captured."""
-
-    @torch.compiler.disable
-    @wraps(method)
-    def guarded(self: Quantities, *args: Any, **kwargs: Any) -> Any:
-        self._require()
-        with torch.no_grad():
-            return method(self, *args, **kwargs)
-
-    return guarded
-
-
-class Quantities:
+class Quantities(Gradients):
     """What is formed of the gradients g_b of one batch; base of the results, which say how they are held."""
 
-    losses: Float[Tensor, " batch"]
-    _parameters: dict[str, Tensor]
-    _apart: dict[str, Tensor]
-    """Samples of which rows were formed for the norm of a parameter's gradient, as they will be for sums."""
-
-    _copied = False
-
-    # --- how the gradients are held -------------------------------------------------------------------------
-
-    def _each(self, form: Callable[[str, Gradient], T]) -> dict[str, T]:
-        """`form` of every parameter's gradient, by name."""
-        raise NotImplementedError(f"{type(self).__name__} defines _each")
-
-    def _held(self) -> Mapping[str, Gradient]:
-        """Every parameter's gradient, all at once."""
-        raise NotImplementedError(f"{type(self).__name__} defines _held")
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Names of trainable parameters that no loss depends on; their gradients are zero."""
-        raise NotImplementedError(f"{type(self).__name__} defines unused")
-
-    def _condense(self) -> None:
-        """Holds rows in place of larger factors, for a reduction that forms the rows and for those to come."""
-
-    def _require(self) -> None:
-        """Raises `RuntimeError` unless what is held is as it was captured."""
-
-    # --- public ---------------------------------------------------------------------------------------------
-
-    @property
-    def batch(self) -> int:
-        """Number of samples B.
-
-        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-        >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
-        >>> psg.batch
-        2
-        """
-        return self.losses.shape[0]
-
-    @property
-    def layers(self) -> dict[str, tuple[str, ...]]:
-        """Names of the parameters of each layer, by the path of the module that owns them; "" is the model.
-
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
-        >>> persample.per_sample(model, lambda y, _: y.sum(1), torch.randn(5, 3)).layers
-        {'0': ('0.weight', '0.bias'), '2': ('2.weight',)}
-        """
-        return layers_of(self._parameters)
-
     @reduction
-    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+    def norms(self, per: PerPosition = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, "batch ..."]]:
         """Returns the Euclidean norms ‖g_b‖, [B], over all parameters or for each layer or parameter.
+
+        Args:
+            per: over all parameters ("total"), or a dict for each "layer" or "param". Or, of parameters whose gradients
+                are sums over positions (tokens, pixels, calls), "position": parameter name -> [B, T], the norms of the
+                *shares* of positions, z_bt ⊗ x_bt. A share is what the position's use of the parameter adds to g_b, and
+                not the gradient of a loss at that position; see `persample.blocks.positions`.
 
         >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
         >>> psg.norms()
         tensor([5., 1.])
-        >>> sorted(psg.norms(per="param"))
-        ['weight']
+        >>> psg.norms(per="position")  # one position in each sample
+        {'weight': tensor([[5.],
+                [1.]])}
         """
+        if per == "position":
+            return self._by_position(lambda _, gradient: gradient.norms_of_positions())
         return total(self._norms(per), per)
 
     @reduction
     def gram(
-        self, per: Per = "total", other: Quantities | Any | None = None
-    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        self, per: PerPosition = "total", other: Quantities | Any | None = None, *, centred: bool = False
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other ..."]]:
         """Returns the Gram matrix K_ab = ⟨g_a, g_b⟩, [B, B], or ⟨g_a, h_b⟩, [B, B'], with `other`'s rows h_b.
 
         Args:
-            per: over all parameters ("total"), or a dict for each "layer" or "param".
+            per: over all parameters ("total"), or a dict for each "layer" or "param"; or "position", parameter name ->
+                [B, T, B', T'], of the shares of positions, as for `norms`.
             other: per-sample gradients of the same parameters on another batch, or at another point; what `per_sample`
                 returned, in chunks or not.
+            centred: of the gradients without their mean, ⟨g_a - ḡ, g_b - ḡ⟩.
 
         Raises:
-            ValueError: `other` holds other parameters.
+            ValueError: `other` holds other parameters; or `centred` with `other`, or with positions.
 
         >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> psg = persample.per_sample(nn.Linear(2, 1, bias=False), lambda y, _: y.sum(1), x)
         >>> psg.gram()
         tensor([[25.,  4.],
                 [ 4.,  1.]])
+        >>> psg.gram(centred=True)
+        tensor([[ 4.5000, -4.5000],
+                [-4.5000,  4.5000]])
         """
+        if centred:
+            alone = refuse_mean(other, per)
+            matrices = self.gram(alone)
+
+            def by_rows() -> Tensor | dict[str, Tensor]:
+                return self._gram_around(alone, self, mean_of(self.weighted_sum, self.losses))
+
+            return without_mean(matrices, by_rows)
         if other is not None and not isinstance(other, Quantities):
             return transposed(refuse_other(other).gram(per, self))
-        self._condense()
+        if per != "position":
+            self._condense()
         right = self if other is None else other
         check_alike(self._parameters, right._parameters)
-        if other is None:
-            matrices = self._each(lambda _, gradient: gradient.gram(gradient))
-        else:
+        if other is not None:
             other._require()
-            theirs = other._held()
-            matrices = self._each(lambda name, gradient: gradient.gram(theirs[name]))
+        theirs = {} if other is None else other._held()
+        if per == "position":
+            return self._by_position(lambda name, each: each.gram_of_positions(theirs.get(name, each)), right)
+        matrices = self._each(lambda name, gradient: gradient.gram(theirs.get(name, gradient)))
         return total(self._grouped(matrices, per, (self.batch, right.batch)), per)
 
     @reduction
@@ -300,40 +254,3 @@ class Quantities:
         {'weight': tensor([[0.6000, 1.8000]])}
         """
         return self._weighted_sum(clip_factors(self._norms, max_norm, self.layers))
-
-    # --- all parameters -------------------------------------------------------------------------------------
-
-    def _norms(self, per: Per) -> dict[str, Tensor]:
-        self._condense()
-        self._apart = {}
-
-        def squares_of(name: str, gradient: Gradient) -> Tensor:
-            squares, apart = gradient.squared_norms()
-            if apart is not None:
-                self._apart[name] = apart
-            return squares
-
-        squares = self._grouped(self._each(squares_of), per, (self.batch,))
-        # cross terms of several uses may leave a rounding error below zero
-        norms = {key: value.clamp(min=0).sqrt() for key, value in squares.items()}
-        beyond = overflowed(add([norm.to(self.losses.device) for norm in norms.values()])) if norms else None
-        return norms if beyond is None else self._lengths(per, norms, beyond)
-
-    def _lengths(self, per: Per, norms: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
-        """Norms in which those of some samples are found from their rows, whose squares may be no numbers."""
-        found = self._each(lambda _, gradient: gradient.lengths_of(samples))
-        for name in found:
-            before = self._apart.get(name)
-            self._apart[name] = samples if before is None else torch.cat([before, samples]).unique()
-        grouped = self._grouped(found, per, samples.shape, lambda parts: lengths(torch.stack(parts, 1)))
-        return {key: norm.index_copy(0, samples, grouped[key]) for key, norm in norms.items()}
-
-    def _weighted_sum(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        apart = self._apart
-        return self._each(lambda name, gradient: gradient.weighted_sum(factors[layer_of(name)], apart.get(name)))
-
-    def _grouped(
-        self, values: Mapping[str, Tensor], per: Per, shape: Sequence[int], together: Callable[..., Tensor] = add
-    ) -> dict[str, Tensor]:
-        none = self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
-        return grouped(values, per, self.layers, none, together)

@@ -7,7 +7,7 @@ The generic rule calls the node itself, so no kind of operation needs a rule to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,10 @@ class Site:
     zs: tuple[Tensor | None, ...]
     owners: tuple[Owner | None, ...]
     batch: int
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
     """What rules for several slots of the node have in common."""
+    read: dict[str, Any] | None = None
+    """What was read of the node before, for other z; None: it is read each time."""
 
     @property
     def z(self) -> Tensor:
@@ -50,8 +52,13 @@ class Site:
 
     def saved(self, name: str, default: Any = None) -> Any:
         """An attribute that autograd saved for the node; tensors come without the graph behind them."""
+        if self.read is not None and name in self.read:
+            return self.read[name]
         value = getattr(self.node, f"_saved_{name}", default)
-        return value.detach() if isinstance(value, Tensor) else value
+        value = value.detach() if isinstance(value, Tensor) else value
+        if self.read is not None:
+            self.read[name] = value
+        return value
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from persample.blocks.types import Block, Dense
-from persample.graph.calls import call_node, sum_to
+from persample.graph.calls import call_node, sum_to, without_call
 from persample.rules import Site, rule
 
 
@@ -32,7 +32,9 @@ def summed(site: Site, entries: Tensor) -> Block | None:
 )  # fmt: skip
 def elementwise(site: Site) -> Block | None:
     """Any operation that treats every entry by itself, after broadcasting."""
-    entries = call_node(site.node, [site.z])[site.slot]
+    entries = without_call(site.node, site.z, site.slot, site.saved)
+    if entries is None:
+        entries = call_node(site.node, [site.z])[site.slot]
     return None if entries is None or entries.shape != site.z.shape else summed(site, entries)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from persample.api import backends, per_sample
 from persample.errors import PerSampleError
+from persample.result.api import backends, per_sample
 from persample.testing.command_line import console
 from persample.testing.loop import deviation, loop_grads
 from persample.testing.measure import Ratio, paired_ratios, peak_memory

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.api import backends, per_sample
 from persample.blocks.reductions import real_rows
 from persample.errors import PerSampleError
+from persample.result.api import backends, per_sample
 from persample.testing.cases import CASES, Case
 from persample.testing.command_line import console
 from persample.testing.loop import deviation, loop_grads

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.api import backends
+from persample.result.api import backends
 from persample.testing.cases import Case
 from persample.testing.conformance import Cell, expected, try_backend
 from persample.testing.machine import environment

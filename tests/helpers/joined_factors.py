@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fngd import KFAC, SKFAC, Eva, Shampoo
+from fngd import EKFAC, KFAC, MBF, SKFAC, Eva, HyLo, Shampoo
 from fngd.kronecker.eva import MeanVectors
 from fngd.kronecker.kfac import KroneckerFactors
+from fngd.kronecker.mbf import MiniBlocks
 from fngd.kronecker.processes import COLUMNS, Ranks
 from fngd.kronecker.skfac import LowRankFactors
 from fngd.optim.distributed import Exchange
@@ -35,6 +36,10 @@ Make = Callable[..., Any]
 METHODS: dict[str, Make] = {
     "kfac": lambda net, **o: KFAC(net, statistics_every=2, inverse_every=2, **o),
     "kfac cholesky": lambda net, **o: KFAC(net, inverse="cholesky", preset="kfac-pytorch", **o),
+    "ekfac": lambda net, **o: EKFAC(net, inverse_every=2, **o),
+    "mbf": lambda net, **o: MBF(net, inverse_every=2, **o),
+    "mbf each": lambda net, **o: MBF(net, rows="each", **o),
+    "hylo": lambda net, **o: HyLo(net, rank=1.0, select="interpolate", every=2, **o),  # all samples: none to select
     "skfac": lambda net, **o: SKFAC(net, **o),
     "skfac subsample": lambda net, **o: SKFAC(net, positions="subsample", keep=2, every=2, **o),
     "eva": lambda net, **o: Eva(net, statistics_every=2, **o),
@@ -199,7 +204,12 @@ def layers_that_one_process_has_not_met(rank: int, world: int) -> None:
     torch.manual_seed(5)
     pair = [torch.randn(3, 1, 4, 7), torch.randn(3, 1, 5, 7)]  # [batch, groups, features, time]
     random = torch.Generator()
-    for method in (KroneckerFactors(0.9, "eigen", None), LowRankFactors("sum", 1), MeanVectors(0.9, None)):
+    for method in (
+        KroneckerFactors(0.9, "eigen", None),
+        LowRankFactors("sum", 1),
+        MeanVectors(0.9, None),
+        MiniBlocks(0.9, "mean"),
+    ):
         found = method.collect([(pair[0], pair[1])], bias=True, convolution=False, random=random)
         own = {"first": found} if rank == 0 else {"second": found} if rank == 1 else {}
         ranks = Ranks(Exchange(), ("never", "first", "second"), torch.device("cpu"), mean=True)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva, Shampoo
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, AdaptiveDamping, Eva, HyLo, Shampoo
 
 STEPS_PER_EPOCH = 5
 
@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
         model, lr=0.05, steps_per_epoch=STEPS_PER_EPOCH, refresh_cosine=1.0, fisher="improved", scale="graft"
     ),
     "ngd": lambda model: NGD(model, lr=0.05, kl_clip=1e-3, nesterov=True, gram="network"),
+    "ngd history": lambda model: NGD(model, lr=0.02, history=3, curvature_samples=3, curvature_every=2, kl_clip=1e-2),
     "ngd true": lambda model: NGD(model, lr=0.05, fisher="true", other="adamw", accumulate="joint", seed=5),
     "ngd adaptive": lambda model: NGD(
         model, lr=0.05, momentum=0.0, accumulate="joint", gram="network", adapt_damping=AdaptiveDamping(every=2)
@@ -58,6 +59,9 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "kfac": lambda model: KFAC(model, lr=0.05, statistics_every=2, inverse_every=5, other="adamw"),
     "kfac cholesky": lambda model: KFAC(model, lr=0.05, inverse_every=3, inverse="cholesky", preset="kfac-pytorch"),
+    "ekfac": lambda model: EKFAC(model, lr=0.05, statistics_every=2, inverse_every=3, weight_decay=1e-3),
+    "mbf": lambda model: MBF(model, lr=0.05, statistics_every=2, inverse_every=3, rows="each", other="adamw"),
+    "hylo": lambda model: HyLo(model, lr=0.02, rank=0.5, steps_per_epoch=STEPS_PER_EPOCH, every=2, threshold=0.1),
     "skfac": lambda model: SKFAC(model, lr=0.05, every=2, positions="subsample", keep=3, seed=5),
     "eva": lambda model: Eva(model, lr=0.05, statistics_every=2, weight_decay=1e-3),
     "shampoo": lambda model: Shampoo(model.parameters(), lr=0.05, block=6, statistics_every=2, inverse_every=5),

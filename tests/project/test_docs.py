@@ -23,10 +23,11 @@ from torch import nn
 
 import fngd
 import persample
+import persample.opacus
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (persample, fngd)
-ROOMS = (persample, persample.projections, fngd)
+ROOMS = (persample, persample.opacus, persample.projections, fngd)
 """Whose names the reference explains, on the page of their package."""
 needs_docs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,

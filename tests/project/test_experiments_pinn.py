@@ -91,7 +91,7 @@ def test_the_best_baseline_is_the_one_with_the_lowest_median() -> None:
 )
 def test_verdicts(ours: float, judgement: str) -> None:
     other = 9.5e-4
-    verdict = judge_ratio("poisson2")(made_up({"gauss-newton": [ours], "lbfgs": [other]}))
+    verdict = judge_ratio("poisson2")(made_up({"gauss-newton": [ours] * 3, "lbfgs": [other] * 3}))
     assert verdict is not None
     assert verdict.judgement == judgement
     assert judge_ratio("burgers")(made_up({"gauss-newton": [ours], "lbfgs": [other]})) is None

@@ -58,7 +58,7 @@ def test_translation_from_trials_to_tables(tmp_path):
 
 
 def translations(scores: dict[str, float], seconds: dict[str, float]) -> Record:
-    settings = {**translation.SMALL, "seeds": [0, 1]}
+    settings = {**translation.SMALL, "seeds": [0, 1, 2]}
     record = Record("translation", "small", CPU, settings)
     for (name, score), seed in itertools.product(scores.items(), settings["seeds"]):
         epochs = [{"process_seconds": seconds.get(name, 1.0), "train_loss": 1.0, "loss": 1.0, "bleu": score}]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments import images, runs, translation, tuning
+from experiments.__main__ import main
 from experiments.record import Context, Stopped
 
 CPU = "cpu"
@@ -67,7 +68,7 @@ def plan(tmp_path: Path, method: str, epochs: int = 3, lr: float = 0.05) -> runs
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
     data = torch.randn(24, 4), torch.randint(3, (24,))
-    options = {"lr": lr, **({"damping": 0.03} if method in ("kfac", "eva", "skfac") else {})}
+    options = {"lr": lr, **({"damping": 0.03} if method in ("kfac", "ekfac", "mbf", "hylo", "eva", "skfac") else {})}
 
     def batches(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         order = torch.randperm(24, generator=torch.Generator().manual_seed(epoch)).split(8)
@@ -85,7 +86,33 @@ def plan(tmp_path: Path, method: str, epochs: int = 3, lr: float = 0.05) -> runs
     )
 
 
-@pytest.mark.parametrize("method", ["sgd", "adamw", "kfac", "shampoo", "eva", "skfac", "ngd", "fngd", "fngd-per-layer"])
+def test_methods_are_checked_before_any_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["images", "--scale", "smoke", "--optimizers", "sgd,adam", "--out", str(tmp_path)])
+    assert "'adam' is unknown; choose from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["correlation", "--optimizers", "sgd"])
+    assert "unrecognized arguments: --optimizers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sgd",
+        "adamw",
+        "kfac",
+        "ekfac",
+        "mbf",
+        "hylo",
+        "muon",
+        "shampoo",
+        "eva",
+        "skfac",
+        "ngd",
+        "fngd",
+        "fngd-per-layer",
+    ],
+)
 def test_a_stopped_run_goes_on_with_the_same_numbers(tmp_path, method):
     whole = runs.train(plan(tmp_path, method), Context(CPU, None, tmp_path / "whole.pt"))
     calls = itertools.count()
@@ -96,6 +123,19 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(tmp_path, method):
     for one, two in zip(whole["epochs"], resumed["epochs"], strict=True):
         assert one["train_loss"] == two["train_loss"]
         assert one["accuracy"] == two["accuracy"]
+
+
+def test_a_function_of_ones_own_is_tuned_around_its_default_rate():
+    found = tuning.optimiser("torch.optim:NAdam")
+    assert found.images == tuning.grid(lr=[0.002, 0.001, 0.004, 0.0005, 0.008, 0.00025])
+    assert tuning.trials("torch.optim:NAdam", "translation", 2) == tuning.grid(lr=[0.002, 0.001])
+    optimizer = found.build(nn.Linear(2, 1), tuning.Training(3), {"lr": 0.5})
+    assert isinstance(optimizer, torch.optim.NAdam)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ValueError, match=r"'adam' is unknown; choose from .* or give module:function"):
+        tuning.optimiser("adam")
+    with pytest.raises(ValueError, match="its lr has no default"):
+        tuning.optimiser("torch.optim.lr_scheduler:LambdaLR")
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path):

@@ -171,7 +171,7 @@ def test_verdicts_follow_from_the_times():
         times = {}
         for method in step_time.METHODS:
             for kind in step_time_ratios.shares(method, 100):
-                times[f"{method}/{kind}"] = {"round": [0, 1], "wall": [seconds[method]] * 2, "process": [1.0, 1.0]}
+                times[f"{method}/{kind}"] = {"round": [0, 1, 2], "wall": [seconds[method]] * 3, "process": [1.0] * 3}
         parts = {key: [dict.fromkeys(REGIONS, entry["wall"][0] / 6)] for key, entry in times.items()}
         return {**_result(times, parts), "batch": 8}
 
@@ -186,8 +186,8 @@ def test_verdicts_follow_from_the_times():
     verdicts = [claim.judge(record) for claim in step_time_claims.CLAIMS[:3]]
     assert [verdict.judgement for verdict in verdicts if verdict] == ["holds in part", "holds in part", "holds in part"]
     said = verdicts[0].measured  # type: ignore[union-attr]
-    assert "resnet32 1.10 (1.10–1.10), next eva 1.60 (1.60–1.60), FNGD faster in 2 of 2 rounds" in said
-    assert "resnet34 1.75 (1.75–1.75), next eva 1.60 (1.60–1.60), FNGD faster in 0 of 2 rounds" in said
+    assert "resnet32 1.10 (1.10–1.10), next eva 1.60 (1.60–1.60), FNGD faster in 3 of 3 rounds" in said
+    assert "resnet34 1.75 (1.75–1.75), next eva 1.60 (1.60–1.60), FNGD faster in 0 of 3 rounds" in said
     for model in step_time.MODELS:
         record.units[model] = {"result": slow}
     judgements = [claim.judge(record).judgement for claim in step_time_claims.CLAIMS[:5]]  # type: ignore[union-attr]

@@ -15,15 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {
     "persample": (
-        "__main__ testing api reweighting result projections backends capture rules attribution graph blocks memory "
-        "errors"
+        "__main__ testing opacus reweighting result projections backends capture rules attribution graph blocks "
+        "memory errors"
     ),
-    "fngd": "__main__ demo training natural shampoo kronecker least_squares optim coefficients",
+    "fngd": "__main__ demo training data_influence natural shampoo kronecker least_squares optim coefficients",
 }
 """From the top: each imports from those below it, and from itself."""
 PUBLIC = (
     *("persample", "persample.attribution", "persample.backends", "persample.blocks"),
-    *("persample.memory", "persample.projections", "persample.reweighting", "persample.rules"),
+    *("persample.memory", "persample.opacus", "persample.projections", "persample.reweighting", "persample.rules"),
     "persample.testing.cases",
     *("fngd", "fngd.least_squares", "fngd.training"),
 )

@@ -10,7 +10,7 @@ s         gradient of the whole training loss on which `backward` is called, ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -78,6 +78,34 @@ def true_fisher_weights(
     nu = 1 / safe if scale == "per_layer" else torch.ones_like(safe)
     good = weights.isfinite().all() & nu.isfinite()
     return torch.where(good, weights, 0.0), torch.where(good, nu, 1.0).to(absorbed.dtype), good
+
+
+def curved(
+    plain: Mapping[str, Pair],
+    samples: Mapping[str, LayerGrads],
+    own: float | Tensor,
+    gram: Float[Tensor, "batch batch"],
+    *,
+    scale: str,
+    alpha: float | None,
+    damping: float | None,
+) -> dict[str, tuple[Pair, Pair]]:
+    """Returns (d, g) of each layer, d = ν(g − V w) as in `true_fisher_weights`, layers of one Gram matrix together.
+
+    Arguments:
+        plain: g.
+        samples: whose gradients, times `own` (one number for each sample, or for all), are V.
+        gram: VᵀV, of all layers.
+    """
+    products = torch.stack([inner_products(samples[path], plain[path]) for path in samples]).sum(0) * own
+    weights, nu, good = true_fisher_weights(gram, products.to(gram.dtype), scale=scale, alpha=alpha, damping=damping)
+    pairs = {}
+    for path, g in plain.items():
+        d = scaled(combined(g, samples[path].weighted_sum(weights * own), -1.0), nu)
+        # Where the samples' gradients are not finite, 0 times them is neither.
+        weight, bias = (None if a is None or b is None else torch.where(good, a, b) for a, b in zip(d, g, strict=True))
+        pairs[path] = (weight, bias), g
+    return pairs
 
 
 def inner_products(grads: LayerGrads, vector: Sequence[Tensor | None]) -> Float[Tensor, " batch"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fngd.natural.diagnostics import Solve
 from fngd.natural.solve.accumulation import Passes, joined_gradients
-from fngd.natural.solve.directions import Pair, combined, inner_products, scaled, true_fisher_weights
+from fngd.natural.solve.directions import Pair, curved
 from fngd.natural.solve.method import Method
 from persample import LayerGrads
 from persample.reweighting import Reweighting
@@ -72,19 +72,10 @@ class Drawn:
                 f"the labels that opt.sample drew are for batches of {drawn} samples, but the backward passes had "
                 f"{sizes}. Call opt.sample(outputs) once for every forward pass, before its loss.backward()"
             )
-        unit = 1 if loss_scale is None else 1 / loss_scale  # the sampled losses were scaled, too
+        unit = 1.0 if loss_scale is None else 1 / loss_scale  # the sampled losses were scaled, too
         one, *others = (each.gram() for each in sampled.values())
         gram = sum(others, one) * unit**2
-        products = torch.stack([inner_products(sampled[path], plain[path]) for path in sampled]).sum(0) * unit
-        weights, nu, good = true_fisher_weights(
-            gram, products.to(gram.dtype), scale=self._method.solved_scale, alpha=alpha, damping=damping
-        )
-        pairs = {}
-        for path, g in plain.items():
-            d = scaled(combined(g, sampled[path].weighted_sum(weights * unit), -1.0), nu)
-            # Where the samples' gradients are not finite, 0 times them is neither.
-            weight, bias = (
-                None if a is None or b is None else torch.where(good, a, b) for a, b in zip(d, g, strict=True)
-            )
-            pairs[path] = (weight, bias), g
+        pairs = curved(
+            plain, sampled, unit, gram, scale=self._method.solved_scale, alpha=alpha, damping=damping
+        )  # fmt: skip
         return pairs, Solve(gram, alpha, damping), sampled

@@ -192,18 +192,20 @@ def check_layers(model: nn.Module, layers: Collection[str], what: str) -> None:
         )
 
 
-def check_sizes(model: nn.Module, layer: str, factors: Mapping[str, Tensor], *, rows: bool) -> None:
-    """Raises ValueError for Kronecker factors of another size than the layer's.
+def check_sizes(model: nn.Module, layer: str, sizes: tuple[int, int, int], *, rows: bool) -> None:
+    """Raises ValueError for factors of another size than the layer's.
 
-    `rows`: it may be some rows of its weight that they are of, as a function's are.
+    Arguments:
+        sizes: (groups, outputs of a group, inputs of a group) that the factors are of.
+        rows: whether it may be some rows of its weight that they are of, as a function's are.
     """
     param = parameter_of(model, layer)
     assert param is not None, "check_layers has been called"
-    inputs, outputs = factors["inputs"].shape[-1], factors["outputs"].shape[0] * factors["outputs"].shape[-1]
+    groups, outputs, inputs = sizes
     # A function may have been given the transpose.
     own = (param[0].numel(), len(param)) if rows else (param[0].numel(),)
-    if all(inputs - each not in (0, 1) for each in own) or not (rows or outputs == len(param)):
+    if all(inputs - each not in (0, 1) for each in own) or not (rows or groups * outputs == len(param)):
         raise ValueError(
-            f"the state's factors of layer '{layer}' are of {inputs} inputs (1 may be the bias) and {outputs} outputs, "
-            f"but its weight has shape {list(param.shape)}"
+            f"the state's factors of layer '{layer}' are of {inputs} inputs (1 may be the bias) and {groups * outputs} "
+            f"outputs, but its weight has shape {list(param.shape)}"
         )

@@ -87,10 +87,15 @@ def passage(*kinds: str) -> Callable[[Passage], Passage]:
     "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Expm1 Log Log1p Sin Cos Tanh Sigmoid Relu Gelu Silu Elu Celu "
     "LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Threshold LogSigmoid Mish Selu Erf Reciprocal Square Clamp "
     "ClampMin ClampMax Maximum Minimum Where MaskedFill NativeDropout Clone ToCopy Addcmul Addcdiv Lerp "
-    "PreluKernel MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits Expand Xlogy"
+    "PreluKernel MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits Expand Xlogy",
+    "Acos Acosh Angle Asin Asinh Atan Atan2 Atanh Ceil Complex Conj ConjPhysical Copysign Cosh Deg2Rad Digamma Erfc "
+    "Erfinv Exp2 Floor Fmax Fmin Fmod Frac Hardshrink Hypot I0 Lgamma Log10 Log1P Log2 Logaddexp Logaddexp2 Logit "
+    "NanToNum Polar Polygamma Rad2Deg Remainder Round RreluWithNoise RreluWithNoiseFunctional Sgn Sign Sinc Sinh "
+    "SoftMarginLoss Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr SpecialNdtri "
+    "SpecialXlog1Py SpecialZeta Tan Trunc Repeat Tril Triu",
 )
 def by_entry(step: Step) -> Lying | None:
-    """Entry by entry after broadcasting; losses reduced to fewer entries do not keep the axis."""
+    """Entry by entry after broadcasting, or by where it is; losses reduced to fewer entries do not keep the axis."""
     aligned = step.at.axis - (len(step.shape) - len(step.entering))
     if aligned < 0 or step.entering[aligned] != step.shape[step.at.axis]:
         return None
@@ -116,7 +121,10 @@ def permute(step: Step) -> Lying | None:
     return Lying(step.dims("dims", len(step.shape))[step.at.axis], step.at.inner)
 
 
-@passage("Sum Mean Amax Amin Logsumexp LinalgVectorNorm Norm Var Std Select Unbind Max Min")
+@passage(
+    "Sum Mean Amax Amin Logsumexp LinalgVectorNorm Norm Var Std Select Unbind Max Min Aminmax Kthvalue Median Mode "
+    "Nanmedian Nansum Prod StdMean VarMean"
+)
 def dropping(step: Step) -> Lying | None:
     """Some axes of the input are reduced or indexed away; the samples' axis is among those that stay."""
     if not hasattr(step.node, "_saved_dim"):
@@ -139,12 +147,41 @@ def stack(step: Step) -> Lying | None:
 
 @passage(
     "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
-    "Narrow Flip Kthvalue Sort Topk"
+    "Narrow Flip Sort Topk Cummax Cummin Logcumsumexp FftC2C FftC2R FftR2C IndexFill SliceScatter LinalgCross"
 )
 def along_another(step: Step) -> Lying | None:
     """Whatever happens along `dim`, the other axes are kept apart."""
     name = "dim" if hasattr(step.node, "_saved_dim") else "dims"
     return step.kept() if step.at.axis not in step.dims(name, len(step.shape)) else None
+
+
+@passage("Unfold")
+def windows(step: Step) -> Lying | None:
+    """Windows along another axis; what is in each becomes the last axis."""
+    return step.kept() if step.at.axis not in step.dims("dimension", len(step.entering)) else None
+
+
+@passage("Diagonal")
+def diagonal(step: Step) -> Lying | None:
+    """Two axes become the last one."""
+    axes = len(step.entering)
+    stay = [axis for axis in range(axes) if axis not in (*step.dims("dim1", axes), *step.dims("dim2", axes))]
+    return Lying(stay[step.at.axis], step.at.inner) if step.at.axis < len(stay) else None
+
+
+@passage("ViewAsReal ViewAsComplex")
+def pairs(step: Step) -> Lying | None:
+    """The last axis holds real and imaginary parts."""
+    return step.kept()
+
+
+@passage(
+    "Cholesky CholeskyInverse LinalgCholeskyEx LinalgInvEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSvd LinalgEigh "
+    "LinalgDet LinalgSlogdet LinalgSolveEx LinalgSolveTriangular"
+)
+def matrices(step: Step) -> Lying | None:
+    """One matrix apart from another: the axes before the last two."""
+    return step.kept() if step.at.axis < len(step.entering) - 2 else None
 
 
 @passage("Roll")
@@ -189,7 +226,10 @@ def batched_matrix_product(step: Step) -> Lying | None:
     "UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D NativeGroupNorm PixelShuffle "
     "PixelUnshuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D "
     "ReplicationPad3D ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention "
-    "ScaledDotProductFlashAttention ScaledDotProductCudnnAttention NllLoss NllLoss2D UpsampleLinear1D"
+    "ScaledDotProductFlashAttention ScaledDotProductCudnnAttention NllLoss NllLoss2D UpsampleLinear1D Im2Col Col2Im "
+    "UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D UpsampleBilinear2DAa "
+    "UpsampleBicubic2DAa FractionalMaxPool2D FractionalMaxPool3D MaxUnpool2D MaxUnpool3D ChannelShuffle "
+    "GridSampler2D GridSampler3D AffineGridGenerator MultiMarginLoss MultilabelMarginLoss"
 )
 def first_axis(step: Step) -> Lying | None:
     """Axis 0 is the batch of the operation, in what it works on: weights, biases and masks count something else."""
@@ -198,7 +238,8 @@ def first_axis(step: Step) -> Lying | None:
 
 def _data_slots(node: Node) -> int:
     """How many of an operation's first inputs have its batch along axis 0: of attention query, key and value."""
-    return 3 if node.name().startswith("ScaledDotProduct") else 1
+    kind = node.name()
+    return 3 if kind.startswith("ScaledDotProduct") else 2 if kind.startswith("GridSampler") else 1
 
 
 @passage("ConstantPadNd")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fngd import KFAC, SKFAC, Eva
+from fngd import EKFAC, KFAC, MBF, SKFAC, Eva
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_foreign_states_are_refused() -> None:
         opt.load_state_dict(trained.state_dict())
 
 
-@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_a_loss_that_is_reduced_in_another_way(build: Any) -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     opt = build(model)

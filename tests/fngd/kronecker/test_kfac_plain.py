@@ -12,8 +12,10 @@ from preconditioned import Net, batch, close, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fngd.kronecker.ekfac import EKFAC
 from fngd.kronecker.eva import Eva
 from fngd.kronecker.kfac import KFAC
+from fngd.kronecker.mbf import MBF
 from fngd.kronecker.skfac import SKFAC
 
 
@@ -85,7 +87,7 @@ def test_explain_says_what_stays_plain() -> None:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_what_has_no_factors_takes_the_plain_gradient(build: Any) -> None:
     """Tied weights, a weight used without its layer, and a transposed convolution step as SGD does, and are named."""
 

@@ -14,12 +14,12 @@ from torch.nn.utils import parametrizations
 
 import fngd
 
-MODELS = ("NGD", "FNGD", "KFAC", "SKFAC", "Eva")
+MODELS = ("NGD", "FNGD", "KFAC", "EKFAC", "MBF", "HyLo", "SKFAC", "Eva")
 B = 6
 
 
 def build(name: str, model: nn.Module, params: Any = None, **options: Any) -> Any:
-    needed = {"steps_per_epoch": 3} if name == "FNGD" else {}
+    needed = {"steps_per_epoch": 3} if name in ("FNGD", "HyLo") else {}
     return getattr(fngd, name)(model, params, lr=0.01, **needed, **options)
 
 
@@ -148,7 +148,7 @@ def frozen_weights(model: nn.Module) -> nn.Module:
 def test_an_ordinary_model_is_not_told_of(what: str, name: str) -> None:
     torch.manual_seed(0)
     model, x = ORDINARY[what](), torch.randn(B, 4)
-    if what == "adapters" and name in ("KFAC", "SKFAC", "Eva"):
+    if what == "adapters" and name in ("KFAC", "EKFAC", "MBF", "HyLo", "SKFAC", "Eva"):
         assert "used by several layers" in told(model, build(name, model), x)[0]
         return
     assert told(model, build(name, model), x) == []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fngd import FNGD, KFAC, NGD, SKFAC, Eva
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, Eva
 
 pytestmark = pytest.mark.usefixtures("double")
 KINDS: dict[str, Any] = {
@@ -20,6 +20,8 @@ KINDS: dict[str, Any] = {
     "joint": lambda model: NGD(model, accumulate="joint", kl_clip=1e-4),
     "clip": lambda model: NGD(model, kl_clip=1e-4),
     "kfac": lambda model: KFAC(model, inverse_every=1),
+    "ekfac": EKFAC,
+    "mbf": MBF,
     "skfac": SKFAC,
     "eva": Eva,
 }

@@ -19,7 +19,9 @@ from fngd.optim.loss_scale import running_loss
 
 B = 16
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "KFAC": ("KFAC", {}), "SKFAC": ("SKFAC", {}), "Eva": ("Eva", {}), "NGD per_layer": ("NGD", {"scale": "per_layer"}),
+    "KFAC": ("KFAC", {}), "EKFAC": ("EKFAC", {}), "MBF": ("MBF", {}),
+    "HyLo": ("HyLo", {"select": "sample"}),
+    "SKFAC": ("SKFAC", {}), "Eva": ("Eva", {}), "NGD per_layer": ("NGD", {"scale": "per_layer"}),
     "NGD damping": ("NGD", {"alpha": None, "damping": 0.1}), "NGD kl_clip": ("NGD", {"kl_clip": 1e-3}),
     "NGD improved": ("NGD", {"fisher": "improved"}),
     "FNGD per_layer": ("FNGD", {"scale": "per_layer", "steps_per_epoch": 2}),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from fngd import FNGD, KFAC, NGD, SKFAC, Eva, Shampoo
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, Eva, HyLo, Shampoo
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -27,6 +27,9 @@ OPTIONS: list[dict[str, Any]] = [
 WITH_SCALER: dict[str, Callable[..., Any]] = {
     "kfac": lambda model, **o: KFAC(model, lr=0.01, statistics_every=2, inverse_every=5, **o),
     "kfac cholesky": lambda model, **o: KFAC(model, lr=0.01, inverse="cholesky", **o),
+    "ekfac": lambda model, **o: EKFAC(model, lr=0.01, inverse_every=3, **o),
+    "mbf": lambda model, **o: MBF(model, lr=0.01, inverse_every=3, **o),
+    "hylo": lambda model, **o: HyLo(model, lr=0.01, rank=0.5, select="interpolate", every=2, **o),
     "skfac": lambda model, **o: SKFAC(model, lr=0.01, **o),
     "skfac subsample": lambda model, **o: SKFAC(model, lr=0.01, positions="subsample", every=2, **o),
     "eva": lambda model, **o: Eva(model, lr=0.01, **o),

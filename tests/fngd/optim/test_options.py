@@ -15,8 +15,8 @@ from torch import nn
 import fngd
 from fngd.optim.checks import OPTIONS
 
-ALL = ("NGD", "FNGD", "KFAC", "SKFAC", "Eva", "Shampoo", "GaussNewton")
-NEEDED = {"FNGD": {"steps_per_epoch": 2}}
+ALL = ("NGD", "FNGD", "KFAC", "EKFAC", "MBF", "HyLo", "SKFAC", "Eva", "Shampoo", "GaussNewton")
+NEEDED = {"FNGD": {"steps_per_epoch": 2}, "HyLo": {"steps_per_epoch": 2}}
 
 
 def build(name: str, **options: Any) -> Any:
@@ -33,7 +33,8 @@ WRONG: dict[str, Any] = {
     "lr": "0.1", "momentum": 2, "weight_decay": -1, "damping": "x", "alpha": "x", "steps_per_epoch": 2.5,
     "average": 1.0, "kl_clip": 0, "block": 0, "decay": 1.5, "epsilon": math.nan, "keep": True, "every": 0.5,
     "nesterov": "yes", "functions": 1, "refresh_cosine": 2, "samples": -3, "seed": "a", "graft": 0,
-    "max_samples": 1.0, "chunk_size": 0, "diagnostics": "no", "foreach": 3,
+    "max_samples": 1.0, "rank": 0, "threshold": -1,
+    "curvature_samples": 0, "curvature_every": 0, "history": 0, "chunk_size": 0, "diagnostics": "no", "foreach": 3,
 }  # fmt: skip
 
 

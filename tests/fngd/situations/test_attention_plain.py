@@ -12,7 +12,7 @@ from preconditioned import close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fngd import FNGD, KFAC, NGD, SKFAC, AdaptiveDamping, Eva
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, AdaptiveDamping, Eva
 from fngd.optim.layers import members
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -30,7 +30,7 @@ class Rows(nn.Module):
         return (y[:, None] * self.weight[:3]).sum(2).sin() + (y[:, None] * self.weight[3:]).sum((1, 2))[:, None]
 
 
-@pytest.mark.parametrize("build", [NGD, KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [NGD, KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_rows_that_a_model_takes_itself_stay_plain_and_are_named(build: Any) -> None:
     torch.manual_seed(0)
     model, x = Rows(), torch.randn(6, 3)
@@ -41,7 +41,7 @@ def test_rows_that_a_model_takes_itself_stay_plain_and_are_named(build: Any) -> 
     assert opt.explain()["weight"].startswith("plain: it was given to 'mul', and not as the weight")
 
 
-@pytest.mark.parametrize("build", [NGD, KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [NGD, KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_groups_frozen_parts_and_functions_false(build: Any) -> None:
     model, x = problem("cross")
     g = plain_gradient(model, x)
@@ -99,7 +99,7 @@ class Shared(nn.Module):
         return F.linear(x, self.table.weight)
 
 
-@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_shared_weights_are_plain_and_named(build: Any) -> None:
     torch.manual_seed(0)
     model, ids = Shared(), torch.randint(6, (5,))
@@ -117,7 +117,7 @@ def test_shared_weights_are_plain_and_named(build: Any) -> None:
     assert why["single"].startswith("preconditioned")
 
 
-@pytest.mark.parametrize("build", [KFAC, SKFAC, Eva])
+@pytest.mark.parametrize("build", [KFAC, EKFAC, MBF, SKFAC, Eva])
 def test_a_layer_that_is_called_only_later(build: Any) -> None:
     """Its weight was a function's; from then on both are plain."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from fngd import FNGD, KFAC, NGD, SKFAC, Eva
+from fngd import EKFAC, FNGD, KFAC, MBF, NGD, SKFAC, Eva
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -104,6 +104,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "FNGD": lambda model: FNGD(model, lr=0.1, alpha=ALPHA, steps_per_epoch=2),
     "NGD, improved": lambda model: NGD(model, lr=0.1, alpha=ALPHA, fisher="improved", kl_clip=1e-3),
     "KFAC": lambda model: KFAC(model, lr=0.1),
+    "EKFAC": lambda model: EKFAC(model, lr=0.1),
+    "MBF": lambda model: MBF(model, lr=0.1),
     "SKFAC": lambda model: SKFAC(model, lr=0.1),
     "SKFAC, subsampled": lambda model: SKFAC(model, lr=0.1, positions="subsample", keep=10**6),
     "Eva": lambda model: Eva(model, lr=0.1),

@@ -27,6 +27,35 @@ def write_cifar(folder: Path, text: type = str, count: int = 4) -> None:
         (inside / name).write_bytes(pickle.dumps(content, protocol=2))
 
 
+def write_cifar100(folder: Path) -> Path:
+    inside = folder / "cifar-100-python"
+    inside.mkdir(parents=True)
+    for name, count in (("train", 6), ("test", 3)):
+        pixels = np.tile(np.arange(3072, dtype=np.uint16).astype(np.uint8), (count, 1))
+        fine = [99 - number for number in range(count)]
+        content = {"data": pixels, "fine_labels": fine, "coarse_labels": [0] * count, "filenames": ["x"] * count}
+        (inside / name).write_bytes(pickle.dumps(content, protocol=2))
+    return inside
+
+
+def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
+    inside = write_cifar100(tmp_path)
+    found = load("cifar100", tmp_path)
+    assert found.classes == 100
+    assert load("digits").classes == 10
+    assert found.train.images.shape == (6, 3, 32, 32)
+    assert found.test.labels.tolist() == [99, 98, 97]
+    content = {"data": np.zeros((1, 3072), np.uint8), "labels": [0]}
+    (inside / "test").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(DataError, match=r"is no CIFAR-100 file, a dict with 'data' .* and 'fine_labels'"):
+        load("cifar100", tmp_path)
+    (inside / "test").unlink()
+    with pytest.raises(DataError, match=r"looked for the file .*test"):
+        load("cifar100", tmp_path)
+    with pytest.raises(DataError, match="looked for the folder cifar-100-python"):
+        load("cifar100", tmp_path / "cifar-100-python")
+
+
 def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 

@@ -140,5 +140,5 @@ def test_notes_say_when_every_batch_is_probed() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     assert not persample.per_sample(model, lambda out, _: out.sum(1), x).notes
     assert not persample.per_sample(model, lambda out, _: out[out.sum(1).argsort()].sum(1), x).notes
-    unknown = persample.per_sample(model, lambda out, _: out.logcumsumexp(1).sum(1), x)
+    unknown = persample.per_sample(model, lambda out, _: out.renorm(2, 0, 1e-3).sum(1), x)
     assert "probed" in unknown.notes[0]

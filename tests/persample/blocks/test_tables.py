@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persample.blocks import chunking, tables
+from persample.blocks import chunking
+from persample.blocks.kinds import tables
 from persample.blocks.reductions import materialise
 from persample.blocks.types import Rows
 

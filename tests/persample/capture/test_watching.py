@@ -89,6 +89,55 @@ def test_a_new_graph_is_run_again_from_the_same_random_numbers(watched: list[int
     assert len(watched) == 4
 
 
+OPERATIONS = {
+    "reshape": lambda h: h.transpose(1, 2).contiguous().reshape(5, 2, 4, 2).sin(),
+    "reshape of a view": lambda h: h.view(5, 2, 2, 4).transpose(1, 2).reshape(5, 16),
+    "flatten": lambda h: h.flatten(1).cos(),
+    "unflatten": lambda h: h.unflatten(2, (2, 2)),
+    "matmul": lambda h: h @ h.transpose(1, 2),
+    "einsum": lambda h: torch.einsum("bij,bkj->bik", h, h),
+    "attention": lambda h: F.scaled_dot_product_attention(*(h.view(5, 1, 4, 4),) * 3).transpose(1, 2).reshape(5, 4, 4),
+    "causal attention": lambda h: F.scaled_dot_product_attention(*(h.view(5, 1, 4, 4),) * 3, is_causal=True),
+    "softmax": lambda h: h.softmax(2).log_softmax(1),
+    "normalised": lambda h: F.layer_norm(F.rms_norm(h, (4,)), (4,)),
+    "groups": lambda h: F.group_norm(h, 2),
+    "chunks": lambda h: torch.cat([a * b for a, b in zip(h.chunk(2, 2), h.split(2, 2), strict=True)], 2),
+    "activations": lambda h: F.gelu(F.silu(F.leaky_relu(F.elu(h)))),
+    "pooled": lambda h: F.adaptive_avg_pool1d(F.max_pool1d(h, 2), 1),
+    "padded": lambda h: F.pad(h, (1, 1)).unfold(2, 2, 1),
+    "interpolated": lambda h: F.interpolate(h, scale_factor=2.0, mode="linear"),
+    "stacked": lambda h: torch.stack([h, h.sin()], 1).mean(1),
+    "expanded": lambda h: h[:, :, None].expand(-1, -1, 3, -1).reshape(5, 12, 4),
+    "normalised to length": lambda h: F.normalize(h, dim=2) + F.cosine_similarity(h, h.flip(2), 2)[..., None],
+    "selected": lambda h: torch.where(h > 0, h, h.exp()).masked_fill(h > 2, 0.0),
+    "folded": lambda h: F.fold(F.unfold(h[:, None], 2), (4, 4), 2),
+    "powers": lambda h: h.square().add(1).sqrt().clamp(max=3.0).cumsum(1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_run_has_the_same_graph_whether_it_is_watched_or_not(watched: list[int], name: str) -> None:
+    """Operations are called otherwise where somebody watches: `reshape` makes a node of another kind, for one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.scale = nn.Linear(3, 16), nn.Parameter(torch.rand(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return OPERATIONS[name](self.one(x).view(5, 4, 4)).flatten(1) * self.scale
+
+    model = Model()
+    for number in range(5):
+        x = batch(number)[0]
+        norms = persample.per_sample(model, lambda y, _: y.square().sum(1), x).norms()
+        rows = loop_grads_of(model(x).square().sum(1), dict(model.named_parameters()))
+        torch.testing.assert_close(
+            norms, torch.stack([r.flatten(1).square().sum(1) for r in rows.values()]).sum(0).sqrt()
+        )
+    assert len(watched) == 2, "the first batch makes the plan, the second follows it"
+
+
 def test_it_is_tried_a_few_times_only(watched: list[int]) -> None:
     model = Switching()
     for kind in ("plain", "other", "third")[: MISSES + 1]:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import persample
 from persample.graph.containers import mapped
-from persample.result.cutting import part_of
+from persample.result.holding.cutting import part_of
 from persample.testing.cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("double")

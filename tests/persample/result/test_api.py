@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.result.chunked import ChunkedPerSampleGrads
+from persample.result.holding.chunked import ChunkedPerSampleGrads
 
 CHEAP = ("outputs", "hooks", "vmap")
 every_backend = pytest.mark.parametrize("backend", CHEAP)

@@ -34,10 +34,6 @@ def test_every_case_as_with_factors(case: Case) -> None:
         with pytest.raises(type(refusal)):
             held(case, "graph")
         return
-    if "checkpoint" in case.name:  # the one thing that is refused with the graph alone
-        with pytest.raises(persample.UnsupportedError, match="give them once"):
-            held(case, "graph")
-        return
     graph = held(case, "graph")
     generator = torch.Generator().manual_seed(0)
     c = torch.rand(factors.batch, generator=generator, dtype=torch.float64).to(factors.losses)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.result.deterministic import Drawn, Still
+from persample.result.holding.deterministic import Drawn, Still
 
 X = torch.linspace(-1, 1, 24).view(4, 2, 3)
 

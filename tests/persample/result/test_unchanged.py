@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import persample
 from persample.blocks.types import Outer
 from persample.capture.types import Captured
-from persample.result import factors, unchanged
-from persample.result.unchanged import bits
+from persample.result.holding import factors, unchanged
+from persample.result.holding.unchanged import bits
 
 pytestmark = pytest.mark.usefixtures("double")
 

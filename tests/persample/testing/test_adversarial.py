@@ -52,6 +52,11 @@ def zeros() -> Tensor:
     return torch.zeros(B, T, OUT, dtype=torch.float64)
 
 
+def cubes(y: Tensor) -> Tensor:
+    """[B, T, OUT] -> [B, T, B]."""
+    return torch.cat([y, y[..., :1]], 2)
+
+
 def over_samples(y: Tensor) -> Tensor:
     """Attention whose positions are the samples, [1, T, B, D] -> [B, T, D]."""
     return F.scaled_dot_product_attention(y, y, y)[0].transpose(0, 1)
@@ -82,6 +87,12 @@ REORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "permute": lambda y, x: y.permute(0, 1, 2) if positive(x) else y.permute(1, 0, 2),
     "stack along either axis": lambda y, x: torch.stack(y.unbind(0), int(positive(x))),
     "unbind along either axis": lambda y, x: torch.stack(y.unbind(int(positive(x)))),
+    "unfold along either axis": lambda y, x: y.unfold(int(positive(x)), 1, 1),
+    "diagonal of either pair": lambda y, x: cubes(y).diagonal(0, int(positive(x)), 2),
+    "prod along either axis": lambda y, x: cubes(y).prod(int(positive(x))),
+    "kthvalue along either axis": lambda y, x: cubes(y).kthvalue(2, int(positive(x))).values,
+    "index_fill along either axis": lambda y, x: y.index_fill(int(positive(x)), torch.tensor([1]), 0.0),
+    "slice_scatter along either axis": lambda y, x: torch.slice_scatter(y, y.flip(0), int(positive(x)), 0, B),
     "as_strided": lambda y, x: y.as_strided((B, T, OUT), (12, 3, 1) if positive(x) else (3, 12, 1)),
     "where": lambda y, x: torch.where(x[0, 0, 0] > 0, y, y.transpose(0, 1)),
     "product with 0 or 1": lambda y, x: y * (x[0, 0, 0] > 0) + y.transpose(0, 1) * (x[0, 0, 0] <= 0),
@@ -129,6 +140,14 @@ MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+SOMETIMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cummax": lambda y, x: y.cummax(int(positive(x))).values,
+    "fft": lambda y, x: torch.fft.fft(y, dim=int(positive(x))).abs(),
+    "softmax": lambda y, x: y.softmax(int(positive(x))),
+    "logcumsumexp": lambda y, x: y.logcumsumexp(int(positive(x))),
+}
+
+
 def batches() -> list[Tensor]:
     """Other data for the same graph, each batch also with its samples and its positions turned round."""
     random = torch.Generator().manual_seed(0)
@@ -142,6 +161,18 @@ def test_rows_are_the_loops_in_every_batch(name: str) -> None:
     for x in batches():
         got = persample.per_sample(model, loss, x).grads()
         assert rel_err(got, loop_grads(model, loss, x, None)) < 1e-8
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_samples_that_mix_in_some_batches_are_refused_there(name: str) -> None:
+    """In a graph of the same shapes: along which axis an operation goes depends on the data."""
+    model = Wrapped(SOMETIMES[name])
+    for x in batches():
+        if positive(x):
+            assert rel_err(persample.per_sample(model, loss, x).grads(), loop_grads(model, loss, x, None)) < 1e-8
+        else:
+            with pytest.raises(persample.CoupledSamplesError):
+                persample.per_sample(model, loss, x)
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import persample
 from persample.graph.batch_size import batch_size
-from persample.result.chunked import ChunkedPerSampleGrads
+from persample.result.holding.chunked import ChunkedPerSampleGrads
 
 SIZE = 4
 

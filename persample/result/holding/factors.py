@@ -14,7 +14,7 @@ from persample.blocks.types import Block, Dense, Pulled, with_factors
 from persample.capture.assemble import saved_on_the_way
 from persample.capture.types import Captured
 from persample.result.gradient import Gradient
-from persample.result.unchanged import Unchanged, lies_in
+from persample.result.holding.unchanged import Unchanged, lies_in
 
 Uses = Mapping[str, tuple[Captured, ...]]
 

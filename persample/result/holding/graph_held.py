@@ -11,9 +11,9 @@ from persample.backends.outputs import HeldGraph
 from persample.capture.types import Capture, Captured
 from persample.graph.saved import saved_by
 from persample.result.gradient import Gradient
+from persample.result.gradients import T
+from persample.result.holding.unchanged import Unchanged, addresses, lies_in, require
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.quantities import T
-from persample.result.unchanged import Unchanged, addresses, lies_in, require
 
 
 class GraphPerSampleGrads(PerSampleGrads):

@@ -5,7 +5,7 @@ matrix) and of the result; time is one forward and backward pass over the batch 
 Gram matrix of n chunks (n + 1) / 2 of them. Random numbers are replayed, so that every reduction sees the same
 dropout masks. That the losses of a chunk are those of the whole batch is checked, by one forward pass without a graph:
 they are not where a tensor is cut that all samples share, or where samples are padded to the longest. Where random
-numbers are drawn, it takes two more, without chance (`persample.result.deterministic`).
+numbers are drawn, it takes two more, without chance (`persample.result.holding.deterministic`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from persample.graph.provenance import tensors_of
 from persample.projections import Projection
 from persample.result.accumulating import accumulate
 from persample.result.arguments import refuse_other
-from persample.result.cutting import part_of
+from persample.result.centred import mean_of, refuse_mean, without_mean
 from persample.result.explanation import Explanation
-from persample.result.grouping import Per
+from persample.result.grouping import Per, PerPosition, transposed
+from persample.result.holding.cutting import part_of
+from persample.result.holding.unchanged import Unchanged, require
+from persample.result.holding.whole import Whole
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.unchanged import Unchanged, require
-from persample.result.whole import Whole
 
 Captured = Callable[[Any, Any], PerSampleGrads]
 PerName = dict[str, Tensor]
@@ -107,28 +108,49 @@ class ChunkedPerSampleGrads:
                     result[name][part] = rows
         return result
 
-    def norms(self, per: Per = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, " batch"]]:
+    def norms(self, per: PerPosition = "total") -> Float[Tensor, " batch"] | dict[str, Float[Tensor, "batch ..."]]:
         """See `PerSampleGrads.norms`."""
         return _cat([self._chunk(i).norms(per) for i in range(len(self._slices))])
 
     def gram(
-        self, per: Per = "total", other: PerSampleGrads | ChunkedPerSampleGrads | None = None
-    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other"]]:
+        self,
+        per: PerPosition = "total",
+        other: PerSampleGrads | ChunkedPerSampleGrads | None = None,
+        *,
+        centred: bool = False,
+    ) -> Float[Tensor, "batch other"] | dict[str, Float[Tensor, "batch other ..."]]:
         """See `PerSampleGrads.gram`; `other` may be chunked too."""
+        if centred:
+            alone = refuse_mean(other, per)
+            return without_mean(self._gram(alone, None, None), lambda: self._gram(alone, None, self._mean()))
         if other is not None:
             refuse_other(other)
+        return self._gram(per, other, None)
+
+    def _mean(self) -> PerName:
+        return mean_of(self.weighted_sum, self.losses)
+
+    def _gram(
+        self, per: Any, other: PerSampleGrads | ChunkedPerSampleGrads | None, centers: PerName | None
+    ) -> Tensor | PerName:
+        def product(left: PerSampleGrads, right: PerSampleGrads | None) -> Any:
+            if centers is None:
+                return left.gram(per, right)
+            with torch.no_grad():
+                return left._gram_around(per, left if right is None else right, centers)
+
         grid: list[list[Any]] = []
         for i in range(len(self._slices)):
             left = self._chunk(i)
             if isinstance(other, PerSampleGrads):
-                grid.append([left.gram(per, other)])
+                grid.append([product(left, other)])
             elif other is not None:
-                grid.append([left.gram(per, other._chunk(j)) for j in range(len(other._slices))])
+                grid.append([product(left, other._chunk(j)) for j in range(len(other._slices))])
             else:
-                grid.append([tree_map(torch.t, grid[j][i]) for j in range(i)])  # symmetric: only j ≥ i is captured
+                grid.append([transposed(grid[j][i]) for j in range(i)])  # symmetric: only j ≥ i is captured
                 later = (self._chunk(j) for j in range(i + 1, len(self._slices)))
-                grid[i] += [left.gram(per), *(left.gram(per, right) for right in later)]
-        return _cat([_cat(blocks, dim=1) for blocks in grid])
+                grid[i] += [product(left, None), *(product(left, right) for right in later)]
+        return _cat([_cat(blocks, right=True) for blocks in grid])
 
     def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.weighted_sum`."""
@@ -266,9 +288,17 @@ def _others(data: Any) -> list[Tensor]:
     return [each for each in tensors_of(data) if each.layout is not torch.strided]
 
 
-def _cat(parts: list[Any], dim: int = 0) -> Any:
+def _cat(parts: list[Any], *, right: bool = False) -> Any:
+    """One of what was formed of chunks; of Gram matrices the `right` batch, in the middle of the axes, or the left."""
     if isinstance(parts[0], dict):
-        return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+        return {name: _cat([part[name] for part in parts], right=right) for name in parts[0]}
+    dim = parts[0].ndim // 2 if right else 0
+    positions = {part.shape[:dim] + part.shape[dim + 1 :] for part in parts}
+    if len(positions) > 1:
+        raise ValueError(
+            "chunks have different numbers of positions, which only some samples have: form per='position' of each "
+            "chunk by itself"
+        )
     return torch.cat(parts, dim)
 
 

@@ -81,7 +81,7 @@ def require(parameters: Unchanged | None, data: Unchanged, *, way: str) -> None:
 def bits(tensor: Tensor) -> Tensor:
     """Sums of the bits of all entries, read as integers, with random factors.
 
-    >>> from persample.result.unchanged import bits
+    >>> from persample.result.holding.unchanged import bits
     >>> values = torch.arange(4.0)
     >>> bool((bits(values) == bits(values.clone())).all()), bool((bits(values) == bits(values.flip(0))).all())
     (True, False)

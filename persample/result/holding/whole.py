@@ -16,7 +16,7 @@ from persample.backends.shared import buffers_kept
 from persample.blocks.precision import coarsest
 from persample.capture.sum_check import check_losses
 from persample.capture.types import Problem
-from persample.result.deterministic import Still, random_state
+from persample.result.holding.deterministic import Still, random_state
 
 JITTERS, ROUNDINGS = 3, 32
 """Times that the inputs are rounded in another way, and how many times the largest change in a loss is allowed."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS
-from persample.backends.outputs import capture_losses, hold_graph
+from persample.backends.outputs import HeldGraph, capture_losses, capture_or_hold, hold_graph
 from persample.capture.eagerly import eagerly
 from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
@@ -21,11 +21,11 @@ from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph.nodes import trace
 from persample.graph.saved import saved_by
-from persample.result.chunked import ChunkedPerSampleGrads, batch_of
-from persample.result.graph_held import GraphPerSampleGrads
+from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
+from persample.result.holding.graph_held import GraphPerSampleGrads
+from persample.result.holding.unchanged import addresses
+from persample.result.holding.whole import whole
 from persample.result.per_sample_grads import PerSampleGrads
-from persample.result.unchanged import addresses
-from persample.result.whole import whole
 
 
 @torch.compiler.disable
@@ -40,7 +40,7 @@ def per_sample(
     check: bool = True,
     chunk_size: int | None = None,
     randomness: str = "error",
-    hold: str = "factors",
+    hold: str = "auto",
 ) -> PerSampleGrads | ChunkedPerSampleGrads:
     """Returns the per-sample gradients g_b = ∂ℓ_b/∂θ of every trainable parameter, as factors.
 
@@ -58,14 +58,15 @@ def per_sample(
         check: verify that the rows add up to the batch gradient, and that the losses of chunks are those of the batch.
         chunk_size: samples held at once. Larger batches are cut along dimension 0 of every tensor in inputs and
             targets that has B entries there, as are lists of B dicts or strings, and captured anew for each reduction
-            (`persample.result.chunked`). A model that draws random numbers draws others for chunks than it does for the
-            whole
-            batch: other dropout masks, the same ones in every reduction.
+            (`persample.result.holding.chunked`). A model that draws random numbers draws others for chunks than it does
+            for the whole batch: other dropout masks, the same ones in every reduction.
         randomness: backend "vmap" alone: "error", "same" or "different", as in `torch.func.vmap`.
         hold: "factors" runs the backward pass at once and keeps the input and output gradient of every operation with
             parameters, from which any number of reductions is formed. "graph" keeps the autograd graph instead, and
             every reduction is one more backward pass that frees each layer's factors when they are used: the least
-            memory, that of the plain step. Backend "outputs" alone.
+            memory, that of the plain step. Backend "outputs" alone. "auto" is "factors", but for models that
+            checkpoint (`torch.utils.checkpoint`), of which factors would hold what they do not: "graph", in which every
+            reduction computes a segment again when it comes to it.
 
     Raises:
         CoupledSamplesError: samples influence each other; the message names the operation.
@@ -93,8 +94,8 @@ def per_sample(
             "chunk_size and coupled='rows' exclude each other: where samples influence each other, the rows of a chunk "
             "are not those of the whole batch. Leave one of them out; hold='graph' saves memory with coupled='rows' too"
         )
-    if hold not in ("factors", "graph"):
-        raise ValueError(f"hold must be 'factors' or 'graph'; got {hold!r}")
+    if hold not in ("auto", "factors", "graph"):
+        raise ValueError(f"hold must be 'auto', 'factors' or 'graph'; got {hold!r}")
     if hold == "graph" and backend != "outputs":
         raise ValueError(f"hold='graph' needs backend='outputs'; got backend={backend!r}")
     if not isinstance(model, nn.Module):
@@ -122,11 +123,18 @@ def per_sample(
         problem = Problem(
             model, loss_fn, some_inputs, some_targets, parameters, coupled=coupled, check=check, randomness=randomness
         )
-        if hold == "graph":
-            graph = hold_graph(problem)
-            return GraphPerSampleGrads(graph, parameters, backend, addresses(within_reach(problem)))
-        name, captured = capture_first(problem) if backend == "auto" else (backend, BACKENDS[backend].capture(problem))
-        return PerSampleGrads(captured, parameters, name, addresses(within_reach(problem)))
+        name: str = backend
+        found: Capture | HeldGraph
+        if backend == "auto":
+            name, found = capture_first(problem)
+        elif backend == "outputs" and hold != "factors":
+            found = hold_graph(problem) if hold == "graph" else capture_or_hold(problem)
+        else:
+            found = BACKENDS[backend].capture(problem)
+        caller = addresses(within_reach(problem))
+        if isinstance(found, HeldGraph):
+            return GraphPerSampleGrads(found, parameters, name, caller)
+        return PerSampleGrads(found, parameters, name, caller)
 
     if chunk_size is not None:
         refuse_counts(model)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fngd.kronecker.shared_weights import NO_FACTORS, conflicts, is_transposed, never_preconditioned
+from fngd.kronecker.layers.shared_weights import NO_FACTORS, conflicts, is_transposed, never_preconditioned
 from fngd.optim.distributed import Exchange
 from fngd.optim.layers import Part, attention_parameters, members, unseen
 from persample import LayerGrads

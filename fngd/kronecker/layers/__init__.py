@@ -1,0 +1,1 @@
+"""Which layers are preconditioned, and their gradients as matrices."""
