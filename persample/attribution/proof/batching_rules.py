@@ -244,9 +244,9 @@ def _data_slots(node: Node) -> int:
 
 @batching_rule("ConstantPadNd")
 def pad(step: Step) -> AxisLayout | None:
-    """Padded axes, counted from the last, are not the samples'."""
-    padded = len(step.saved("pad")) // 2
-    return step.kept() if step.at.axis < len(step.shape) - padded else None
+    """Amounts come in pairs, those of the last axis first; an axis of which they are 0 is kept."""
+    place = 2 * (len(step.shape) - 1 - step.at.axis)
+    return step.kept() if not any(step.saved("pad")[place : place + 2]) else None
 
 
 @batching_rule("NativeLayerNorm FusedRmsNorm")

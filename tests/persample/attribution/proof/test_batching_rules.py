@@ -121,6 +121,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[tuple[int, ...], ...]]] = {
     "affine_grid": (lambda x: F.affine_grid(x, [4, 1, 2, 2], align_corners=True), ((4, 2, 3),)),
     "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), ((4, 4, 2, 2),)),
     "pad": (lambda x: F.pad(x, (1, 1)), (CUBE,)),
+    "pad of the second axis": (lambda x: F.pad(x, (0, 0, 1, -1, 0, 0)), (CUBE,)),
     "group_norm": (lambda x: F.group_norm(x, 2), (CUBE,)),
     "layer_norm": (lambda x: F.layer_norm(x, (4,)), (CUBE,)),
     "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), (CUBE,)),
