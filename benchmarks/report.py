@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.results import Results
-from benchmarks.variants import OURS, VARIANTS, Variant
+from benchmarks.variants import OURS, STEPS, VARIANTS, Variant
 from persample.testing.command_line import console
 
 COLOURS = {
@@ -115,10 +115,21 @@ def _short(model: Mapping[str, Any], key: str, reference: str) -> str:
     return entry["status"].partition(":")[0] if time is None else f"{time.median:.2f}"
 
 
+def title(found: Results) -> str:
+    """Returns what was measured, in words that tell the reports from each other."""
+    keys = {key for model in found["models"].values() for key in model["variants"]}
+    variants = [VARIANTS[key] for key in keys if key in VARIANTS]
+    if any(variant.library != OURS for variant in variants):
+        return "Beside other libraries"
+    if any(variant.what == "compiled" for variant in variants):
+        return "Compiled steps"
+    return "Steps and quantities" if any(variant.what not in STEPS for variant in variants) else "Training steps"
+
+
 def markdown(found: Results, figure: str | None = None) -> str:
     """Returns the whole report."""
     parts = [
-        "# Time and memory beside plain training",
+        f"# {title(found)}: {', '.join(found['models'])}",
         "Medians of ratios to the plain step (forward, backward, SGD with momentum) of the same round. × limit: to "
         "the plain step plus writing as many bytes. Memory: growth of the peak over model and batch, in a process "
         "of its own, in the first calls and in a later one. Refused: the library raised. Wrong: its result differs "
@@ -130,7 +141,7 @@ def markdown(found: Results, figure: str | None = None) -> str:
     if figure is not None:
         parts.append(f"![time of each quantity, as a multiple of the plain step]({figure})")
     for name, model in found["models"].items():
-        parts += [f"## {name}", f"{caption(name, model)}; {model['date']}."]
+        parts += [f"## {name}: {title(found).lower()}", f"{caption(name, model)}; {model['date']}."]
         lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
         for variant, cells in rows(model):
             cells = [_escaped(cell) for cell in cells] + [""] * (len(HEADINGS) - len(cells))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from persample.graph.nodes import Node
-from persample.graph.saved import Reader, raw_saved
+from persample.graph.saved import reader_of
 
 ROUNDS = 8
 """Passes that look for operations which make finite gradients infinite, at most."""
@@ -35,7 +35,7 @@ _KEY = "persample.attribution.stand_ins"
 
 
 @dataclass
-class Switch(Reader):
+class Switch:
     """Of one node: whether numbers stand in for what it has saved."""
 
     level: int = 0
@@ -43,9 +43,8 @@ class Switch(Reader):
     `NUMBERS`, `ZEROS`: for everything."""
     seed: int = 0
 
-    def read(self, kept: tuple[Tensor, int | None]) -> Tensor:
-        """What the node gets for a saved tensor, packed with the version it had."""
-        saved = super().read(kept)
+    def stand_in(self, saved: Tensor) -> Tensor:
+        """What the node gets for a saved tensor."""
         if not self.level or not (saved.is_floating_point() or saved.is_complex()) or saved.layout != torch.strided:
             return saved
         if self.level == 1:
@@ -94,9 +93,7 @@ def _switch(node: Node) -> Switch:
     switch = node.metadata.get(_KEY)
     if switch is None:
         switch = node.metadata[_KEY] = Switch()
-        for saved in raw_saved(node):
-            if saved is not None:
-                switch.hook(saved)
+        reader_of(node).change = switch.stand_in
     return switch
 
 

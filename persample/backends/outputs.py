@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from persample.attribution.separation import Separation, z_at
 from persample.attribution.uses import Use
@@ -74,15 +73,8 @@ class HeldGraph:
     check: bool
 
     def stream(self, take: Take) -> None:
-        """Hands over the uses of one parameter after another and keeps none.
-
-        Raises:
-            UnsupportedError: saved tensors that can be read only once, where torch has not told so before.
-        """
-        try:
-            stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
-        except CheckpointError as error:
-            raise UnsupportedError(READ_ONCE) from error
+        """Hands over the uses of one parameter after another and keeps none."""
+        stream(self.reading, self.reading.turn if self.check else None, take, retain_graph=True)
 
 
 def hold_graph(problem: Problem) -> HeldGraph:
@@ -105,8 +97,7 @@ def capture_or_hold(problem: Problem) -> Capture | HeldGraph:
 
 
 def _held(problem: Problem, found: Reading, plans: Plans) -> HeldGraph:
-    # Where torch does not tell, the graph is held all the same: checkpoints raise when they are read again.
-    if read_once(found, untold=False) and not checkpointed(found):
+    if read_once(found) and not checkpointed(found):
         raise UnsupportedError(READ_ONCE)
     held = HeldGraph(replace(found, known=None), problem.check)
     if found.known is not None and found.plan is not None and found.key is not None:
@@ -124,14 +115,14 @@ def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool
     passed.run(reading.losses, retain_graph=retain_graph)
 
 
-def read_once(reading: Reading, *, untold: bool = True) -> bool:
-    """Whether saved tensors that a rule may ask for can be read only once; `untold` where torch does not tell."""
-    return unpacked_by_hooks(list(reading.owners), untold=untold)
+def read_once(reading: Reading) -> bool:
+    """Whether saved tensors that a rule may ask for can be read only once."""
+    return unpacked_by_hooks(list(reading.owners))
 
 
 def checkpointed(reading: Reading) -> bool:
     """Whether they can be read only once, but beside the pass as well: a checkpoint computes them again."""
-    return read_once(reading, untold=False) and bool(recomputed(reading.graph.order))
+    return read_once(reading) and bool(recomputed(reading.graph.order))
 
 
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:

@@ -41,7 +41,7 @@ def recomputed(nodes: Iterable[Node]) -> list[Node]:
 
 def recomputed_in(order: Iterable[Node], nodes: Collection[Node]) -> list[Node]:
     """Those of a graph in `order`, if tensors saved for the nodes come from hooks at all."""
-    return recomputed(order) if unpacked_by_hooks(nodes, untold=False) else []
+    return recomputed(order) if unpacked_by_hooks(nodes) else []
 
 
 @contextmanager

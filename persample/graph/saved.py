@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,13 +13,19 @@ from persample.graph.nodes import Node
 _RAW_SAVED: dict[str, tuple[str, ...]] = {}
 
 
-_FREE = "persample.graph.saved"
+_KEY = "persample.graph.saved"
 
 
 class Reader:
-    """Unpacks saved tensors for this library: they may be read as often as one likes, unless they were changed."""
+    """Unpacks what one node has saved: as often as one likes, unless it was changed since, or through `change`."""
 
-    def read(self, kept: tuple[Tensor, int | None]) -> Tensor:
+    def __init__(self) -> None:
+        self.change: Callable[[Tensor], Tensor] | None = None
+        """What the node gets in place of a saved tensor."""
+        self.alone = True
+        """Whether nothing is unpacked by hooks of others, of which there can be one pair only."""
+
+    def unpack(self, kept: tuple[Tensor, int | None]) -> Tensor:
         """What the node gets for a saved tensor, packed with the version it had."""
         saved, version = kept
         if version is not None and saved._version != version:
@@ -27,19 +33,25 @@ class Reader:
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a tensor of shape {tuple(saved.shape)} is at version {saved._version}; expected version {version}"
             )
-        return saved
+        return saved if self.change is None else self.change(saved)
 
-    def hook(self, saved: Any) -> bool:
-        """Unpacks a packed tensor from now on; returns False where hooks of others do, for it takes one pair."""
 
-        def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
-            return tensor.detach(), None if tensor.is_inference() else tensor._version
+def _pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+    return tensor.detach(), None if tensor.is_inference() else tensor._version
 
-        try:
-            saved.register_hooks(pack, self.read)
-        except RuntimeError as error:
-            return "with value None" in str(error)  # nothing is saved there
-        return True
+
+def reader_of(node: Node) -> Reader:
+    """Returns what unpacks the tensors saved for a node, hooks of others apart, from now on."""
+    reader = node.metadata.get(_KEY)
+    if reader is None:
+        reader = node.metadata[_KEY] = Reader()
+        for saved in raw_saved(node):
+            if saved is not None:
+                try:
+                    saved.register_hooks(_pack, reader.unpack)
+                except RuntimeError as error:  # hooks of others, or nothing saved there
+                    reader.alone &= "with value None" in str(error)
+    return reader
 
 
 def raw_saved(node: Node) -> Iterator[Any]:
@@ -49,34 +61,18 @@ def raw_saved(node: Node) -> Iterator[Any]:
         yield from raw if isinstance(raw, (tuple, list)) else (raw,)
 
 
-def unpacked_by_hooks(nodes: Iterable[Node], *, untold: bool = True) -> bool:
-    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once.
-
-    Args:
-        nodes: of the graph.
-        untold: the answer for a saved tensor of a torch that does not tell, as up to 2.9.
-    """
-    return any(saved is not None and _hooked(saved, untold) for node in nodes for saved in raw_saved(node))
+def unpacked_by_hooks(nodes: Iterable[Node]) -> bool:
+    """Whether tensors saved for the nodes come from hooks (checkpointing, offloading) and may be read only once."""
+    return any(_hooked(node) for node in nodes)
 
 
-def _hooked(saved: Any, untold: bool) -> bool:
-    """Whether a saved tensor, packed, comes from hooks of others."""
-    if not hasattr(saved, "unpack_hook"):
-        return untold
-    return saved.unpack_hook is not None and not isinstance(getattr(saved.unpack_hook, "__self__", None), Reader)
-
-
-def may_be_read(node: Node) -> bool:
-    """Whether what is saved for one node may be read more than once, hooks of others being on none of it.
-
-    A torch that does not tell, up to 2.9, is asked by giving it a `Reader`'s hooks, which stay.
-    """
+def _hooked(node: Node) -> bool:
+    """Whether what a node has saved comes from hooks of others; torch up to 2.9 tells by refusing ours, which stay."""
     found = [saved for saved in raw_saved(node) if saved is not None]
-    if all(hasattr(saved, "unpack_hook") for saved in found):
-        return not unpacked_by_hooks([node])
-    if _FREE not in node.metadata:
-        node.metadata[_FREE] = all(Reader().hook(saved) for saved in found)
-    return node.metadata[_FREE]
+    if not all(hasattr(saved, "unpack_hook") for saved in found):
+        return not reader_of(node).alone
+    hooks = [saved.unpack_hook for saved in found if saved.unpack_hook is not None]
+    return not all(isinstance(getattr(hook, "__self__", None), Reader) for hook in hooks)
 
 
 def _names(node: Node) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from persample.attribution.owner import NOBODY
 from persample.attribution.proof.layouts import Place, Rows, Shape, rows_of
 from persample.graph.nodes import Node, saved_dim, signed
-from persample.graph.saved import may_be_read
+from persample.graph.saved import unpacked_by_hooks
 
 Before = Callable[[Node, int, Rows, Shape, Shape], Place | Rows | None]
 """(node, slot, list of the output, its shape, that of the input) → list of the input."""
@@ -49,7 +49,7 @@ def routed_before(
     """
     if entering and not prod(entering):
         return Rows.of_nobody(entering, device)
-    if node.name() not in ROUTED or not may_be_read(node):
+    if node.name() not in ROUTED or unpacked_by_hooks([node]):
         return None
     before, axis = ROUTED[node.name()]
     if isinstance(at, Place):  # all of one sample's is so along every axis

@@ -266,10 +266,6 @@ def quiet_profiler() -> None:
         torch.zeros(1)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"),
-    reason="up to torch 2.9 nothing tells whether saved tensors may be read twice: z is held at all uses at a time",
-)
 @pytest.mark.parametrize("hold", ["factors", "graph"])
 @pytest.mark.usefixtures("quiet_profiler")
 def test_the_first_call_takes_little_more_than_a_backward_pass(hold: str) -> None:

@@ -239,6 +239,10 @@ def test_rounding_in_half_precision_is_not_taken_for_coupling(dtype: torch.dtype
 
     torch.manual_seed(0)
     model, x = Scan().to(dtype), torch.randn(5, 6, 4).to(dtype)
+    try:
+        squares(model(x), None).sum().backward()
+    except NotImplementedError as error:
+        pytest.skip(f"torch {torch.__version__}: {error}")
     found = persample.per_sample(model, squares, x).grads()
     for name, rows in loop_grads(model, squares, x, None).items():
         assert rel_err(found[name], rows.float()) < 16 * torch.finfo(dtype).eps
