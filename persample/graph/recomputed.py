@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from persample.errors import UnsupportedError
 from persample.graph.nodes import Node
-from persample.graph.saved import raw_saved, unpacked_by_hooks
+from persample.graph.saved import hooked_by_others, unpacked_by_hooks
 
 _GROUP: type | None = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
 _reading = threading.local()
@@ -30,9 +30,8 @@ def recomputed(nodes: Iterable[Node]) -> list[Node]:
     """The nodes of which a checkpoint computes saved tensors again; none where other hooks give some, too."""
     found = []
     for node in nodes:
-        hooks = [raw.unpack_hook for raw in raw_saved(node) if raw is not None and hasattr(raw, "unpack_hook")]
-        hooked = [hook for hook in hooks if hook is not None]
-        if _GROUP is None or not all(map(_of_checkpoint, hooked)):
+        hooked = hooked_by_others(node)
+        if _GROUP is None or not all(_of_checkpoint(raw.unpack_hook) for raw in hooked):
             return []
         if hooked:
             found.append(node)
@@ -64,8 +63,8 @@ def forgetting(nodes: Iterable[Node]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for hook in {raw.unpack_hook for node in nodes for raw in raw_saved(node) if raw is not None}:
-            segment = None if hook is None else getclosurevars(hook).nonlocals.get("frame")
+        for hook in {raw.unpack_hook for node in nodes for raw in hooked_by_others(node)}:
+            segment = getclosurevars(hook).nonlocals.get("frame")
             computed = getattr(segment, "recomputed", None)  # torch's own: by pass, what was not read
             if isinstance(computed, dict):
                 computed.clear()
@@ -73,10 +72,9 @@ def forgetting(nodes: Iterable[Node]) -> Iterator[None]:
 
 def _forget(node: Node, *_: Any) -> None:
     """Reads what is computed for the node and was not read, which gives it up."""
-    for raw in raw_saved(node):
-        if getattr(raw, "unpack_hook", None) is not None:
-            with suppress(CheckpointError):  # read already
-                raw.unpack_hook(raw.data)
+    for raw in hooked_by_others(node):
+        with suppress(CheckpointError):  # read already
+            raw.unpack_hook(raw.data)
 
 
 def _of_checkpoint(hook: Any) -> bool:

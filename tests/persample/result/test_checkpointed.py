@@ -108,6 +108,31 @@ def test_every_reduction_is_that_of_the_loop(name: str, hold: str) -> None:
 
 
 @pytest.mark.parametrize("hold", ["auto", "graph", "factors"])
+def test_beside_rows_that_data_place(hold: str) -> None:
+    """Indices are read by hooks of this library, beside those of the checkpoint."""
+
+    class Chosen(Checkpointed):
+        def __init__(self) -> None:
+            super().__init__(simply)
+            self.table, self.expert = nn.Parameter(torch.randn(3, D)), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = (x.sum((1, 2)) > 0).nonzero()[:, 0]
+            picked = self.table[x[:, :, 0].gt(0).long()]
+            return super().forward(x + picked) + super().forward(x.index_add(0, rows, self.expert(x[rows])))
+
+    torch.manual_seed(0)
+    model = Chosen()
+    for _ in range(3):
+        x = torch.randn(B, T, D)
+        expected = loop_grads(model, losses_of, x, None)
+        found = persample.per_sample(model, losses_of, x, hold=hold)
+        for _ in range(2):
+            for name, rows in found.grads().items():
+                torch.testing.assert_close(rows, expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("hold", ["auto", "graph", "factors"])
 def test_selective_checkpoints_are_refused_in_words(hold: str) -> None:
     model = Checkpointed(lambda segment, x: checkpoint(segment, x, use_reentrant=False, context_fn=products_kept))
     with pytest.raises(persample.UnsupportedError, match="Leave context_fn out"):
