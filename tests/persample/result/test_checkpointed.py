@@ -108,28 +108,38 @@ def test_every_reduction_is_that_of_the_loop(name: str, hold: str) -> None:
 
 
 @pytest.mark.parametrize("hold", ["auto", "graph", "factors"])
-def test_beside_rows_that_data_place(hold: str) -> None:
-    """Indices are read by hooks of this library, beside those of the checkpoint."""
+def test_beside_a_sample_that_is_not_finite(hold: str) -> None:
+    """Hooks of this library, which put finite numbers in its place, are there beside those of the checkpoint."""
 
-    class Chosen(Checkpointed):
+    class Scaled(Checkpointed):
         def __init__(self) -> None:
             super().__init__(simply)
-            self.table, self.expert = nn.Parameter(torch.randn(3, D)), nn.Linear(D, D)
+            self.scale = nn.Parameter(torch.rand(D))
 
         def forward(self, x: Tensor) -> Tensor:
-            rows = (x.sum((1, 2)) > 0).nonzero()[:, 0]
-            picked = self.table[x[:, :, 0].gt(0).long()]
-            return super().forward(x + picked) + super().forward(x.index_add(0, rows, self.expert(x[rows])))
+            return super().forward((x * self.scale).exp())
 
     torch.manual_seed(0)
-    model = Chosen()
-    for _ in range(3):
-        x = torch.randn(B, T, D)
-        expected = loop_grads(model, losses_of, x, None)
-        found = persample.per_sample(model, losses_of, x, hold=hold)
-        for _ in range(2):
-            for name, rows in found.grads().items():
-                torch.testing.assert_close(rows, expected[name], rtol=1e-9, atol=1e-11)
+    model = Scaled()
+    for segment in (model.first, model.second):
+        segment.scaled = nn.Identity()
+    x = torch.randn(B, T, D)
+    x[1, 2] = torch.nan
+    found = persample.per_sample(model, losses_of, x, hold=hold)
+    alone = {b: loop_grads(model, losses_of, x[b : b + 1], None) for b in range(B)}
+    for _ in range(2):
+        for name, rows in found.grads().items():
+            each = torch.cat([alone[b][name] for b in range(B)])
+            torch.testing.assert_close(rows, each, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize("hold", ["auto", "graph", "factors"])
+def test_what_cannot_be_told_of_a_sample_that_is_not_finite_is_said(hold: str) -> None:
+    """An operation without a rule, of which nothing that it has saved can be replaced."""
+    model, x = Checkpointed(simply), torch.randn(B, T, D)
+    x[1, 2] = torch.nan
+    with pytest.raises(persample.UnsupportedError, match="are not finite for some sample"):
+        persample.per_sample(model, losses_of, x, hold=hold).grads()
 
 
 @pytest.mark.parametrize("hold", ["auto", "graph", "factors"])
