@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fngd.kronecker.layers.chosen import Chosen
 from fngd.kronecker.layers.matrices import as_matrix, gradient_of, put
 from fngd.kronecker.method import Method, State, Step
-from fngd.kronecker.processes import Ranks
+from fngd.kronecker.processes import Ranks, shared_out
 from fngd.kronecker.saved_state import check_factors, moved, placed
 from fngd.kronecker.statistics import Factors, Statistics
 from fngd.optim.coverage import told
@@ -60,6 +60,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         other_options: Mapping[str, Any] | None = None,
         scaler: Any = None,
         process_group: Any = None,
+        divide_inverses: bool = False,
         batch_axis: BatchAxis | None = None,
         functions: bool = True,
     ) -> None:
@@ -68,7 +69,7 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         check_scaler(scaler)
         self._method, self._reduction, self._kl_clip, self._scaler = method, reduction, kl_clip, scaler
         self._statistics_every, self._inverse_every = statistics_every, inverse_every
-        self._curvature_samples = curvature_samples
+        self._curvature_samples, self._divide = curvature_samples, divide_inverses
         self._running: dict[str, State] = {}
         self._inverses: dict[str, State] = {}
         self._pending: dict[str, Statistics] = {}
@@ -141,11 +142,9 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
         for layer, found in self._pending.items():
             self._update(layer, found)
         stepped = {layer: there for layer in self._running if (there := self._found(layer)) is not None}
-        for layer, (group, _, _, _) in stepped.items():
-            if layer not in self._inverses or self._completed % self._inverse_every == 0:
-                running, before = self._running[layer], self._inverses.get(layer)
-                inverse = self._method.invert(running, group["damping"], before)
-                self._inverses[layer] = {**inverse, "count": running["count"]}
+        renewed = self._completed % self._inverse_every == 0
+        due = {layer: each[0] for layer, each in stepped.items() if renewed or layer not in self._inverses}
+        self._invert(due, ranks if renewed else None)  # that all of them renew in this step, every process knows
         self._method.refine(Step(self._inverses, self._running, self._pending, ranks, self._reduction))
         self._pending.clear()
         if not stepped:
@@ -178,6 +177,20 @@ class LayerPreconditioned(CheckedLoss, Preconditioned):
             if layer in states:
                 states[layer] = moved(states[layer], found.inputs)
         self._running[layer] = self._method.update(self._running.get(layer), found, self._reduction)
+
+    def _invert(self, due: Mapping[str, dict[str, Any]], ranks: Ranks | None) -> None:
+        """Computes the inverses of these layers, whose groups are given; with divide_inverses each by one process."""
+
+        def inverse(layer: str) -> State:
+            running, before = self._running[layer], self._inverses.get(layer)
+            return {**self._method.invert(running, due[layer]["damping"], before), "count": running["count"]}
+
+        found: dict[str, State] = {}
+        if ranks is not None and self._divide:
+            costs = {layer: sum(n**3 for n in self._method.sizes(self._running[layer])[1:]) for layer in due}
+            found = shared_out(costs, inverse, ranks)
+        for layer in due:
+            self._inverses[layer] = found[layer] if layer in found else inverse(layer)
 
     def _found(self, layer: str) -> tuple[dict[str, Any], Part, Part | None, Tensor] | None:
         """(group, weight, bias, gradient as a matrix) of a layer that this step preconditions."""

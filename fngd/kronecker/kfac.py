@@ -230,6 +230,8 @@ class KFAC(LayerPreconditioned):
         process_group: the processes whose samples make one batch, where torch.distributed is initialised; default:
             all. Factors are theirs together (see `fngd.kronecker.processes`), gradients are as DDP or FSDP2 deliver
             them.
+        divide_inverses: each process inverts its share of the layers and sends the others what it has found, in place
+            of each inverting all; `bytes_sent` counts it. For large factors and fast connections.
         batch_axis: see `persample.reweight`.
         functions: the projections of `nn.MultiheadAttention` and parameters in products with data (`F.linear`, `x @ w`,
             `torch.addmm`, `F.conv2d`, …) count as layers; as for `NGD`.

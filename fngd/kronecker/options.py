@@ -26,5 +26,6 @@ class LayerOptions(TypedDict, total=False):
     other_options: Mapping[str, Any] | None
     scaler: Any
     process_group: Any
+    divide_inverses: bool
     batch_axis: BatchAxis | None
     functions: bool

@@ -120,6 +120,30 @@ def joined_rows(found: Found, ranks: Ranks, merge: Callable[[Sequence[Tensor]], 
     return {name: table.counted(name, *(merge(kept[name, number]) for number in (0, 1))) for name in table.own}
 
 
+def shared_out(
+    costs: Mapping[str, float], compute: Callable[[str], dict[str, Tensor]], ranks: Ranks
+) -> dict[str, dict[str, Tensor]]:
+    """Returns what `compute` gives of each layer, computed by one process and sent to the others.
+
+    The dearest layers are given away first, each to the process that has least to do. Layers that only some processes
+    have in `costs` may be missing; who needs them computes them.
+    """
+    exchange = ranks.exchange
+    work = [0.0] * exchange.world
+    own: dict[str, dict[str, Tensor]] = {}
+    for layer in sorted(costs, key=lambda each: (-costs[each], each)):
+        worker = work.index(min(work))
+        work[worker] += costs[layer]
+        if worker == exchange.rank:
+            own[layer] = compute(layer)
+    sent = {layer: {name: tensor.cpu() for name, tensor in state.items()} for layer, state in own.items()}
+    exchange.bytes_sent += sum(tensor.nbytes for state in sent.values() for tensor in state.values())
+    found: dict[str, dict[str, Tensor]] = {}
+    for each in exchange.everyone_says(sent):
+        found |= {layer: {name: t.to(ranks.device) for name, t in state.items()} for layer, state in each.items()}
+    return {**found, **own}
+
+
 class _Table:
     """What every process knows of every process's statistics, and `own`: this one's, zeros for what it has not met."""
 

@@ -1,4 +1,4 @@
-"""One direction of a Gauss–Newton step, tried: the loss along it, and what the linear model foretold.
+"""One direction of a Gauss–Newton step, tried: the loss along it, and what the linear model predicted.
 
 Residuals that stay what they are while the parameters move were computed outside the closure. That is found here, where
 the closure is called at other parameters.
@@ -40,13 +40,13 @@ class Attempt:
         self.finite = bool(self._change.isfinite().all())
         self.image: Float[Tensor, " batch"] = model.jacobian.apply(self._change) if self.finite else self._change[:0]
         """J v."""
-        self.foretold = model.decrease(self.image) if self.finite else math.nan
+        self.predicted = model.decrease(self.image) if self.finite else math.nan
         """Decrease of the loss by a full step, as the linear model has it; NaN where v is not finite."""
 
     @property
     def hidden(self) -> bool:
-        """Whether rounding can hide all of the decrease that is foretold."""
-        return self.foretold <= self._model.noise
+        """Whether rounding can hide all of the decrease that is predicted."""
+        return self.predicted <= self._model.noise
 
     def accelerate(self, step: float, rates: list[float]) -> None:
         """Bends the path by geodesic acceleration, for a step of about this size; parameter by parameter its rate."""
@@ -85,7 +85,7 @@ class Attempt:
         return self._looked(look)
 
     def gain(self, found: Found) -> float:
-        """Actual over foretold decrease of the loss at the step found; −inf where none was, or none is foretold.
+        """Actual over predicted decrease of the loss at the step found; −inf where none was, or none is predicted.
 
         The prediction is that of the straight line.
         """

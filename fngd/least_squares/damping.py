@@ -16,7 +16,7 @@ ADAPTIVE = "adaptive"
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Levenberg–Marquardt with a line search: λ starts small, rises after tiny or badly foretold steps, else falls.
+    """Levenberg–Marquardt with a line search: λ starts small, rises after tiny or badly predicted steps, else falls.
 
     Without a search λ has to be so large that full steps succeed. With one that is too much: the step that is best
     now lowers what is stiff and leaves what is soft, where a small λ with a short step lowers all residuals alike and

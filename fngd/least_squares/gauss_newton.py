@@ -61,7 +61,7 @@ class StepInfo:
     """t; 0 where the step was rejected."""
     damping: float
     gain: float | None
-    """Actual over foretold decrease; None unless damping is adaptive."""
+    """Actual over predicted decrease; None unless damping is adaptive."""
     method: str
     error: float | None
     """Relative residual of the linear system, where the solve is approximate."""
@@ -226,7 +226,7 @@ class GaussNewton(Checked, Optimizer):
         ray.settle(found.step)
         gain = self._remember(attempt, ray, found, damping)
         if attempt:
-            self._progress.note(model.loss, found.loss, attempt.foretold, attempt.hidden, self._advice())
+            self._progress.note(model.loss, found.loss, attempt.predicted, attempt.hidden, self._advice())
         self.info = StepInfo(
             model.loss, found.loss if attempt else None, found.step, damping, gain, solved.method,
             solved.error, solved.iterations, calls.repeats, retries, found.step > 0,

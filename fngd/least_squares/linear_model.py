@@ -112,7 +112,7 @@ class LinearModel:
         return Solved(start + solved.direction, solved.method, solved.error, solved.iterations)
 
     def decrease(self, image: Float[Tensor, " batch"]) -> float:
-        """L − m(v), foretold for a change v, from its image J v."""
+        """L − m(v), predicted for a change v, from its image J v."""
         left = self.jacobian.scaled.detach() - image
         return self.loss - left.double().square().sum().item() / 2
 

@@ -6,7 +6,7 @@ import warnings
 
 LITTLE = 1e-3
 """A decrease of the loss below this part of it is none,"""
-FORETOLD = 0.1
+PREDICTED = 0.1
 """where the linear model foretells one of this part or more."""
 PATIENCE = 20
 """Such steps in a row until it is said; a step that was rejected counts as REJECTED of them."""
@@ -19,16 +19,16 @@ class Progress:
     def __init__(self) -> None:
         self._count, self._said = 0, False
 
-    def note(self, loss: float, after: float, foretold: float, hidden: bool, advice: str) -> None:
+    def note(self, loss: float, after: float, predicted: float, hidden: bool, advice: str) -> None:
         """Notes a step, and warns where it is time to.
 
         Arguments:
             loss, after: before and after the step.
-            foretold: the decrease by a full step, as the linear model has it.
+            predicted: the decrease by a full step, as the linear model has it.
             hidden: whether rounding could hide that decrease; the end that a number format allows is no stall.
             advice: what to try.
         """
-        if hidden or loss - after > LITTLE * loss or (after < loss and foretold < FORETOLD * loss):
+        if hidden or loss - after > LITTLE * loss or (after < loss and predicted < PREDICTED * loss):
             self._count = 0
             return
         self._count += 1 if after < loss else REJECTED
@@ -37,6 +37,6 @@ class Progress:
         self._said = True
         warnings.warn(
             f"GaussNewton makes no progress: for several steps the loss has stayed at {loss:.2g}, though the linear "
-            f"model foretells {100 * foretold / loss:.2g} % less by a step. {advice}",
+            f"model foretells {100 * predicted / loss:.2g} % less by a step. {advice}",
             stacklevel=5,
         )

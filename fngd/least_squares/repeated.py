@@ -118,9 +118,9 @@ def unchanged(first: Residuals, other: Residuals, change: Tensor, visible: float
     """
     start = 0
     for name, group in first.groups.items():
-        foretold = torch.linalg.vector_norm(change[start : start + len(group)]).item()
+        predicted = torch.linalg.vector_norm(change[start : start + len(group)]).item()
         start += len(group)
-        if foretold > visible and torch.equal(group.detach(), other.groups[name].detach()):
+        if predicted > visible and torch.equal(group.detach(), other.groups[name].detach()):
             return name
     return None
 

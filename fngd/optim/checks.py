@@ -101,6 +101,7 @@ OPTIONS: Mapping[str, Kind] = {
             "graft",
             "line_search",
             "acceleration",
+            "divide_inverses",
             "check",
         ),
         TRUTH,

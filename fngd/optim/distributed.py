@@ -51,6 +51,11 @@ class Exchange:
         return world_size(self.group)
 
     @property
+    def rank(self) -> int:
+        """The number of this process among them."""
+        return dist.get_rank(self.group) if self.world > 1 else 0
+
+    @property
     def private(self) -> Any:
         """A group of the same processes of which nobody else knows, made when it is first needed.
 

@@ -15,7 +15,7 @@ from persample.attribution.owner import Owner
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use, find_uses
 from persample.capture.plans import Key, Plan, Plans, derived, make, signature
-from persample.capture.replay import MISSES, Before, losses_of, mode_of, replayable, watched_losses_of
+from persample.capture.replay import MISSES, ModelState, losses_of, mode_of, replayable, watched_losses_of
 from persample.capture.sum_check import check_graph, check_losses
 from persample.capture.types import Problem
 from persample.graph.nodes import Graph, Node, refuse_nested, trace
@@ -121,14 +121,14 @@ def run(problem: Problem, plans: Plans, *, keep: bool = True) -> Reading:
     """Runs the model and returns the reading of its losses; see `persample.capture.replay`."""
     trust, mode = plans.trust, mode_of(problem)
     if mode in trust.modes:
-        random, before = torch.get_rng_state(), Before(problem)
+        random, before = torch.get_rng_state(), ModelState(problem)
         followed = find(losses_of(problem), problem.parameters, plans, problem.coupled).followed()
         if followed is not None:
             return followed
         trust.missed()
         before.restore()
         torch.set_rng_state(random)
-    before = Before(problem, values=trust.misses < MISSES)
+    before = ModelState(problem, values=trust.misses < MISSES)
     losses, provenance = watched_losses_of(problem)
     changed = provenance.wrote or before.written()
     reading = read(losses, problem.parameters, provenance=provenance, plans=plans, coupled=problem.coupled, keep=keep)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from persample.attribution.owner import NOBODY, Owner
-from persample.attribution.proof.passages import Lying
+from persample.attribution.proof.batching_rules import AxisLayout
 from persample.attribution.proof.proven import Proof, owner_at, proven
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use
-from persample.capture.replay import Trust
+from persample.capture.replay import ReplayPolicy
 from persample.graph.nodes import Graph, Node, edge_shape, shape_of
 from persample.graph.routes import Route
 from persample.rules import RULES, Rule
@@ -180,7 +180,7 @@ def _same(owner: Owner, other: Owner | None) -> bool:
     return torch.equal(owner.ids[both], other.ids[both])
 
 
-def _owner_at(place: Lying | None, shape: tuple[int, ...], batch: int, like: Owner) -> Owner | None:
+def _owner_at(place: AxisLayout | None, shape: tuple[int, ...], batch: int, like: Owner) -> Owner | None:
     """The owner of entries that lie so, or None where not in a regular pattern."""
     if place is None:
         return None
@@ -198,7 +198,7 @@ def _positions(order: Mapping[Node, int], use: Use) -> UsePositions:
     )
 
 
-def _agrees(owner: Owner, place: Lying | None, batch: int) -> bool:
+def _agrees(owner: Owner, place: AxisLayout | None, batch: int) -> bool:
     """Whether an owner found by probing lies where the proof says, along one axis in a regular pattern."""
     if batch == 1:
         return True
@@ -265,7 +265,7 @@ class Plans:
         self._plans: OrderedDict[Key, Plan] = OrderedDict()
         self._of_structure: OrderedDict[Hashable, Plan] = OrderedDict()
         self._lock = threading.Lock()
-        self.trust = Trust()
+        self.trust = ReplayPolicy()
 
     def find(self, key: Key) -> Plan | None:
         """The plan for a key."""

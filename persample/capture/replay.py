@@ -30,7 +30,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass
-class Trust:
+class ReplayPolicy:
     """Whether the next forward pass of a model may run unwatched."""
 
     modes: set[Hashable] = field(default_factory=set)
@@ -77,7 +77,7 @@ def within_reach(problem: Problem) -> list[Tensor]:
     return [*tensors, *(each for each in _behind(problem.loss_fn) if isinstance(each, Tensor))]
 
 
-class Before:
+class ModelState:
     """What a batch meets: tensors, and the attributes of modules, to be told and put back after a run.
 
     Args:

@@ -40,7 +40,8 @@ def check_losses(losses: object) -> Tensor:
             "leave the labels out, and compute the losses from its outputs"
             if losses.ndim == 0
             else "reduce every dimension but the first, for example with .flatten(1).sum(1) or .mean(1). For a "
-            "gradient of every entry there is persample.grad(losses.flatten(), params)"
+            "gradient of every entry there are persample.jacobian(model, inputs) and "
+            "persample.grad(losses.flatten(), params)"
         )
         raise ValueError(f"loss_fn must return one loss per sample, shape [B]; got {tuple(losses.shape)}: {remedy}")
     if not losses.is_floating_point():

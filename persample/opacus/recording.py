@@ -24,7 +24,7 @@ from persample.backends.outputs import captured_by
 from persample.blocks.sums import add
 from persample.capture.analysis import Reading, find, read
 from persample.capture.plans import plans_of
-from persample.capture.replay import MISSES, Before, mode_of, replayable
+from persample.capture.replay import MISSES, ModelState, mode_of, replayable
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, PerSampleError
 from persample.graph.batch_size import batch_shape
@@ -161,7 +161,7 @@ class _Pass:
         self.problem = Problem(model, _no_loss, (args, kwargs), None, recorder.parameters, check=recorder.check)
         self.plans, self.mode = plans_of(model), mode_of(self.problem)
         trusted = self.mode in self.plans.trust.modes and not _autocast()
-        self.before = Before(self.problem, values=not trusted and self.plans.trust.misses < MISSES)
+        self.before = ModelState(self.problem, values=not trusted and self.plans.trust.misses < MISSES)
         self.random = torch.get_rng_state() if trusted else None
         """Of a pass that was not watched: it runs again where its graph is a new one."""
         returned, self.provenance = self.run(watch=not trusted)

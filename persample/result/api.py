@@ -108,10 +108,7 @@ def per_sample(
             f"loss_fn must be a function (outputs, targets) -> losses, one for each sample, [B]; got {loss_fn!r}. "
             "A criterion of torch will do, with reduction='none'"
         )
-    if isinstance(inputs, PackedSequence):
-        inputs = (inputs,)  # by its type a tuple
-    if isinstance(inputs, (dict, UserDict)):
-        inputs = dict(inputs)  # torch's trees do not look into subclasses
+    inputs = arguments_of(inputs)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_sharded(model, parameters)
     refuse_nothing(model, parameters)
@@ -143,6 +140,13 @@ def per_sample(
         return capture(inputs, targets)
     together = whole(Problem(model, loss_fn, inputs, targets, parameters)) if check else None
     return ChunkedPerSampleGrads(capture, inputs, targets, chunk_size, batch, state_of(model), together)
+
+
+def arguments_of(inputs: Any) -> Any:
+    """The inputs as a model takes them: one that is a tuple or a mapping by its type is none of several arguments."""
+    if isinstance(inputs, PackedSequence):
+        return (inputs,)
+    return dict(inputs) if isinstance(inputs, (dict, UserDict)) else inputs  # torch's trees look into no subclasses
 
 
 def refuse_nothing(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:

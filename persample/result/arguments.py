@@ -15,7 +15,8 @@ from persample.errors import UnsupportedError
 from persample.result.grouping import Per
 
 ASYMMETRIC = 1e-3
-"""Part of a Hessian by which it may differ from its transpose, and its eigenvalues be negative: rounding."""
+"""Part of a Hessian by which it may differ from its transpose, and its eigenvalues be negative: rounding; in half
+precision a few roundings of it."""
 
 
 def by_layer(
@@ -183,11 +184,11 @@ def root_of(hessian: Any, shape: tuple[int, ...]) -> Float[Tensor, "batch out ou
         raise ValueError("hessian must hold real, finite numbers; a loss that is not finite has no Gauss–Newton matrix")
     count = prod(shape[1:])
     matrix = full_precision(hessian.detach()).reshape(shape[0], count, count)
-    size = matrix.abs().amax() if matrix.numel() else 0
-    if bool(((matrix - matrix.mT).abs() > ASYMMETRIC * size).any()):
+    allowed = max(ASYMMETRIC, 4 * torch.finfo(hessian.dtype).eps) * (matrix.abs().amax() if matrix.numel() else 0)
+    if bool(((matrix - matrix.mT).abs() > allowed).any()):
         raise ValueError("hessian must be symmetric, H[b] = H[b].T over the outputs of a sample")
     values, vectors = torch.linalg.eigh(matrix)
-    if bool((values < -ASYMMETRIC * size).any()):
+    if bool((values < -allowed).any()):
         raise ValueError(
             f"hessian must have no negative eigenvalue; got {float(values.min()):.3g}. Losses that are convex in the "
             "outputs have none; of others take the part that is: clamp the eigenvalues, or add a part of the identity"

@@ -25,7 +25,7 @@ from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.projections import Projection
-from persample.result.api import refuse_gradient_hooks, refuse_meta, refuse_nothing
+from persample.result.api import arguments_of, refuse_gradient_hooks, refuse_meta, refuse_nothing
 from persample.result.arguments import check_outputs, root_of
 from persample.result.centred import refuse_mean, without_mean
 from persample.result.explanation import Explanation
@@ -76,7 +76,7 @@ def jacobian(
     refuse_nothing(model, parameters)
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
-    problem = Problem(model, _no_loss, inputs, None, parameters, check=check)
+    problem = Problem(model, _no_loss, arguments_of(inputs), None, parameters, check=check)
 
     def chosen(returned: Any) -> Tensor:
         return check_outputs(returned if output_fn is None else output_fn(returned), output_fn is None)

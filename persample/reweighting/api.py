@@ -16,7 +16,7 @@ from persample.reweighting.batch_axis.folded import Folded
 from persample.reweighting.functions.interception import watchable
 from persample.reweighting.handle import Hook, Reweighting, layers_of
 from persample.reweighting.layer import Layer
-from persample.reweighting.policy import Asker, Follow, Known, Policy
+from persample.reweighting.policy import Follow, Known, Policy, PolicyCaller
 
 BatchAxis = int | Folded | Mapping[str, int | Folded]
 """Where the samples are: see `reweight`."""
@@ -140,8 +140,8 @@ def reweight(
         for path, module in modules.items()
         if path not in tied
     }
-    asker = Asker(policy, known, joint, follow)
-    return Reweighting(model, asker, layers, tied, axis_of, weights, outputs=outputs)
+    policy_caller = PolicyCaller(policy, known, joint, follow)
+    return Reweighting(model, policy_caller, layers, tied, axis_of, weights, outputs=outputs)
 
 
 def _refuse_scripts(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from persample.reweighting.functions.interception import owners
 from persample.reweighting.hooks import ForwardHooks
 from persample.reweighting.layer import Layer
 from persample.reweighting.layer_grads import LAYERS, LayerGrads
-from persample.reweighting.policy import Asker, Policy
+from persample.reweighting.policy import Policy, PolicyCaller
 from persample.reweighting.slices import Parts, parts_of
 
 
@@ -69,7 +69,7 @@ class Reweighting:
     def __init__(
         self,
         model: nn.Module,
-        asker: Asker,
+        policy_caller: PolicyCaller,
         layers: dict[str, Layer],
         tied: dict[str, str],
         axis_of: Callable[[str], int | Folded | None],
@@ -78,8 +78,8 @@ class Reweighting:
         outputs: bool,
     ) -> None:
         self._model, self._layers, self._tied = model, layers, tied
-        self._asker = asker
-        self._eager = ForwardHooks(model, self._asker, layers, axis_of, weights, outputs=outputs)
+        self._policy_caller = policy_caller
+        self._eager = ForwardHooks(model, self._policy_caller, layers, axis_of, weights, outputs=outputs)
         self._watcher = self._eager.functions.watcher
         self._traced = TracedHooks(self._eager)
         self._hooks = list(self._register(model))
@@ -220,7 +220,7 @@ class Reweighting:
         >>> seen
         [(5,)]
         """
-        return self._asker.wrapped(wrap)
+        return self._policy_caller.wrapped(wrap)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -240,11 +240,11 @@ class Reweighting:
         >>> asked
         []
         """
-        self._asker.paused += 1
+        self._policy_caller.paused += 1
         try:
             yield
         finally:
-            self._asker.paused -= 1
+            self._policy_caller.paused -= 1
 
     @property
     def is_paused(self) -> bool:
@@ -255,7 +255,7 @@ class Reweighting:
         ...     print(handle.is_paused)
         True
         """
-        return self._asker.paused > 0
+        return self._policy_caller.paused > 0
 
     def remove(self) -> None:
         """Restores the ordinary backward pass (graphs built before stay as they are); may be repeated.
@@ -303,7 +303,7 @@ class Reweighting:
         [tensor([[1.],
                 [1.]])]
         """
-        return self._asker.output_grad
+        return self._policy_caller.output_grad
 
     def upcoming(self) -> list[str]:
         """Returns, while a backward pass runs, the layers that it runs for their weights' gradients; with `follow=`.
@@ -319,7 +319,7 @@ class Reweighting:
         >>> seen
         [(2, ['0', '2'])]
         """
-        return self._asker.upcoming()
+        return self._policy_caller.upcoming()
 
     def joined(self, gather: Callable[[Tensor, int], Tensor]) -> dict[str, LayerGrads]:
         """Returns, while a policy runs, the gradients it is asked about on a larger batch, by layer path.
@@ -336,4 +336,4 @@ class Reweighting:
         >>> seen
         [4]
         """
-        return self._asker.joined(gather)
+        return self._policy_caller.joined(gather)

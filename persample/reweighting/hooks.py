@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from persample.graph.batch_size import batch_shape, batch_size
 from persample.reweighting.autograd import Gate, Pass, Uses, attach
-from persample.reweighting.batch_axis import trial
+from persample.reweighting.batch_axis import dry_run
 from persample.reweighting.batch_axis.folded import Folded, Reading
+from persample.reweighting.batch_axis.layout_probe import LayoutProbe
 from persample.reweighting.batch_axis.selection import Watch
-from persample.reweighting.batch_axis.tryout import Tryout
 from persample.reweighting.functions.layers import FunctionLayers, renewed
 from persample.reweighting.functions.linear_calls import Call
 from persample.reweighting.layer import Layer
 from persample.reweighting.other_uses import note_uses_besides
-from persample.reweighting.policy import Asker
+from persample.reweighting.policy import PolicyCaller
 
 __all__ = ["ForwardHooks", "batch_size"]
 
@@ -35,7 +35,7 @@ class ForwardHooks:
 
     Arguments:
         model: the model.
-        asker: asks the policy in the backward pass.
+        policy_caller: asks the policy in the backward pass.
         layers: by path; functions are added as they are met.
         axis_of: path → the batch axis, or how rows are folded, that the user gave.
         weights: parameters that functions may use → their names.
@@ -45,14 +45,14 @@ class ForwardHooks:
     def __init__(
         self,
         model: nn.Module,
-        asker: Asker,
+        policy_caller: PolicyCaller,
         layers: dict[str, Layer],
         axis_of: Callable[[str], int | Folded | None],
         weights: dict[nn.Parameter, str],
         *,
         outputs: bool,
     ) -> None:
-        self.asker, self.layers, self.outputs = asker, layers, outputs
+        self.policy_caller, self.layers, self.outputs = policy_caller, layers, outputs
         self.functions = FunctionLayers(weights, self._function, layers, axis_of)
         self.forward = Pass()
         self.uses: dict[str, Uses] | None = None
@@ -60,7 +60,7 @@ class ForwardHooks:
         self._token: Tensor | None = None  # of the Gate, where layers are asked jointly
         self._model = model
         self._running: Layer | None = None
-        self._tryout = Tryout(model, self.functions.watching)
+        self._layout_probe = LayoutProbe(model, self.functions.watching)
         self._call: tuple[tuple, dict] = (), {}
         self._passes: list[Pass] = []  # under way, one inside the other; and those that Ctrl-C ended
         self._met = False  # whether a forward pass for training has been seen
@@ -71,7 +71,7 @@ class ForwardHooks:
 
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model's forward begins: a new pass."""
-        if self._tryout.running is not None or self.asker.paused:
+        if self._layout_probe.running is not None or self.policy_caller.paused:
             return
         if module is not self._model or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1):
             raise RuntimeError(
@@ -79,19 +79,19 @@ class ForwardHooks:
                 "have no samples of their own. Use DistributedDataParallel, or one device"
             )
         self.forward, self._running = Pass(self.samples(args, kwargs)), None
-        self._tryout.forget()  # what a forward pass left that raised
+        self._layout_probe.forget()  # what a forward pass left that raised
         self._passes.append(self.forward)
         self.functions.leave_all()  # left over from a forward pass that Ctrl-C ended
         self.uses, self._token = {}, None
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return
-        if self.asker.joint:
+        if self.policy_caller.joint:
             if not self._met and self.functions.watched:  # the Gate must know every layer beforehand
-                with trial.rehearsal(self._model):
-                    self._tryout.rehearse(args, kwargs)
+                with dry_run.dry_run(self._model):
+                    self._layout_probe.rehearse(args, kwargs)
             self._join()
         self._call = args, kwargs
-        self._tryout.begin(args, kwargs)
+        self._layout_probe.begin(args, kwargs)
         if not self._met:
             self._follow(args, kwargs)
         self.functions.enter(self.functions.watched)
@@ -100,9 +100,10 @@ class ForwardHooks:
         """How many samples the model is called with."""
         if not self._several:
             self._several = batch_size(args, kwargs, first=True) not in (None, 1)
-        if self._tryout.axis:
+        axis = self._layout_probe.axis
+        if axis:
             shape = batch_shape(args, kwargs, first=self._several)
-            return shape[self._tryout.axis] if shape is not None and len(shape) > self._tryout.axis else None
+            return shape[axis] if shape is not None and len(shape) > axis else None
         return batch_size(args, kwargs, first=self._several)
 
     def _follow(self, args: tuple, kwargs: dict) -> None:
@@ -136,11 +137,11 @@ class ForwardHooks:
             raise ValueError("joint=True needs whole weights, but these are sharded (FSDP); ask layer by layer")
         if layers:
             self.uses = {layer.path: Uses(layer, self.forward) for layer in layers}
-            self._token = Gate.apply(self.asker.of_all, list(self.uses.values()), *parameters)
+            self._token = Gate.apply(self.policy_caller.of_all, list(self.uses.values()), *parameters)
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends, or raised an exception (output None)."""
-        if self._tryout.running is not None or self.asker.paused:
+        if self._layout_probe.running is not None or self.policy_caller.paused:
             return
         self._unfollow()
         interrupted = bool(self._passes) and self._passes.pop() is not self.forward
@@ -158,19 +159,19 @@ class ForwardHooks:
                 f"functions use ({functions}): they would get the plain gradient. Give functions=False, or reweight a "
                 "part of the model that does not call itself."
             )
-        shape = batch_shape(args, kwargs, first=self._several) if self._tryout.new else None
-        self._tryout.end(args, kwargs, output, uses, self.forward, shape or (), first=not self._met)
+        shape = batch_shape(args, kwargs, first=self._several) if self._layout_probe.new else None
+        self._layout_probe.end(args, kwargs, output, uses, self.forward, shape or (), first=not self._met)
         if torch.is_grad_enabled() and not self._met:
             self._met = True
             self.functions.forget_called()
             if args or kwargs:  # else the pass was entered in a compiled graph, where there are no Taps
-                self.asker.tell_of(note_uses_besides(self.layers.values(), (args, kwargs), output))
+                self.policy_caller.tell_of(note_uses_besides(self.layers.values(), (args, kwargs), output))
         if self.outputs:
             first = _first_tensor(output)
             if first is not None and first.requires_grad:
                 first.register_hook(partial(_keep_output_grad, self.forward))
-        if self.asker.follow is not None and torch.is_grad_enabled():
-            reached = self.asker.follow(self.forward.batch)
+        if self.policy_caller.follow is not None and torch.is_grad_enabled():
+            reached = self.policy_caller.follow(self.forward.batch)
             for each in tree_leaves(output):
                 if isinstance(each, Tensor) and each.requires_grad:
                     each.register_hook(lambda _: reached())
@@ -181,7 +182,7 @@ class ForwardHooks:
         """A layer's forward begins: its parameters are switched off."""
         self._running = layer
         # torch.func differentiates what it is given, and tensors inside it cannot be switched.
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or self.asker.paused:
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or self.policy_caller.paused:
             return
         if self._seen is None or self._has_rows(layer, args[0] if args else kwargs.get("input")):
             layer.switch_off()
@@ -189,14 +190,14 @@ class ForwardHooks:
     def after(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         """It ends: they are switched on, and its output gets a Tap."""
         self._running = None
-        if self._tryout.running is not None:
-            self._tryout.note(layer, output)
+        if self._layout_probe.running is not None:
+            self._layout_probe.note(layer, output)
             return None
         if not layer.off:
             # A reentrant checkpoint runs it without gradients first.
-            first = self._tryout.new and not torch.is_grad_enabled() and layer.why_plain() is None
+            first = self._layout_probe.new and not torch.is_grad_enabled() and layer.why_plain() is None
             if first and isinstance(output, Tensor):
-                self._tryout.look(layer, tuple(output.shape), self.forward.batch)
+                self._layout_probe.look(layer, tuple(output.shape), self.forward.batch)
             return None
         weight, *rest = layer.off
         layer.switch_on()
@@ -209,20 +210,20 @@ class ForwardHooks:
             layer.selected |= self._met  # whence its input comes has not been seen
             layer.called = True
         forward = self.forward if self.uses is not None else self._apart(output)
-        if layer.axis is None or self._tryout.new:
-            self._tryout.look(layer, tuple(output.shape), forward.batch)
+        if layer.axis is None or self._layout_probe.new:
+            self._layout_probe.look(layer, tuple(output.shape), forward.batch)
         uses = None if self.uses is None else self.uses.get(layer.path)
         if self._token is not None and uses is not None:
             return attach(output, x, uses, None, self._token, None)
         if uses is None:
             uses = Uses(layer, forward)
-            if self.asker.follow is not None:
-                self.asker.followed.add(uses)
+            if self.policy_caller.follow is not None:
+                self.policy_caller.followed.add(uses)
             if self.uses is not None:
                 self.uses[layer.path] = uses
             elif layer.several_batches(tuple(output.shape)):
                 uses.forward = Pass()  # recomputed in a checkpoint: of which pass is not known
-        return attach(output, x, uses, self.asker.of_layer, weight, bias)
+        return attach(output, x, uses, self.policy_caller.of_layer, weight, bias)
 
     def _apart(self, output: Tensor) -> Pass:
         """The pass that a layer's call belongs to, of which the model's forward knows nothing.
@@ -238,8 +239,8 @@ class ForwardHooks:
 
     def enter_owner(self, weights: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The forward of a module begins that may use weights as functions do."""
-        watching = torch.is_grad_enabled() and not self.asker.paused
-        self.functions.enter(weights if watching or self._tryout.running is not None else [])
+        watching = torch.is_grad_enabled() and not self.policy_caller.paused
+        self.functions.enter(weights if watching or self._layout_probe.running is not None else [])
 
     def leave_owner(self, module: nn.Module, args: tuple, output: Any) -> None:
         """It ends."""
@@ -248,7 +249,7 @@ class ForwardHooks:
     def _function(self, call: Call, name: str, axis: int | None) -> Tensor:
         """A linear function of a watched weight."""
         x, weight, bias = call.x, call.weight, call.bias
-        training = torch.is_grad_enabled() or self._tryout.running is not None
+        training = torch.is_grad_enabled() or self._layout_probe.running is not None
         if self._running is not None or not (training and weight.requires_grad):
             return call.run(weight, bias)
         layer = self.functions.layer(name, call, self._used)
@@ -257,9 +258,9 @@ class ForwardHooks:
         batch = self.forward.batch
         if layer.axis is None and axis is not None and batch is not None and x.shape[axis] == batch:
             layer.settle((*x.shape[:-1], len(weight)), batch, Reading(1, 1, axis))
-        if self._tryout.running is not None:
+        if self._layout_probe.running is not None:
             output = call.run(weight, bias)
-            self._tryout.note(layer, output)
+            self._layout_probe.note(layer, output)
             return output
         layer.source = lambda: (weight, bias)
         output = call.run(weight.detach(), None if bias is None else bias.detach())
@@ -267,8 +268,8 @@ class ForwardHooks:
 
     def _used(self, layer: Layer) -> bool:
         """Whether the pass that runs has met the layer."""
-        if self._tryout.running is not None:
-            return layer in self._tryout.running
+        if self._layout_probe.running is not None:
+            return layer in self._layout_probe.running
         uses = (self.uses or {}).get(layer.path)
         return uses is not None and bool(uses.taps)
 

@@ -66,7 +66,7 @@ def _users(inputs: Any, output: Any) -> list[tuple[Tensor, str]]:
     return users
 
 
-class Telling:
+class SharedWeightWarning:
     """Stands for a policy, and for what is known before it is asked, until one of these layers is reweighted.
 
     Then it warns, once. A layer that keeps the plain gradient (the policy returns None) keeps it in all of its uses.

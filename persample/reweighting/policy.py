@@ -14,7 +14,7 @@ from persample.reweighting.autograd import Pass, Uses, upcoming
 from persample.reweighting.batch_axis.uncertain import called_apart
 from persample.reweighting.layer import Layer
 from persample.reweighting.layer_grads import LayerGrads, UnreadGrads
-from persample.reweighting.other_uses import Telling
+from persample.reweighting.other_uses import SharedWeightWarning
 from persample.reweighting.weighted_sum import Parameters
 
 Part = tuple[Any, list[tuple[Tensor, Tensor]], Sequence[bool], Any]
@@ -30,7 +30,7 @@ Follow = Callable[[int | None], Callable[[], None]]
 """(batch size of a forward pass) → what to call when a backward pass reaches the model's output in it."""
 
 
-class Asker:
+class PolicyCaller:
     """Knows the policy, and while that runs, what it is asked about."""
 
     def __init__(self, policy: Policy, known: Known | None, joint: bool, follow: Follow | None = None) -> None:
@@ -53,7 +53,7 @@ class Asker:
     def tell_of(self, layers: list[Layer]) -> None:
         """From now on a warning is given when one of these, which are used besides their calls, is reweighted."""
         if layers:
-            telling = Telling(layers)
+            telling = SharedWeightWarning(layers)
             self._policy = telling.policy(self._policy)
             self._known = None if self._known is None else telling.known(self._known)
 

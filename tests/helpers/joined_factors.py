@@ -41,6 +41,9 @@ METHODS: dict[str, Make] = {
     "mbf each": lambda net, **o: MBF(net, rows="each", **o),
     "hylo": lambda net, **o: HyLo(net, rank=1.0, select="interpolate", every=2, **o),  # all samples: none to select
     "skfac": lambda net, **o: SKFAC(net, **o),
+    "kfac divided": lambda net, **o: KFAC(net, statistics_every=2, inverse_every=2, divide_inverses=True, **o),
+    "skfac divided": lambda net, **o: SKFAC(net, every=2, divide_inverses=True, **o),
+    "ekfac divided": lambda net, **o: EKFAC(net, inverse_every=2, divide_inverses=True, **o),
     "skfac subsample": lambda net, **o: SKFAC(net, positions="subsample", keep=2, every=2, **o),
     "eva": lambda net, **o: Eva(net, statistics_every=2, **o),
     "eva adamw": lambda net, **o: Eva(net, preset="eva", other="adamw", **o),
@@ -199,6 +202,39 @@ def bytes_are_as_predicted(rank: int, world: int) -> None:
     assert opts[SKFAC].bytes_sent * 50 < size * (301**2 + 200**2)
 
 
+def each_layer_is_inverted_by_one_process(rank: int, world: int) -> None:
+    """divide_inverses=True: no layer twice, the dearest first, and the others receive what it was worth."""
+    counted: list[int] = []
+
+    class Counting(KroneckerFactors):
+        def invert(self, running: Any, damping: float, before: Any) -> Any:
+            counted.append(running["inputs"].shape[-1])
+            return super().invert(running, damping, before)
+
+    sent = {}
+    for divided in (False, True):
+        net = build()
+        opt = KFAC(net, lr=0.05, inverse_every=2, divide_inverses=divided)
+        opt._method = Counting(0.95, "eigen", None)
+        counted.clear()
+        for step in range(3):
+            opt.zero_grad()
+            loss_of(ddp(net) if not step else net, batch_of(step, 0, 4)).backward()
+            opt.step()
+        everyone = everyone_has(list(counted))
+        sent[divided] = opt.bytes_sent
+        opt.remove()
+        if divided:
+            assert sorted(n for each in everyone for n in each) == sorted([10, 5, 6] * 2), everyone
+            assert max(map(len, everyone)) == 2 * -(-3 // world)
+        else:
+            assert all(sorted(each) == sorted([10, 5, 6] * 2) for each in everyone)
+    # eigenvalues and eigenvectors of what this process has inverted, and the count of its statistics
+    sizes = {10: (10, 4), 5: (5, 6), 6: (6, 4)}
+    numbers = sum(n * (n + 1) for inputs in counted for n in sizes[inputs]) + len(counted)
+    assert sent[True] - sent[False] == 8 * numbers
+
+
 def layers_that_one_process_has_not_met(rank: int, world: int) -> None:
     """They count there with no samples; nobody waits for ever."""
     torch.manual_seed(5)
@@ -227,5 +263,6 @@ SCENARIOS = (
     uneven_batches_count_samples,
     accumulation_joins_passes_and_processes,
     bytes_are_as_predicted,
+    each_layer_is_inverted_by_one_process,
     layers_that_one_process_has_not_met,
 )

@@ -70,7 +70,7 @@ class Selected(Frames):
     """The last operation is one of which the proof does not know how it treats samples, so that nothing is proven."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).logcumsumexp(1)
+        return super().forward(x).renorm(2, 0, 1e9)
 
 
 def nothing_is_tried_where_processes_may_differ(rank: int, world: int) -> None:

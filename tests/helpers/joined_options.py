@@ -298,7 +298,26 @@ def functions_that_one_process_has_not_met(rank: int, world: int) -> None:
         opt.remove()
 
 
+def kept_samples_stay_in_their_process(rank: int, world: int) -> None:
+    """history=: each process has V of its own samples; DDP averages the directions."""
+    options = {"history": 2, "curvature_samples": 3, "curvature_every": 2, "alpha": 1e-2}
+    model, single = build(), build()
+    opt, truth = NGD(model, lr=0.05, **options), NGD(single, lr=0.0, **options)
+    net = ddp(model)
+    for step in range(4):
+        single.load_state_dict(model.state_dict())
+        for each, o in ((net, opt), (single, truth)):
+            o.zero_grad()
+            loss_of(each, batch_of(step, rank, 4)).backward()
+        check(grads(model), average(everyone_has(grads(single))))
+        opt.step()
+        truth.step()
+    opt.remove()
+    truth.remove()
+
+
 SCENARIOS = (
+    kept_samples_stay_in_their_process,
     true_fisher_is_averaged,
     damping_adapts_alike,
     joint_accumulation_is_averaged,

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from persample.attribution.owner import NOBODY, Owner
-from persample.attribution.proof.passages import Lying, lying, stride_of
+from persample.attribution.proof.batching_rules import AxisLayout, axis_layout, stride_of
 
 Shape = tuple[int, ...]
 
@@ -25,9 +25,9 @@ class Place:
     first: int
     count: int
 
-    def lying(self, shape: Shape) -> Lying | None:
+    def axis_layout(self, shape: Shape) -> AxisLayout | None:
         """The axis along which its samples lie."""
-        return lying(self.stride, shape, self.count)
+        return axis_layout(self.stride, shape, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def rows_of(place: Place, shape: Shape, device: torch.device, axis: int | None =
     if place.count == 1 and shape:
         axis = 0 if axis is None else axis
         return Rows(axis, torch.full((shape[axis],), place.first, device=device))
-    at = place.lying(shape)
+    at = place.axis_layout(shape)
     if at is None or axis not in (None, at.axis):
         return None
     ids = torch.arange(shape[at.axis], device=device).div(at.inner, rounding_mode="floor") % place.count
@@ -139,7 +139,7 @@ def cut(place: Place, shape: Shape, dim: int, start: int, length: int) -> Place 
     part = (*shape[:dim], length, *shape[dim + 1 :])
     if place.count == 1:
         return whole(place.first, part)
-    at = place.lying(shape)
+    at = place.axis_layout(shape)
     if not length:
         return None
     if at is None:
@@ -239,10 +239,10 @@ def _of_slab(slab: Slab, shape: Shape) -> Iterator[Place]:
     part, place = slab.shape(shape), slab.place
     if isinstance(place, Rows):
         return
-    at = place.lying(part)
+    at = place.axis_layout(part)
     if place.count == 1:
         yield whole(place.first, shape)
-        at = Lying(slab.dim, slab.length)  # as it may be cut sample by sample
+        at = AxisLayout(slab.dim, slab.length)  # as it may be cut sample by sample
     if at is None:
         return
     stride = stride_of(at, shape)

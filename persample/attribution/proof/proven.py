@@ -15,13 +15,13 @@ from functools import cached_property
 import torch
 
 from persample.attribution.owner import Owner
+from persample.attribution.proof.batching_rules import AxisLayout
 from persample.attribution.proof.layouts import Place, rows_of
-from persample.attribution.proof.passages import Lying
 from persample.attribution.proof.walk import Places, places
 from persample.graph.nodes import Edge, Graph, Node, edge_shape
 
 
-def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] | None:
+def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, AxisLayout] | None:
     """Returns where samples lie at every output of the `cuts`, proven from the kinds of operations alone, or None.
 
     Args:
@@ -31,7 +31,7 @@ def proven(graph: Graph, cuts: Iterable[Node], batch: int) -> dict[Edge, Lying] 
     """
     targets = set(cuts)
     found = _from_losses(graph, targets, batch)
-    at_cuts: dict[Edge, Lying] = {}
+    at_cuts: dict[Edge, AxisLayout] = {}
     for edge in found.reached:
         if edge[0] in targets:
             at = _of_all(found.known.get(edge), edge, batch)
@@ -46,9 +46,11 @@ def _from_losses(graph: Graph, nodes: set[Node], batch: int, *, routed: bool = F
     return places(graph, {(graph.root, 0): Place(1, 0, batch)}, batch, among=leads, routed=routed)
 
 
-def _of_all(place: Place | None, edge: Edge, batch: int) -> Lying | None:
+def _of_all(place: Place | None, edge: Edge, batch: int) -> AxisLayout | None:
     """Where all samples lie; None where a tensor holds some of them."""
-    return place.lying(edge_shape(edge)) if place is not None and place.first == 0 and place.count == batch else None
+    if place is None or place.first != 0 or place.count != batch:
+        return None
+    return place.axis_layout(edge_shape(edge))
 
 
 def leading_to(graph: Graph, targets: set[Node]) -> set[Node]:
@@ -98,7 +100,7 @@ class Proof:
         return _from_losses(self._graph, self._nodes, self._batch, routed=True)
 
 
-def owner_at(place: Lying, shape: tuple[int, ...], batch: int, device: torch.device) -> Owner:
+def owner_at(place: AxisLayout, shape: tuple[int, ...], batch: int, device: torch.device) -> Owner:
     """The owner of entries that lie so."""
     ids = torch.arange(shape[place.axis], device=device) // place.inner % batch
     return Owner(place.axis, ids, batch)

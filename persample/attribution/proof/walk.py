@@ -23,8 +23,8 @@ from math import prod
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
+from persample.attribution.proof.batching_rules import BATCHING_RULES, AxisLayout, BatchingRule, Step, stride_of
 from persample.attribution.proof.layouts import Place, Rows, Shape, Slab, cut, cut_rows, joined, viewed, whole
-from persample.attribution.proof.passages import PASSAGES, Lying, Passage, Step, stride_of
 from persample.attribution.proof.routed import routed_before
 from persample.graph.nodes import Edge, Graph, Node, edge_shape, saved_dim, signed
 from persample.graph.routes import REARRANGING
@@ -51,7 +51,7 @@ def places(
     starts: Mapping[Edge, Place],
     batch: int,
     *,
-    passages: Mapping[str, Passage] = PASSAGES,
+    batching_rules: Mapping[str, BatchingRule] = BATCHING_RULES,
     among: Collection[Node] | None = None,
     routed: bool = False,
 ) -> Places:
@@ -61,7 +61,7 @@ def places(
         graph: that the edges of `starts` are in.
         starts: whose the outputs are, which the search starts at.
         batch: number of samples B.
-        passages: what is known of kinds of operations.
+        batching_rules: what is known of kinds of operations.
         among: nodes to look at; default: all.
         routed: whether indices are looked at, which hold for this batch alone.
     """
@@ -91,7 +91,7 @@ def places(
                     if place is not None:
                         if routed and isinstance(place, Place) and place.count == 1:  # indices tell more
                             before = routed_before(node, slot, place, shape, to, device)
-                        before = before or _before(node, edge[1], slot, place, shape, to, passages)
+                        before = before or _before(node, edge[1], slot, place, shape, to, batching_rules)
                         if before is None and routed:
                             before = routed_before(node, slot, place, shape, to, device)
                         if before is None:
@@ -152,7 +152,7 @@ def _before(
     place: Place | Rows,
     shape: Shape,
     entering: Shape,
-    passages: Mapping[str, Passage],
+    batching_rules: Mapping[str, BatchingRule],
 ) -> Place | Rows | Slab | None:
     """Whose an input is, by one output of a node: of all of it, or of the part that the output is."""
     kind = node.name()
@@ -167,9 +167,9 @@ def _before(
     if _passed_on(node):
         return place
     if isinstance(place, Place):
-        return _by_pattern(node, output, slot, place, shape, entering, passages)
-    if kind in passages:
-        before = passages[kind](Step(node, slot, Lying(place.axis, 1), shape, entering, output))
+        return _by_pattern(node, output, slot, place, shape, entering, batching_rules)
+    if kind in batching_rules:
+        before = batching_rules[kind](Step(node, slot, AxisLayout(place.axis, 1), shape, entering, output))
         fits = before is not None and before.inner == 1 and entering[before.axis] == len(place.ids)
         if not fits or before is None:
             return None
@@ -178,20 +178,26 @@ def _before(
 
 
 def _by_pattern(
-    node: Node, output: int, slot: int, place: Place, shape: Shape, entering: Shape, passages: Mapping[str, Passage]
+    node: Node,
+    output: int,
+    slot: int,
+    place: Place,
+    shape: Shape,
+    entering: Shape,
+    batching_rules: Mapping[str, BatchingRule],
 ) -> Place | None:
     kind = node.name()
     if place.count == 1:
         return whole(place.first, entering)
-    if kind in passages:
-        at = place.lying(shape)
-        before = None if at is None else passages[kind](Step(node, slot, at, shape, entering, output))
+    if kind in batching_rules:
+        at = place.axis_layout(shape)
+        before = None if at is None else batching_rules[kind](Step(node, slot, at, shape, entering, output))
         return None if before is None else Place(stride_of(before, entering), place.first, place.count)
     return place if _rearranges(kind, shape, entering) else None
 
 
 def _rearranges(kind: str, shape: Shape, entering: Shape) -> bool:
-    """Whether it is a view of the same entries in the same order, being no passage of its own."""
+    """Whether it is a view of the same entries in the same order, having no rule of its own."""
     return kind in REARRANGING and prod(shape) == prod(entering)
 
 
@@ -237,5 +243,5 @@ def _along(place: Place | Rows, shape: Shape, dim: int) -> bool:
     """Whether samples lie along that axis."""
     if isinstance(place, Rows):
         return place.axis == dim
-    at = place.lying(shape)
+    at = place.axis_layout(shape)
     return at is not None and at.axis == dim and place.count > 1

@@ -1,7 +1,7 @@
 """Which rows of a layer's output belong to which sample of the model's output: read from the graph between the two.
 
 No loss is needed: where the samples lie in the output, their sizes tell, or else a trial
-(`persample.reweighting.batch_axis.trial`) does; and `persample.reweighting.batch_axis.places` proves from there where
+(`persample.reweighting.batch_axis.dry_run`) does; and `persample.reweighting.batch_axis.places` proves from there where
 they lie at each call of each layer.
 """
 
@@ -19,8 +19,8 @@ from torch.autograd.graph import GradientEdge
 
 from persample.attribution.owner import Owner
 from persample.attribution.probing import attribute
+from persample.attribution.proof.batching_rules import BATCHING_RULES, AxisLayout, Step
 from persample.attribution.proof.layouts import Place, Shape
-from persample.attribution.proof.passages import PASSAGES, Lying, Step
 from persample.attribution.proof.walk import Places, places
 from persample.errors import UnsupportedError
 from persample.graph.nodes import Edge, Graph, Node, edge_shape, trace
@@ -164,26 +164,26 @@ def calls_of(
         taps = [tap() for tap in each.taps]
         shapes = {number: edge_shape((tap, 0)) for number, tap in enumerate(taps) if tap in graph.order}
         there = {number: found.get((taps[number], 0)) for number in shapes}
-        lying = {number: place for number, place in there.items() if place is not None}
-        if any(elsewhere(place, shapes[number], layer) for number, place in lying.items()):
+        laid_out = {number: place for number, place in there.items() if place is not None}
+        if any(elsewhere(place, shapes[number], layer) for number, place in laid_out.items()):
             return None
-        segments = {number: segment_of(place, shapes[number], layer) for number, place in lying.items()}
+        segments = {number: segment_of(place, shapes[number], layer) for number, place in laid_out.items()}
         proven = {number: segment for number, segment in segments.items() if segment is not None}
         result[layer] = Calls(len(taps), shapes, proven)
     return result
 
 
-def _keeping_rows(step: Step) -> Lying | None:
+def _keeping_rows(step: Step) -> AxisLayout | None:
     """What flows through sample b's rows of a batch normalisation is taken for b's."""
     return step.kept() if step.slot == 0 and step.at.axis in (0, 1) else None
 
 
-_KEEPING = {**PASSAGES, **{f"{name}BatchNormBackward0": _keeping_rows for name in ("Native", "Cudnn", "Miopen")}}
+_KEEPING = {**BATCHING_RULES, **{f"{name}BatchNormBackward0": _keeping_rows for name in ("Native", "Cudnn", "Miopen")}}
 
 
 def placed(graph: Graph, starts: Mapping[Edge, Place], batch: int, *, routed: bool = False) -> Places:
     """`places`, through batch normalisation, too."""
-    return places(graph, starts, batch, passages=_KEEPING, routed=routed)
+    return places(graph, starts, batch, batching_rules=_KEEPING, routed=routed)
 
 
 def readable(output: Tensor) -> bool:
@@ -194,14 +194,14 @@ def readable(output: Tensor) -> bool:
 
 def elsewhere(place: Place, shape: Shape, layer: Layer) -> bool:
     """Whether the samples would lie along features, or space."""
-    at = None if place.count == 1 else place.lying(shape)
+    at = None if place.count == 1 else place.axis_layout(shape)
     return at is not None and at.axis >= len(layer.rows(shape))
 
 
 def segment_of(place: Place, shape: Shape, layer: Layer) -> Segment | None:
     if place.count == 1:
         return Segment(shape, Reading(1, shape[0] if layer.rows(shape) else 1, 0), place.first, 1)
-    at = place.lying(shape)
+    at = place.axis_layout(shape)
     if at is None:
         return None
     before = shape[at.axis] // (place.count * at.inner)

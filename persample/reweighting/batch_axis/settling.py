@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Set
 
 from persample.attribution.owner import NOBODY, Owner
 from persample.reweighting.autograd import Uses
-from persample.reweighting.batch_axis import trial
+from persample.reweighting.batch_axis import dry_run
 from persample.reweighting.batch_axis.folded import Reading
 from persample.reweighting.batch_axis.output_graph import OutputGraph, Way
 from persample.reweighting.layer import Layer
 
 
-def settle(way: Way, batch: int, tried: Mapping[trial.Key, Reading | None]) -> set[trial.Key]:
+def settle(way: Way, batch: int, tried: Mapping[dry_run.Key, Reading | None]) -> set[dry_run.Key]:
     """Settles the outputs of which it is proven what they hold, and returns them.
 
     Arguments:
@@ -20,9 +20,9 @@ def settle(way: Way, batch: int, tried: Mapping[trial.Key, Reading | None]) -> s
         batch: number of samples B.
         tried: what a trial has told. Where it is something else, the rows lie in another order than in the output.
     """
-    settled: set[trial.Key] = set()
+    settled: set[dry_run.Key] = set()
     for layer, calls in way.proven.items():
-        readings: dict[trial.Shape, set[Reading | None]] = {shape: set() for shape in calls.shapes.values()}
+        readings: dict[dry_run.Shape, set[Reading | None]] = {shape: set() for shape in calls.shapes.values()}
         for number, shape in calls.shapes.items():
             each = calls.proven.get(number)
             readings[shape].add(None if each is None else each.reading)
@@ -39,7 +39,7 @@ def settle(way: Way, batch: int, tried: Mapping[trial.Key, Reading | None]) -> s
     return settled
 
 
-def refuse_parts(ways: Iterable[Way], batch: int, known: Set[trial.Key]) -> None:
+def refuse_parts(ways: Iterable[Way], batch: int, known: Set[dry_run.Key]) -> None:
     """Settles that layers are not to be read by their size which would be called on parts of the batch in one way."""
     for way in ways:
         for layer, calls in way.proven.items():
@@ -49,7 +49,7 @@ def refuse_parts(ways: Iterable[Way], batch: int, known: Set[trial.Key]) -> None
                         layer.settle(shape, batch, None)
 
 
-def refute(behind: OutputGraph, way: Way, uses: Mapping[Layer, Uses], batch: int, known: Set[trial.Key]) -> None:
+def refute(behind: OutputGraph, way: Way, uses: Mapping[Layer, Uses], batch: int, known: Set[dry_run.Key]) -> None:
     """Settles that layers of which nothing is proven are not to be read by their size, where their rows are others'."""
     left = [
         (layer, shape, uses[layer].taps[number]())

@@ -165,9 +165,9 @@ class Question:
                 graph = trace(root)
                 ends = _unreduced(graph, root, taps & graph.order.keys())
                 if ends and all(edge_shape(edge) == (self._samples,) for edge in ends):
-                    lying = {edge: Place(1, 0, self._samples) for edge in ends}
-                    axis = self._axis(placed(graph, lying, self._samples))
-                    proven = None if axis is None else calls_of(uses, graph, lying, self._samples)
+                    laid_out = {edge: Place(1, 0, self._samples) for edge in ends}
+                    axis = self._axis(placed(graph, laid_out, self._samples))
+                    proven = None if axis is None else calls_of(uses, graph, laid_out, self._samples)
                     if axis is not None and proven and self._news(proven, batch):
                         return axis, proven
             except UnsupportedError:

@@ -28,9 +28,9 @@ class TracedHooks:
 
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model's forward begins."""
-        if self._eager.asker.paused:
+        if self._eager.policy_caller.paused:
             return
-        if self._eager.asker.joint:
+        if self._eager.policy_caller.joint:
             _outside(self._eager.enter_model, module, args, kwargs)
             return
         if not operators.begin(self._root.number):
@@ -42,9 +42,9 @@ class TracedHooks:
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """It ends, in the graph or outside, as it began."""
         eager = self._eager
-        if eager.asker.paused:
+        if eager.policy_caller.paused:
             return None
-        if eager._passes or eager.asker.joint or (eager.outputs and not isinstance(output, Tensor)):
+        if eager._passes or eager.policy_caller.joint or (eager.outputs and not isinstance(output, Tensor)):
             return _outside(eager.leave_model, module, args, output)
         eager.uses = None
         if eager.outputs and torch.is_grad_enabled():
@@ -55,7 +55,7 @@ class TracedHooks:
         """A layer's forward begins."""
         if (
             torch.is_grad_enabled()
-            and not self._eager.asker.paused
+            and not self._eager.policy_caller.paused
             and operators.trainable(module)
             and not self._in_graph(layer, number, module, args, kwargs)
         ):
@@ -65,7 +65,7 @@ class TracedHooks:
         self, layer: Layer, number: int, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> Tensor | None:
         """It ends; in the graph its output is computed again, and this one never."""
-        if not torch.is_grad_enabled() or self._eager.asker.paused:
+        if not torch.is_grad_enabled() or self._eager.policy_caller.paused:
             return None
         if layer.off:
             return _outside(self._eager.after, layer, module, args, kwargs, output)
@@ -79,7 +79,7 @@ class TracedHooks:
 
     def _in_graph(self, layer: Layer, number: int, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         eager = self._eager
-        if eager.asker.joint or layer.opaque or eager.forward.batch is None:
+        if eager.policy_caller.joint or layer.opaque or eager.forward.batch is None:
             return False
         if not operators.traceable(module, args, kwargs):
             return False

@@ -82,13 +82,13 @@ def _gradients(
     if current.batch != batch:  # another forward pass came in between
         current = Pass(batch)
     uses = Uses(layer, current, [(x.detach(), z.detach())])
-    asker = target.hooks.asker
+    policy_caller = target.hooks.policy_caller
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     with _recording():
         # autograd.grad(loss, inputs) runs the graph all the same, and wants nothing of the layer.
         if reaches(layer.members()):
-            grad_weight, grad_bias = without_autocast(asker.of_layer, uses, (True, needs_bias), z)
+            grad_weight, grad_bias = without_autocast(policy_caller.of_layer, uses, (True, needs_bias), z)
     # A policy may give no gradient; an operation of a graph always has its outputs.
     grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
     if bias is None or not needs_bias:

@@ -34,7 +34,8 @@ WRONG: dict[str, Any] = {
     "average": 1.0, "kl_clip": 0, "block": 0, "decay": 1.5, "epsilon": math.nan, "keep": True, "every": 0.5,
     "nesterov": "yes", "functions": 1, "refresh_cosine": 2, "samples": -3, "seed": "a", "graft": 0,
     "max_samples": 1.0, "rank": 0, "threshold": -1,
-    "curvature_samples": 0, "curvature_every": 0, "history": 0, "chunk_size": 0, "diagnostics": "no", "foreach": 3,
+    "curvature_samples": 0, "curvature_every": 0, "history": 0, "chunk_size": 0,
+    "divide_inverses": 1, "diagnostics": "no", "foreach": 3,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 import persample
 from persample.attribution.owner import NOBODY, Output, Owner
 from persample.attribution.probing import attribute
-from persample.attribution.proof.passages import lying, stride_of
+from persample.attribution.proof.batching_rules import axis_layout, stride_of
 from persample.attribution.proof.proven import proven
 from persample.attribution.support import supported_by
 from persample.attribution.uses import find_uses
@@ -129,7 +129,7 @@ def test_lying_and_stride_are_inverse(shape: list[int], batch: int, data: st.Dat
     shape[axis] = batch * inner * data.draw(st.integers(1, 2))
     entries = torch.arange(torch.Size(shape).numel()).view(shape)
     below = torch.Size(shape[axis + 1 :]).numel()
-    found = lying(inner * below, shape, batch)
+    found = axis_layout(inner * below, shape, batch)
     assert found is not None
     assert stride_of(found, shape) == inner * below
     along = entries // (inner * below) % batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import UserDict
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -309,3 +310,37 @@ def test_what_reductions_are_given_is_told() -> None:
         persample.jacobian(torch.sin, torch.ones(3))
     with pytest.raises(persample.PerSampleError, match="all 2 are frozen"):
         persample.jacobian(nn.Linear(3, 2).requires_grad_(False), torch.randn(5, 3))
+
+
+class Packed(nn.Module):
+    """An LSTM on sequences of several lengths; the last state of each, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 2)
+
+    def forward(self, sequences: Any) -> dict[str, Tensor]:
+        return {"last": self.rnn(sequences)[1][0][-1]}
+
+
+def test_inputs_of_every_form() -> None:
+    lengths = [5, 3, 2]
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in lengths])
+    model, chosen = Packed(), lambda out: out["last"]
+    want = loop(model(packed)["last"], trainable(model))
+    for inputs in (packed, (packed,), {"sequences": packed}, UserDict(sequences=packed)):
+        assert rel_err(persample.jacobian(model, inputs, output_fn=chosen).rows(), want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    model, x = network().to(dtype), torch.randn(5, 1, 8, 8).to(dtype)
+    want = {name: each.double() for name, each in loop(model(x), trainable(model)).items()}
+    jac = persample.jacobian(model, x)
+    rows = jac.rows()
+    assert all(r.dtype == torch.float32 for r in rows.values())
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+    assert rel_err({name: r.double() for name, r in rows.items()}, want) < tolerance
+    assert jac.gram().dtype == torch.float32
+    p = jac.outputs.softmax(1)
+    assert jac.ggn(p.diag_embed() - p[:, :, None] * p[:, None]).norms().dtype == torch.float32

@@ -25,7 +25,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         h = self.enter(x).tanh()
         rows = h.flatten(0, 1)[chosen]
-        found = self.expert(rows).logcumsumexp(1)  # of which no proof knows how it treats samples
+        found = self.expert(rows).renorm(2, 0, 1e9)  # of which no proof knows how it treats samples
         return h.flatten(0, 1).index_add(0, chosen, found).view_as(h).sin().sum((1, 2))
 
 

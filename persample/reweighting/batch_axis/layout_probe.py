@@ -1,4 +1,4 @@
-"""Which layers are tried out (`persample.reweighting.batch_axis.trial`), in which forward passes of `reweight`."""
+"""Which layers are tried out (`persample.reweighting.batch_axis.dry_run`), in which forward passes of `reweight`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from persample.blocks.precision import full_precision
 from persample.graph.provenance import tensors_of
 from persample.reweighting.autograd import Pass, Uses
-from persample.reweighting.batch_axis import trial
+from persample.reweighting.batch_axis import dry_run
 from persample.reweighting.batch_axis.folded import Reading, usual
 from persample.reweighting.batch_axis.holding import count_by_output, hold
 from persample.reweighting.batch_axis.output_graph import OutputGraph, Way
@@ -30,7 +30,7 @@ _OUTPUT = "output"
 """Stands for a layer: the model's output."""
 
 
-class Tryout:
+class LayoutProbe:
     """Collects in a forward pass the outputs of which sizes do not tell where the samples are, and has them tried.
 
     Arguments:
@@ -40,10 +40,10 @@ class Tryout:
 
     def __init__(self, model: nn.Module, watching: Callable[[], AbstractContextManager[None]]) -> None:
         self._model, self._watching = model, watching
-        self._unsure: dict[trial.Key, list[Reading]] = {}
+        self._unsure: dict[dry_run.Key, list[Reading]] = {}
         self._outputs: set[Reading] = set()  # how trials have told to read what the model returns
-        self._own: dict[trial.Shape, bool] = {}  # whether a trial has shown that rows of such outputs are the samples'
-        self._calls: Counter[trial.Key] = Counter()
+        self._own: dict[dry_run.Shape, bool] = {}  # whether rows of such outputs were the samples'
+        self._calls: Counter[dry_run.Key] = Counter()
         self._signature: Any = None  # of the running pass
         self._met: set[Any] = set()  # shapes of tensors, and small values, that the model has been called with
         self.axis: int | None = None
@@ -52,7 +52,7 @@ class Tryout:
         """The axis of the output that counts samples, in these."""
         self.new = False
         """Whether those of the running pass are new: rows that were samples may be folded now."""
-        self.running: dict[Any, list[tuple[trial.Shape, Tensor]]] | None = None
+        self.running: dict[Any, list[tuple[dry_run.Shape, Tensor]]] | None = None
         """While the model is tried out: shapes and marks of the outputs of each layer."""
 
     def begin(self, args: tuple, kwargs: dict) -> None:
@@ -71,7 +71,7 @@ class Tryout:
         self._unsure, self.new = {}, False
         self._calls.clear()
 
-    def look(self, layer: Layer, shape: trial.Shape, batch: int | None) -> None:
+    def look(self, layer: Layer, shape: dry_run.Shape, batch: int | None) -> None:
         """The pass has met an output of that shape."""
         if batch == 1:  # all rows are the sample's
             layer.forget_axis(shape)
@@ -87,7 +87,7 @@ class Tryout:
         output: Any,
         uses: Mapping[Layer, Uses],
         forward: Pass,
-        shape: trial.Shape,
+        shape: dry_run.Shape,
         *,
         first: bool,
     ) -> None:
@@ -126,7 +126,7 @@ class Tryout:
         self,
         behind: OutputGraph | None,
         uses: Mapping[Layer, Uses],
-        settled: set[trial.Key],
+        settled: set[dry_run.Key],
         args: tuple,
         kwargs: dict,
         *,
@@ -150,7 +150,7 @@ class Tryout:
             return all(self._own[key] for key in behind.by_size())
         if _together(self._model) and not first:
             return False
-        keys: dict[trial.Key, list[Reading]] = {(_OUTPUT, shape): [each] for shape, each in new.items()}
+        keys: dict[dry_run.Key, list[Reading]] = {(_OUTPUT, shape): [each] for shape, each in new.items()}
         before = self._unsure
         found = self._tried({}, keys, set(), args, kwargs, behind.batch, dict.fromkeys(keys, rounding))
         self._unsure = before
@@ -161,7 +161,7 @@ class Tryout:
         self,
         behind: OutputGraph | None,
         ways: dict[Reading | None, Way],
-        settled: set[trial.Key],
+        settled: set[dry_run.Key],
         uses: Mapping[Layer, Uses],
         args: tuple,
         kwargs: dict,
@@ -173,7 +173,7 @@ class Tryout:
         blind = {key for key, each in self._unsure.items() if behind is None and (each[0].axis or self._calls[key] > 1)}
         unsure = {key: each for key, each in self._unsure.items() if key not in settled}
         unsure = {key: each for key, each in unsure.items() if key in blind or self._leaves_room(key, batch)}
-        doubtful: dict[trial.Key, list[Reading]] = {}
+        doubtful: dict[dry_run.Key, list[Reading]] = {}
         if behind is not None and behind.doubtful is not None and len(ways) > 1:
             doubtful[_OUTPUT, behind.doubtful[0]] = behind.doubtful[1]
         if (unsure or doubtful) and _together(self._model):
@@ -201,7 +201,7 @@ class Tryout:
         elif behind is not None and ways and not _together(self._model):
             refute(behind, next(iter(ways.values())), uses, batch, known)
 
-    def _leaves_room(self, key: trial.Key, batch: int) -> bool:
+    def _leaves_room(self, key: dry_run.Key, batch: int) -> bool:
         """Whether the size of an output leaves more than one reading.
 
         As many rows as samples need not be these where rows were selected, nor where a layer is called as often: for
@@ -213,14 +213,14 @@ class Tryout:
 
     def _tried(
         self,
-        unsure: Mapping[trial.Key, list[Reading]],
-        doubtful: Mapping[trial.Key, list[Reading]],
-        blind: Set[trial.Key],
+        unsure: Mapping[dry_run.Key, list[Reading]],
+        doubtful: Mapping[dry_run.Key, list[Reading]],
+        blind: Set[dry_run.Key],
         args: tuple,
         kwargs: dict,
         batch: int,
-        company: Mapping[trial.Key, float] | None = None,
-    ) -> dict[trial.Key, Reading | None]:
+        company: Mapping[dry_run.Key, float] | None = None,
+    ) -> dict[dry_run.Key, Reading | None]:
         """What a trial tells of the outputs of layers, and of the model's."""
         self._unsure = {**unsure, **doubtful}
         if not self._unsure:
@@ -228,11 +228,11 @@ class Tryout:
         confirmed = {key: usual(set(key[0].readings.values()), each) for key, each in unsure.items() if key[0].readings}
         confirmed |= {key: usual(self._outputs, each) for key, each in doubtful.items() if self._outputs}
         selected = {key: _rounding(key[0]) for key in unsure if key[0].selected or key in blind} | dict(company or {})
-        return trial.readings(
+        return dry_run.readings(
             self._model, self.rehearse, args, kwargs, self._unsure, batch, confirmed, selected, self.axis or 0
         )
 
-    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape) -> int | None:
+    def _look_at_time(self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: dry_run.Shape) -> int | None:
         """Finds out whether the model takes time first, by what it mixes, or else by the losses that follow.
 
         Returns the axis of the output that counts samples, where that is sure.
@@ -266,13 +266,13 @@ class Tryout:
             layer.forget()
 
     def _ask_later(
-        self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: trial.Shape, axes: Sequence[int]
+        self, output: Any, uses: Mapping[Layer, Uses], forward: Pass, shape: dry_run.Shape, axes: Sequence[int]
     ) -> None:
         """In the first backward pass."""
         question = Question(output, shape[1], uses, axes)
         forward.question = partial(self._ask_losses, forward, question, shape)
 
-    def _ask_losses(self, forward: Pass, question: Question, shape: trial.Shape) -> None:
+    def _ask_losses(self, forward: Pass, question: Question, shape: dry_run.Shape) -> None:
         forward.question = None
         answer = question.answer(forward.batch) if self.axis is None else None
         if answer is None:
@@ -289,7 +289,7 @@ class Tryout:
             self.axis = 0
         warnings.warn(told_by_losses(shape, axis), stacklevel=2)
 
-    def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[trial.Shape, Tensor]]]:
+    def rehearse(self, args: tuple, kwargs: dict) -> dict[Any, list[tuple[dry_run.Shape, Tensor]]]:
         """Runs the model; shapes and marks of outputs by layer."""
         self.running = {}
         try:
@@ -307,7 +307,7 @@ class Tryout:
         assert self.running is not None, "it is"
         noted = self.running.setdefault(layer, [])
         if output is not None and (layer, tuple(output.shape)) in self._unsure:
-            noted.append((tuple(output.shape), trial.mark(output, layer.linear)))
+            noted.append((tuple(output.shape), dry_run.mark(output, layer.linear)))
 
 
 def _rounding(layer: Layer) -> float:

@@ -36,7 +36,7 @@ Run = Callable[[tuple, dict], Mapping[Any, list[tuple[Shape, Tensor]]]]
 
 
 @contextmanager
-def rehearsal(model: nn.Module) -> Iterator[None]:
+def dry_run(model: nn.Module) -> Iterator[None]:
     """Within the context the model can be run as if it had not been: no graph, and its state is put back."""
     devices = sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
     # Exchanged, not written back: the graph of the pass before may hold them, and tells when they are written to.
@@ -95,7 +95,7 @@ def readings(
     Arguments:
         model: its modules are put into evaluation mode where the mode of training leaves outputs undecided
             (batch normalisation couples samples), and back.
-        run: runs the model once, within `rehearsal`.
+        run: runs the model once, within `dry_run`.
         args, kwargs: what the model was called with. The first tensor with `batch` samples on its axis is changed;
             the next (it may be a mask, and its axis no batch) only for layers that do not depend on the first; then
             all of them together.
@@ -228,7 +228,7 @@ def _by_inputs(
     known = all(batch not in _sizes(each) if isinstance(each, Tensor) else isinstance(each, plain) for each in rest)
 
     def rehearse(changed: list[Any]) -> dict[Key, list[Tensor]]:
-        with rehearsal(model), warnings.catch_warnings():
+        with dry_run(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the pass has given them
             marks: dict[Key, list[Tensor]] = {}
             for layer, outputs in run(*tree_unflatten(changed, tree)).items():

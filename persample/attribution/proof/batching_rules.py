@@ -16,26 +16,26 @@ from persample.graph.nodes import Node, signed
 
 
 @dataclass(frozen=True)
-class Lying:
+class AxisLayout:
     """Samples along `axis`, `inner` neighbouring entries each; the axis holds whole rounds of B · inner entries."""
 
     axis: int
     inner: int
 
 
-def lying(stride: int, shape: Sequence[int], batch: int) -> Lying | None:
+def axis_layout(stride: int, shape: Sequence[int], batch: int) -> AxisLayout | None:
     """The axis along which samples with that stride lie, or None if they spread over several."""
     if batch * stride == 0:
         return None
     for axis in range(len(shape)):
         below = prod(shape[axis + 1 :])
         if below and stride % below == 0 and shape[axis] % (stride // below * batch) == 0:
-            return Lying(axis, stride // below)
+            return AxisLayout(axis, stride // below)
     return None
 
 
-def stride_of(at: Lying, shape: Sequence[int]) -> int:
-    """The inverse of `lying`."""
+def stride_of(at: AxisLayout, shape: Sequence[int]) -> int:
+    """The inverse of `axis_layout`."""
     return at.inner * prod(shape[at.axis + 1 :])
 
 
@@ -45,7 +45,7 @@ class Step:
 
     node: Node
     slot: int
-    at: Lying
+    at: AxisLayout
     shape: tuple[int, ...]
     """Shape of the output."""
     entering: tuple[int, ...]
@@ -63,27 +63,27 @@ class Step:
         values = value if isinstance(value, (tuple, list)) else (value,)
         return tuple(signed(d) % max(ndim, 1) for d in values)
 
-    def kept(self) -> Lying | None:
+    def kept(self) -> AxisLayout | None:
         """The same place, where the axis has the same size in the input."""
         axis = self.at.axis
         return self.at if axis < len(self.entering) and self.entering[axis] == self.shape[axis] else None
 
 
-Passage = Callable[[Step], Lying | None]
-PASSAGES: dict[str, Passage] = {}
+BatchingRule = Callable[[Step], AxisLayout | None]
+BATCHING_RULES: dict[str, BatchingRule] = {}
 
 
-def passage(*kinds: str) -> Callable[[Passage], Passage]:
+def batching_rule(*kinds: str) -> Callable[[BatchingRule], BatchingRule]:
     """Registers where samples lie in the inputs of operations of these kinds; None: not along one axis."""
 
-    def add(function: Passage) -> Passage:
-        PASSAGES.update({f"{kind}Backward{n}": function for kind in " ".join(kinds).split() for n in range(4)})
+    def add(function: BatchingRule) -> BatchingRule:
+        BATCHING_RULES.update({f"{kind}Backward{n}": function for kind in " ".join(kinds).split() for n in range(4)})
         return function
 
     return add
 
 
-@passage(
+@batching_rule(
     "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Expm1 Log Log1p Sin Cos Tanh Sigmoid Relu Gelu Silu Elu Celu "
     "LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Threshold LogSigmoid Mish Selu Erf Reciprocal Square Clamp "
     "ClampMin ClampMax Maximum Minimum Where MaskedFill NativeDropout Clone ToCopy Addcmul Addcdiv Lerp "
@@ -94,38 +94,38 @@ def passage(*kinds: str) -> Callable[[Passage], Passage]:
     "SoftMarginLoss Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr SpecialNdtri "
     "SpecialXlog1Py SpecialZeta Tan Trunc Repeat Tril Triu",
 )
-def by_entry(step: Step) -> Lying | None:
+def by_entry(step: Step) -> AxisLayout | None:
     """Entry by entry after broadcasting, or by where it is; losses reduced to fewer entries do not keep the axis."""
     aligned = step.at.axis - (len(step.shape) - len(step.entering))
     if aligned < 0 or step.entering[aligned] != step.shape[step.at.axis]:
         return None
-    return Lying(aligned, step.at.inner)
+    return AxisLayout(aligned, step.at.inner)
 
 
-@passage("Transpose")
-def transpose(step: Step) -> Lying | None:
+@batching_rule("Transpose")
+def transpose(step: Step) -> AxisLayout | None:
     """Two axes change places."""
     a, b = step.dims("dim0", len(step.shape))[0], step.dims("dim1", len(step.shape))[0]
-    return Lying({a: b, b: a}.get(step.at.axis, step.at.axis), step.at.inner)
+    return AxisLayout({a: b, b: a}.get(step.at.axis, step.at.axis), step.at.inner)
 
 
-@passage("T")
-def matrix_transpose(step: Step) -> Lying | None:
+@batching_rule("T")
+def matrix_transpose(step: Step) -> AxisLayout | None:
     """The two axes of a matrix change places."""
-    return Lying(len(step.shape) - 1 - step.at.axis, step.at.inner)
+    return AxisLayout(len(step.shape) - 1 - step.at.axis, step.at.inner)
 
 
-@passage("Permute")
-def permute(step: Step) -> Lying | None:
+@batching_rule("Permute")
+def permute(step: Step) -> AxisLayout | None:
     """Axis d of the output is axis dims[d] of the input."""
-    return Lying(step.dims("dims", len(step.shape))[step.at.axis], step.at.inner)
+    return AxisLayout(step.dims("dims", len(step.shape))[step.at.axis], step.at.inner)
 
 
-@passage(
+@batching_rule(
     "Sum Mean Amax Amin Logsumexp LinalgVectorNorm Norm Var Std Select Unbind Max Min Aminmax Kthvalue Median Mode "
     "Nanmedian Nansum Prod StdMean VarMean"
 )
-def dropping(step: Step) -> Lying | None:
+def dropping(step: Step) -> AxisLayout | None:
     """Some axes of the input are reduced or indexed away; the samples' axis is among those that stay."""
     if not hasattr(step.node, "_saved_dim"):
         return None
@@ -133,65 +133,65 @@ def dropping(step: Step) -> Lying | None:
     if len(step.shape) == len(step.entering):
         return step.kept() if step.at.axis not in dims else None
     stay = [axis for axis in range(len(step.entering)) if axis not in dims]
-    return Lying(stay[step.at.axis], step.at.inner) if len(stay) == len(step.shape) else None
+    return AxisLayout(stay[step.at.axis], step.at.inner) if len(stay) == len(step.shape) else None
 
 
-@passage("Stack")
-def stack(step: Step) -> Lying | None:
+@batching_rule("Stack")
+def stack(step: Step) -> AxisLayout | None:
     """A new axis."""
     dim = step.dims("dim", len(step.shape))[0]
     if step.at.axis == dim:
         return None
-    return Lying(step.at.axis - (step.at.axis > dim), step.at.inner)
+    return AxisLayout(step.at.axis - (step.at.axis > dim), step.at.inner)
 
 
-@passage(
+@batching_rule(
     "Softmax SafeSoftmax LogSoftmax Cat Slice Split SplitWithSizes UnsafeSplit Gather IndexSelect Glu Cumsum Cumprod "
     "Narrow Flip Sort Topk Cummax Cummin Logcumsumexp FftC2C FftC2R FftR2C IndexFill SliceScatter LinalgCross"
 )
-def along_another(step: Step) -> Lying | None:
+def along_another(step: Step) -> AxisLayout | None:
     """Whatever happens along `dim`, the other axes are kept apart."""
     name = "dim" if hasattr(step.node, "_saved_dim") else "dims"
     return step.kept() if step.at.axis not in step.dims(name, len(step.shape)) else None
 
 
-@passage("Unfold")
-def windows(step: Step) -> Lying | None:
+@batching_rule("Unfold")
+def windows(step: Step) -> AxisLayout | None:
     """Windows along another axis; what is in each becomes the last axis."""
     return step.kept() if step.at.axis not in step.dims("dimension", len(step.entering)) else None
 
 
-@passage("Diagonal")
-def diagonal(step: Step) -> Lying | None:
+@batching_rule("Diagonal")
+def diagonal(step: Step) -> AxisLayout | None:
     """Two axes become the last one."""
     axes = len(step.entering)
     stay = [axis for axis in range(axes) if axis not in (*step.dims("dim1", axes), *step.dims("dim2", axes))]
-    return Lying(stay[step.at.axis], step.at.inner) if step.at.axis < len(stay) else None
+    return AxisLayout(stay[step.at.axis], step.at.inner) if step.at.axis < len(stay) else None
 
 
-@passage("ViewAsReal ViewAsComplex")
-def pairs(step: Step) -> Lying | None:
+@batching_rule("ViewAsReal ViewAsComplex")
+def pairs(step: Step) -> AxisLayout | None:
     """The last axis holds real and imaginary parts."""
     return step.kept()
 
 
-@passage(
+@batching_rule(
     "Cholesky CholeskyInverse LinalgCholeskyEx LinalgInvEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSvd LinalgEigh "
     "LinalgDet LinalgSlogdet LinalgSolveEx LinalgSolveTriangular"
 )
-def matrices(step: Step) -> Lying | None:
+def matrices(step: Step) -> AxisLayout | None:
     """One matrix apart from another: the axes before the last two."""
     return step.kept() if step.at.axis < len(step.entering) - 2 else None
 
 
-@passage("Roll")
-def roll(step: Step) -> Lying | None:
+@batching_rule("Roll")
+def roll(step: Step) -> AxisLayout | None:
     """Along other axes; without any all entries are rolled as one row, from sample to sample."""
     return along_another(step) if step.saved("dims") else None
 
 
-@passage("Addmm Mm")
-def matrix_product(step: Step) -> Lying | None:
+@batching_rule("Addmm Mm")
+def matrix_product(step: Step) -> AxisLayout | None:
     """Rows of the output come from rows of the left factor, columns from columns of the right one."""
     factor = step.slot - (step.node.name().startswith("Addmm"))
     if factor < 0:
@@ -199,20 +199,20 @@ def matrix_product(step: Step) -> Lying | None:
     return step.kept() if step.at.axis == factor else None
 
 
-@passage("GroupedMm")
-def grouped_product(step: Step) -> Lying | None:
+@batching_rule("GroupedMm")
+def grouped_product(step: Step) -> AxisLayout | None:
     """Rows of the output come from rows of the left factor, wherever groups of them end."""
     return step.kept() if step.slot == 0 and step.at.axis == 0 and len(step.shape) == 2 else None
 
 
-@passage("Mv")
-def matrix_vector_product(step: Step) -> Lying | None:
+@batching_rule("Mv")
+def matrix_vector_product(step: Step) -> AxisLayout | None:
     """Entries of the output come from rows of the matrix."""
     return step.kept() if step.slot == 0 else None
 
 
-@passage("Bmm Baddbmm")
-def batched_matrix_product(step: Step) -> Lying | None:
+@batching_rule("Bmm Baddbmm")
+def batched_matrix_product(step: Step) -> AxisLayout | None:
     """As `matrix_product`, and axis 0 is kept apart."""
     factor = step.slot - (step.node.name().startswith("Baddbmm"))
     if factor < 0:
@@ -220,7 +220,7 @@ def batched_matrix_product(step: Step) -> Lying | None:
     return step.kept() if step.at.axis in (0, factor + 1) else None
 
 
-@passage(
+@batching_rule(
     "Convolution MaxPool1D MaxPool2DWithIndices MaxPool3DWithIndices AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D "
     "MkldnnAdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D UpsampleNearest1D "
     "UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D NativeGroupNorm PixelShuffle "
@@ -231,7 +231,7 @@ def batched_matrix_product(step: Step) -> Lying | None:
     "UpsampleBicubic2DAa FractionalMaxPool2D FractionalMaxPool3D MaxUnpool2D MaxUnpool3D ChannelShuffle "
     "GridSampler2D GridSampler3D AffineGridGenerator MultiMarginLoss MultilabelMarginLoss"
 )
-def first_axis(step: Step) -> Lying | None:
+def first_axis(step: Step) -> AxisLayout | None:
     """Axis 0 is the batch of the operation, in what it works on: weights, biases and masks count something else."""
     return step.kept() if step.at.axis == 0 and step.slot < _data_slots(step.node) else None
 
@@ -242,33 +242,33 @@ def _data_slots(node: Node) -> int:
     return 3 if kind.startswith("ScaledDotProduct") else 2 if kind.startswith("GridSampler") else 1
 
 
-@passage("ConstantPadNd")
-def pad(step: Step) -> Lying | None:
-    """Padded axes, counted from the last, are not the samples'."""
-    padded = len(step.saved("pad")) // 2
-    return step.kept() if step.at.axis < len(step.shape) - padded else None
+@batching_rule("ConstantPadNd")
+def pad(step: Step) -> AxisLayout | None:
+    """Amounts come in pairs, those of the last axis first; an axis of which they are 0 is kept."""
+    place = 2 * (len(step.shape) - 1 - step.at.axis)
+    return step.kept() if not any(step.saved("pad")[place : place + 2]) else None
 
 
-@passage("NativeLayerNorm FusedRmsNorm")
-def layer_norm(step: Step) -> Lying | None:
+@batching_rule("NativeLayerNorm FusedRmsNorm")
+def layer_norm(step: Step) -> AxisLayout | None:
     """Normalised over the last axes, which are those of weight and bias."""
     normalised = len(step.saved("normalized_shape"))
     return step.kept() if step.slot == 0 and step.at.axis < len(step.shape) - normalised else None
 
 
-@passage("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm")
-def batch_norm(step: Step) -> Lying | None:
+@batching_rule("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm")
+def batch_norm(step: Step) -> AxisLayout | None:
     """By running statistics every entry is apart; by the batch's, every channel."""
     training = getattr(step.node, "_saved_training", True)
     return step.kept() if step.slot == 0 and (not training or step.at.axis == 1) else None
 
 
-@passage("CudnnRnn MiopenRnn MkldnnRnnLayer")
-def recurrent(step: Step) -> Lying | None:
+@batching_rule("CudnnRnn MiopenRnn MkldnnRnnLayer")
+def recurrent(step: Step) -> AxisLayout | None:
     """The sequence and the outputs at its steps have the batch on axis 0 or 1, states [layers, B, H] on axis 1."""
     if len(step.entering) != 3 or len(step.shape) != 3 or step.saved("batch_sizes"):
         return None  # weights, or a packed sequence
     # Before oneDNN's operation torch transposes what is batch first.
     sequence = 0 if step.saved("batch_first") and not step.node.name().startswith("Mkldnn") else 1
     here, there = (1 if state else sequence for state in (step.output, step.slot))
-    return Lying(there, step.at.inner) if step.at == Lying(here, 1) else None
+    return AxisLayout(there, step.at.inner) if step.at == AxisLayout(here, 1) else None

@@ -1,4 +1,4 @@
-"""What the table of passages claims, against Jacobians: every kind of operation, along every axis, in every input."""
+"""What the batching rules claim, against Jacobians: every kind of operation, along every axis, in every input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from persample.attribution.proof.passages import PASSAGES, Lying, Step
+from persample.attribution.proof.batching_rules import BATCHING_RULES, AxisLayout, Step
 from persample.graph.nodes import edge_shape, shape_of
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -121,6 +121,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[tuple[int, ...], ...]]] = {
     "affine_grid": (lambda x: F.affine_grid(x, [4, 1, 2, 2], align_corners=True), ((4, 2, 3),)),
     "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), ((4, 4, 2, 2),)),
     "pad": (lambda x: F.pad(x, (1, 1)), (CUBE,)),
+    "pad of the second axis": (lambda x: F.pad(x, (0, 0, 1, -1, 0, 0)), (CUBE,)),
     "group_norm": (lambda x: F.group_norm(x, 2), (CUBE,)),
     "layer_norm": (lambda x: F.layer_norm(x, (4,)), (CUBE,)),
     "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), (CUBE,)),
@@ -129,7 +130,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[tuple[int, ...], ...]]] = {
 }
 
 
-def sample_of(at: Lying, shape: tuple[int, ...], batch: int) -> Tensor:
+def sample_of(at: AxisLayout, shape: tuple[int, ...], batch: int) -> Tensor:
     """The sample of every entry, row by row."""
     along = torch.arange(shape[at.axis]) // at.inner % batch
     return along.view([-1 if axis == at.axis else 1 for axis in range(len(shape))]).expand(shape).flatten()
@@ -150,8 +151,8 @@ class Claim:
     """Samples that lie so in the output lie so in the input."""
 
     batch: int
-    at: Lying
-    there: Lying
+    at: AxisLayout
+    there: AxisLayout
     shape: tuple[int, ...]
     entering: tuple[int, ...]
     depends: Tensor
@@ -165,7 +166,7 @@ def claims(name: str) -> Iterator[Claim]:
     for output in (outputs if isinstance(outputs, tuple) else (outputs,))[:2]:
         node, number = output.grad_fn, output.output_nr
         assert node is not None
-        passage, shape = PASSAGES[node.name()], shape_of(node._input_metadata[number])
+        batching_rule, shape = BATCHING_RULES[node.name()], shape_of(node._input_metadata[number])
         for slot, (source, of_source) in enumerate(node.next_functions):
             if source is None:
                 continue
@@ -174,14 +175,14 @@ def claims(name: str) -> Iterator[Claim]:
                 for batch, inner in ((size, 1), (size // 2, 1), (size // 2, 2)):
                     if batch < 2 or size % (batch * inner):
                         continue
-                    at = Lying(axis, inner)
-                    there = passage(Step(node, slot, at, shape, entering, number))
+                    at = AxisLayout(axis, inner)
+                    there = batching_rule(Step(node, slot, at, shape, entering, number))
                     if there is not None:
                         yield Claim(batch, at, there, shape, entering, depends)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_a_passage_claims_is_so(name: str) -> None:
+def test_what_a_rule_claims_is_so(name: str) -> None:
     for claim in claims(name):
         assert claim.entering[claim.there.axis] % (claim.batch * claim.there.inner) == 0, claim
         after, before = (
@@ -195,5 +196,5 @@ NEVER_ALONG_AN_AXIS = {"product of all", "roll of all", "mean squares"}
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - NEVER_ALONG_AN_AXIS))
-def test_a_passage_claims_something(name: str) -> None:
+def test_a_rule_claims_something(name: str) -> None:
     assert list(claims(name))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from persample import Folded, reweight
-from persample.reweighting.batch_axis.trial import rehearsal
+from persample.reweighting.batch_axis.dry_run import dry_run
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -147,9 +147,9 @@ def test_layers_that_python_and_numpy_leave_out_at_random() -> None:
 
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002
-    with rehearsal(nn.Identity()):
+    with dry_run(nn.Identity()):
         first = draw()
-    with rehearsal(nn.Identity()):
+    with dry_run(nn.Identity()):
         assert draw() == first
     assert draw() == first
     assert draw() != first
