@@ -13,14 +13,26 @@ from torch import Tensor
 from persample.reweighting.layer import Layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """Rows start … stop − 1 of a parameter along its first axis, or of a matrix [in, out] along `axis` 1."""
+    """Rows start … stop − 1 of a parameter along its first axis, or of a matrix [in, out] along `axis` 1.
+
+    Parts are equal where they are the same rows of the same parameter, whatever its numbers are.
+    """
 
     param: Tensor
     start: int
     stop: int
     axis: int = 0
+
+    def _key(self) -> tuple[int, ...]:
+        return id(self.param), self.start, self.stop, self.axis
+
+    def __eq__(self, other: object) -> bool:  # of a dataclass, from Python 3.13 on, it would compare tensors
+        return isinstance(other, Part) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     @property
     def whole(self) -> bool:

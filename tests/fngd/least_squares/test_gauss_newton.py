@@ -14,7 +14,7 @@ from fngd import GaussNewton
 from fngd.least_squares.systems import SketchOptions
 
 # functorch's own forward-mode rules
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 def by_hessian(net: nn.Module, points: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def test_half_precision_gives_float32(dtype: torch.dtype, tolerance: float, cast
     assert psg.norms().dtype == psg.gram().dtype == psg.clipped_sum(1.0).popitem()[1].dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated, and still used
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.torch.jit:FutureWarning")  # and still used
 @pytest.mark.parametrize("wrap", [torch.jit.script, torch.fx.symbolic_trace])
 def test_scripted_and_traced_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)

@@ -240,13 +240,13 @@ def test_the_gradients_of_an_ordinary_model_are_as_before() -> None:
 
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # deprecated, by a category that differs from torch to torch
         return torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
 
 
 def traced() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # deprecated, by a category that differs from torch to torch
         return torch.jit.trace(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), torch.randn(B, 3))
 
 
