@@ -148,6 +148,14 @@ def spectrum(r, shape):
 def checkpointed(r, shape):
     reentrant = r.random() < 0.3
     body = nn.Sequential(nn.Linear(*shape, 3), nn.Tanh(), nn.Linear(3, 2))
+    if r.random() < 0.3:  # an operation without a rule of its own
+
+        def segment(m, x):
+            return torch.hypot(m.body(x) * (1 + m.q), m.p)
+
+        return Fn(lambda m, x: checkpoint(segment, m, x, use_reentrant=False), body=body, p=weights(2), q=weights(2)), (
+            2,
+        )
     return Fn(lambda m, x: checkpoint(m.body, x, use_reentrant=reentrant and x.requires_grad), body=body), (2,)
 
 
