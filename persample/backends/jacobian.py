@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from persample.attribution.separation import Separation
-from persample.backends.outputs import build_uses, check_batch, read_once
+from persample.backends.outputs import build_uses, check_batch
 from persample.blocks.kinds.outputs import combined, outputs
 from persample.capture.analysis import Reading, run
 from persample.capture.plans import plans_of
@@ -95,7 +95,7 @@ def _passes(reading: Reading, flat: Tensor, edges: list[Edge]) -> list[list[Tens
         return [[] for _ in range(flat.shape[1])]
     small = sum(prod(edge_shape(edge)) * edge_dtype(edge).itemsize for edge in edges) <= SMALL
     kinds = frozenset(node.name() for node in reading.graph.order)
-    if (small or not flat.is_cpu) and flat.shape[1] > 2 and _BATCHED.get(kinds, True) and not read_once(reading):
+    if (small or not flat.is_cpu) and flat.shape[1] > 2 and _BATCHED.get(kinds, True) and not reading.read_once:
         try:
             found = _batched(flat, edges)
         except RuntimeError:  # no batching rule, or one that refuses: one pass after the other is exact

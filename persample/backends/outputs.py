@@ -36,8 +36,6 @@ from persample.capture.sum_check import SumCheck, binary_weights, sum_error
 from persample.capture.types import Capture, Captured, Problem
 from persample.errors import CheckError, UnsupportedError
 from persample.graph.nodes import Node
-from persample.graph.recomputed import recomputed
-from persample.graph.saved import unpacked_by_hooks
 from persample.rules import build
 
 HALF = (torch.float16, torch.bfloat16)
@@ -93,11 +91,11 @@ def capture_or_hold(problem: Problem) -> Capture | HeldGraph:
     plans = plans_of(problem.model)
     with torch.inference_mode(False), torch.enable_grad():
         found = run(problem, plans)
-        return _held(problem, found, plans) if checkpointed(found) else _captured(problem, found, plans)
+        return _held(problem, found, plans) if found.again else _captured(problem, found, plans)
 
 
 def _held(problem: Problem, found: Reading, plans: Plans) -> HeldGraph:
-    if read_once(found) and not checkpointed(found):
+    if found.read_once and not found.again:
         raise UnsupportedError(READ_ONCE)
     held = HeldGraph(replace(found, known=None), problem.check)
     if found.known is not None and found.plan is not None and found.key is not None:
@@ -111,18 +109,8 @@ def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool
     """Hands over the uses of one parameter after another and keeps none; `turn`: the use to verify, None for none."""
     check = None if turn is None else check_site
     batch = len(reading.losses)
-    passed = Stream(reading.graph, reading.uses, reading.owners, batch, take, check, turn or 0)
+    passed = Stream(reading.graph, reading.uses, reading.owners, batch, take, check, turn or 0, reading.again)
     passed.run(reading.losses, retain_graph=retain_graph)
-
-
-def read_once(reading: Reading) -> bool:
-    """Whether saved tensors that a rule may ask for can be read only once."""
-    return unpacked_by_hooks(list(reading.owners))
-
-
-def checkpointed(reading: Reading) -> bool:
-    """Whether they can be read only once, but beside the pass as well: a checkpoint computes them again."""
-    return read_once(reading) and bool(recomputed(reading.graph.order))
 
 
 def capture_reading(reading: Reading, turn: int | None, take: Take | None = None) -> dict[str, tuple[Captured, ...]]:
@@ -138,7 +126,7 @@ def capture_reading(reading: Reading, turn: int | None, take: Take | None = None
     """
     uses, batch = reading.uses, len(reading.losses)
     known = reading.known if reading.known is not None and reading.known.keep else None
-    if known is None and read_once(reading) and not checkpointed(reading):
+    if known is None and reading.read_once and not reading.again:
         known = known_again(reading)
     if known is not None:
         with torch.no_grad():
@@ -245,7 +233,7 @@ def captured_by(
     notes = reading.notes
     if not check or reading.known is None:
         captured = capture_reading(reading, reading.turn if check else None)
-    elif precision_of(reading, parameters) in HALF and not reading.known.keep and not read_once(reading):
+    elif precision_of(reading, parameters) in HALF and not reading.known.keep and not reading.read_once:
         # the check may ask for z again: the graph stays until it is done, so nothing else is held meanwhile
         notes += check_batch(partial(stream, reading, None), reading, parameters, coupled, held=True)
         captured = capture_reading(reading, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from persample.capture.sum_check import check_graph, check_losses
 from persample.capture.types import Problem
 from persample.graph.nodes import Graph, Node, refuse_nested, trace
 from persample.graph.provenance import Provenance
+from persample.graph.recomputed import recomputed
+from persample.graph.saved import unpacked_by_hooks
 
 PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
@@ -40,6 +43,17 @@ class Reading:
     known: Separation | None
     """What attribution knows, with z where it was kept; None where a plan was followed."""
     key: Key | None
+
+    @cached_property
+    def read_once(self) -> bool:
+        """Whether saved tensors that a rule may ask for come from hooks (checkpointing, offloading), which give them
+        once."""
+        return unpacked_by_hooks(list(self.owners))
+
+    @cached_property
+    def again(self) -> list[Node]:
+        """Nodes of which a checkpoint computes what they have saved again: it can be read beside a pass, too."""
+        return recomputed(self.graph.order) if self.read_once else []
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from persample.capture.types import Captured
 from persample.graph.backward import ends, watched
 from persample.graph.calls import outside
 from persample.graph.nodes import Graph, Node
-from persample.graph.recomputed import Beside, recomputed_in
+from persample.graph.recomputed import Beside
 from persample.rules import Site, build
 
 Take = Callable[[str, tuple[Captured, ...]], None]
@@ -43,6 +43,7 @@ class Stream:
         take: Take,
         check: Callable[[Site, Block], None] | None = None,
         checked: int = 0,
+        again: Sequence[Node] = (),
     ) -> None:
         self._graph, self._uses, self._owners, self._batch, self._take = graph, uses, owners, batch, take
         places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
@@ -50,7 +51,8 @@ class Stream:
         for node, slot in places:
             self._slots.setdefault(node, []).append(slot)
         self._check = check
-        self._beside: Beside | None = None
+        self._again = again
+        self._beside = Beside() if again else None
         self._checked = places[checked % len(places)] if places else None
         self._waiting = {name: {(use.node, use.slot) for use in found} for name, found in uses.items()}
         self._names: dict[Place, list[str]] = {}
@@ -62,10 +64,8 @@ class Stream:
     def run(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Runs the pass."""
         last, ones = ends(self._graph, self._slots), torch.ones_like(losses)
-        again = recomputed_in(self._graph.order, self._slots)
-        self._beside = Beside() if again else None
-        met = dict.fromkeys((*self._slots, *again)) if retain_graph else self._slots
-        watched(self._graph, losses, ones, met, last, self._arrive, retain_graph=retain_graph, again=again)
+        met = dict.fromkeys((*self._slots, *self._again)) if retain_graph else self._slots
+        watched(self._graph, losses, ones, met, last, self._arrive, retain_graph=retain_graph, again=self._again)
         for name in list(self._waiting):  # those with a use that no loss depends on, after all
             self._hand_over(name)
 
