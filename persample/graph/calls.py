@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,24 +20,19 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1 or reading_beside()
 
 
-_helpers = threading.local()
-"""Of each thread that calls `outside`: the one that helps it, and the process in which it was started."""
-
-
 def outside(function: Callable[..., Result], *arguments: Any) -> Result:
     """Calls the function in a thread that is in no backward pass, without recording a graph.
 
-    The same thread each time: starting one, with the threads that its kernels use, can take longer than a small model.
+    A new thread each time: one that stayed would keep threads for its kernels, and where these are more than there are
+    processors, OpenMP puts all of them to sleep after every kernel, in plain training too.
     """
 
     def call() -> Result:
         with torch.no_grad():
             return function(*arguments)
 
-    if getattr(_helpers, "process", None) != os.getpid():  # a fork has no threads but its own
-        _helpers.process, _helpers.threads = os.getpid(), ThreadPoolExecutor(1, "persample")
-    helper: ThreadPoolExecutor = _helpers.threads
-    return helper.submit(call).result()
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(call).result()
 
 
 def without_call(
