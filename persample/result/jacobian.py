@@ -34,6 +34,7 @@ from persample.result.holding.unchanged import addresses
 from persample.result.per_sample_grads import PerSampleGrads
 
 
+@torch.compiler.disable
 def jacobian(
     model: nn.Module,
     inputs: Any,

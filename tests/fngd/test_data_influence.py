@@ -12,12 +12,7 @@ from torch.nn import functional as F
 
 import fngd
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

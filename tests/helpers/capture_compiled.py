@@ -5,6 +5,7 @@ Run by `test_compiled` in a process of its own: Dynamo cannot trace the shape ch
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import persample
+from persample.capture.eagerly import eagerly
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile warns about things of its own
 OPTIONS = (
@@ -55,6 +57,47 @@ def test_a_compiled_model(options: dict[str, Any], trained: bool) -> None:
     torch.testing.assert_close(found, loop(model, x, y), rtol=1e-9, atol=0)
 
 
+def test_threads_that_overlap_leave_compiling_as_it_was() -> None:
+    """How torch.compile stands is the process's: a thread that ends later must not put back what another had set."""
+    entered, left = threading.Event(), threading.Event()
+
+    @eagerly
+    def second() -> None:
+        entered.set()
+        assert left.wait(60)
+
+    @eagerly
+    def first() -> threading.Thread:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert entered.wait(60)
+        return thread
+
+    thread = first()
+    left.set()
+    thread.join()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x.sin() + 1, backend=counting)(torch.randn(3))
+    assert len(graphs) == 1
+
+
+def test_jacobian_of_a_compiled_model() -> None:
+    model, x, y = example()
+    compiled = torch.compile(model, backend="aot_eager")
+    losses_of(compiled(x), y).mean().backward()
+    before = dict(torch._dynamo.utils.counters["frames"])
+    for _ in range(4):  # the first batch is watched, later ones are not
+        found = persample.jacobian(compiled, x).rows()
+        for name, rows in persample.jacobian(model, x).rows().items():
+            torch.testing.assert_close(found[f"_orig_mod.{name}"], rows, rtol=1e-9, atol=0)
+    assert torch._dynamo.utils.counters["frames"] == before, "nothing is compiled for it"
+
+
 @pytest.mark.parametrize(
     "norms",
     [
@@ -63,6 +106,9 @@ def test_a_compiled_model(options: dict[str, Any], trained: bool) -> None:
         lambda model, x, y: torch.cat(
             [rows.flatten(1) for rows in persample.grad(losses_of(model(x), y), model.parameters())], 1
         ).norm(dim=1),
+        lambda model, x, y: persample.jacobian(
+            model, x, output_fn=lambda outputs: losses_of(outputs, y)[:, None], check=False
+        ).norms()[:, 0],
     ],
 )
 def test_inside_a_compiled_function(norms: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:

@@ -18,12 +18,7 @@ from fngd import FNGD, NGD
 
 LAYERS = ("0", "3")
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def net() -> nn.Sequential:

@@ -14,12 +14,7 @@ from fngd import KFAC, SKFAC, Eva, Shampoo
 
 STEPS, LR, MOMENTUM, DECAY = 20, 0.05, 0.9, 1e-3
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def net() -> nn.Sequential:

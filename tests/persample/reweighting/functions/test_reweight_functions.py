@@ -23,12 +23,7 @@ reweight = partial(layers_only, functions=True)
 B = 4
 FACTORS = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
 
-
-@pytest.fixture(autouse=True)
-def _double() -> object:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def rows_of(model: nn.Module, samples: Tensor, axis: int = 0) -> dict[str, Tensor]:
