@@ -156,6 +156,22 @@ def check_resume(make: Make, seed: int, steps: int = 12) -> None:
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def check_bad_batch(make: Make, bad: float, kept: str = "_running") -> None:
+    """A batch with a number that is not finite leaves everything kept of the layers as it was."""
+    model = Net()
+    optimizer = make(model)
+    train(model, optimizer, range(1, 3))
+    before = {layer: {k: v.clone() for k, v in state.items()} for layer, state in getattr(optimizer, kept).items()}
+    x, y = batch(5)
+    x[0, 0, 0, 0] = bad
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert before
+    for layer, state in getattr(optimizer, kept).items():
+        for name, value in state.items():
+            assert torch.equal(value, before[layer][name]), (layer, name)
+
+
 def check_accumulation(make: Make) -> None:
     """A batch in two backward passes of unequal size makes the step of the batch in one."""
     x, y = batch(0, 6)
