@@ -175,7 +175,7 @@ class Places:
     """The outputs of nodes that something consumes, by number, and passes to them."""
 
     def __init__(self, graph: Graph, losses: Tensor, nodes: list[Node], scale: float) -> None:
-        self._graph, self._losses, self._nodes, self._scale = graph, losses, nodes, scale
+        self._losses, self._nodes, self._scale = losses, nodes, scale
         self.edges = [(node, output) for node in nodes for output in graph.outputs(node)]
         self._numbers = {edge: number for number, edge in enumerate(self.edges)}
         self._last, self._again = ends(graph, nodes), recomputed_in(graph.order, nodes)
@@ -199,7 +199,7 @@ class Places:
 
         weights = self._scale * weights
         last, again = self._last, self._again
-        watched(self._graph, self._losses, weights, self._nodes, last, show, retain_graph=True, again=again)
+        watched(self._losses, weights, self._nodes, last, show, retain_graph=True, again=again)
 
     def by_node(self, found: Sequence[T | None]) -> dict[Node, tuple[T | None, ...]]:
         """What was found at each place, by node and output."""

@@ -109,7 +109,7 @@ def stream(reading: Reading, turn: int | None, take: Take, *, retain_graph: bool
     """Hands over the uses of one parameter after another and keeps none; `turn`: the use to verify, None for none."""
     check = None if turn is None else check_site
     batch = len(reading.losses)
-    passed = Stream(reading.graph, reading.uses, reading.owners, batch, take, check, turn or 0, reading.again)
+    passed = Stream(reading.ends, reading.uses, reading.owners, batch, take, check, turn or 0, reading.again)
     passed.run(reading.losses, retain_graph=retain_graph)
 
 

@@ -5,7 +5,7 @@ model ─▶ losses ─▶ graph ─▶ plan of an earlier batch (`plans`), or a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,14 +15,16 @@ from torch import Tensor
 from persample.attribution.owner import Owner
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use, find_uses
-from persample.capture.plans import Key, Plan, Plans, derived, make, signature
+from persample.capture.plans import Key, Plan, Plans, derived, identities, make
 from persample.capture.replay import MISSES, ModelState, losses_of, mode_of, replayable, watched_losses_of
 from persample.capture.sum_check import check_graph, check_losses
 from persample.capture.types import Problem
-from persample.graph.nodes import Graph, Node, refuse_nested, trace
+from persample.graph.backward import ends
+from persample.graph.nodes import Edge, Graph, Node, refuse_nested, trace
 from persample.graph.provenance import Provenance
 from persample.graph.recomputed import recomputed
 from persample.graph.saved import unpacked_by_hooks
+from persample.graph.signature import signature
 
 PROBED = (
     "every batch of this model is probed and checked in full: that samples lie alike in each of them is not proven by "
@@ -36,13 +38,22 @@ class Reading:
 
     losses: Tensor
     """[B], with their graph."""
-    graph: Graph
+    nodes: Sequence[Node]
+    """All of the graph, sources first."""
+    ends: list[Edge]
+    """Where a backward pass to the uses ends (`persample.graph.backward.ends`)."""
     uses: Mapping[str, list[Use]]
     owners: Mapping[Node, tuple[Owner | None, ...]]
     plan: Plan | None
     known: Separation | None
     """What attribution knows, with z where it was kept; None where a plan was followed."""
     key: Key | None
+    traced: Graph | None = None
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph itself; where a plan was followed, traced when it is asked for."""
+        return self.traced or trace(self.losses)
 
     @cached_property
     def read_once(self) -> bool:
@@ -53,7 +64,7 @@ class Reading:
     @cached_property
     def again(self) -> list[Node]:
         """Nodes of which a checkpoint computes what they have saved again: it can be read beside a pass, too."""
-        return recomputed(self.graph.order) if self.read_once else []
+        return recomputed(self.nodes) if self.read_once else []
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,19 +82,27 @@ class Found:
     """The graph of losses, and the plan that an earlier batch has left for it."""
 
     losses: Tensor
-    graph: Graph
+    nodes: Sequence[Node]
+    """All of the graph, sources first."""
     key: Key | None
     plan: Plan | None
+    traced: Graph | None = None
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph itself; where a plan was followed, traced when it is asked for."""
+        return self.traced or trace(self.losses)
 
     def followed(self) -> Reading | None:
         """The reading by the plan; None where there is none that tells owners."""
-        plan, graph = self.plan, self.graph
+        plan, nodes = self.plan, self.nodes
         if plan is None or not plan.current():
             return None
-        owners = plan.owners_in(graph, self.losses.shape[0])
+        owners = plan.owners_in(lambda: self.graph, nodes, self.losses.shape[0])
         if owners is None:
             return None
-        return Reading(self.losses, graph, plan.restore(graph), owners, plan, None, self.key)
+        uses, ends = plan.restore(nodes), plan.ends_in(nodes)
+        return Reading(self.losses, nodes, ends, uses, owners, plan, None, self.key, self.traced)
 
 
 def find(losses: Tensor, parameters: Mapping[str, Tensor], plans: Plans | None, coupled: str) -> Found:
@@ -91,18 +110,21 @@ def find(losses: Tensor, parameters: Mapping[str, Tensor], plans: Plans | None, 
     losses = check_losses(losses)
     if losses.is_leaf and losses.requires_grad:
         losses = losses.clone()  # they are a parameter themselves: an operation where that is met
+    latest = None if plans is None else plans.latest(losses, coupled, parameters)
+    if latest is not None:
+        key, plan, nodes = latest
+        return Found(losses, nodes, key, plan)
     graph = trace(losses)
     check_graph(losses, parameters, graph)
     if plans is None:
         refuse_nested(graph)
-        return Found(losses, graph, None, None)
-    names = tuple((name, id(p)) for name, p in parameters.items())
-    key = Key(signature(graph, parameters.values()), coupled, names)
-    plan = plans.find(key)
-    if plan is None:
+        return Found(losses, list(graph.order), None, None, graph)
+    key = Key(signature(graph, parameters.values()), coupled, identities(parameters))
+    found = plans.find(key)
+    if found is None:
         similar = plans.similar(key)
-        plan = None if similar is None else derived(similar, graph, losses.shape[0])
-    return Found(losses, graph, key, plan)
+        found = None if similar is None else derived(similar, graph, losses.shape[0])
+    return Found(losses, list(graph.order), key, found, graph)
 
 
 def read(
@@ -128,7 +150,7 @@ def read(
     uses, known = find_uses(graph, losses, parameters, coupled, provenance, keep=keep and every)
     plan = make(graph, uses, known, losses.shape[0]) if plans is not None else None
     owners = {use.node: known.owners[use.node] for places in uses.values() for use in places}
-    return Reading(losses, graph, uses, owners, plan, known, found.key)
+    return Reading(losses, found.nodes, ends(graph, owners), uses, owners, plan, known, found.key, graph)
 
 
 def run(problem: Problem, plans: Plans, *, keep: bool = True) -> Reading:

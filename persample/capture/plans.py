@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from weakref import WeakKeyDictionary
@@ -25,8 +25,10 @@ from persample.attribution.proof.proven import Proof, owner_at, proven
 from persample.attribution.separation import Separation
 from persample.attribution.uses import Use
 from persample.capture.replay import ReplayPolicy
-from persample.graph.nodes import Graph, Node, edge_shape, shape_of
+from persample.graph.backward import ends
+from persample.graph.nodes import Edge, Graph, Node, edge_shape
 from persample.graph.routes import Route
+from persample.graph.signature import Signature, walked
 from persample.rules import RULES, Rule
 
 PLANS_PER_MODEL = 16
@@ -34,21 +36,7 @@ CHECK_EVERY = 8
 """Of batches with a proven plan, one in this many verifies one use against autograd; every new shape does."""
 REGULAR = ("identity", "grouped", "tiled")
 """How samples may lie along an axis, as `Owner.layout` calls it, for a plan to follow the graph alone."""
-_STATIC = (
-    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_pad",
-    "_saved_normalized_shape", "_saved_training", "_saved_reduction", "_saved_groups", "_saved_transposed",
-)  # fmt: skip
-_CUTS = {
-    "SliceBackward0": ("start", "step"), "SelectBackward0": ("index",), "SplitBackward0": ("split_size",),
-    "SplitWithSizesBackward0": ("split_sizes",), "UnsafeSplitBackward0": ("split_size",),
-    "UnsafeSplitWithSizesBackward0": ("split_sizes",),
-}  # fmt: skip
-"""Where operations cut, by kind: as the shapes it may be other in a batch of the same structure."""
-_WATCHED_AS = {"ReshapeAliasBackward0": "ViewBackward0"}
-"""What an operation is called where nobody follows it, and where `Provenance` does."""
-_static_of_kind: dict[str, tuple[str, ...]] = {}
-
-
+Owners = dict[Node, tuple[Owner | None, ...]]
 UsePositions = tuple[int, int, tuple[int, int], tuple[int, ...]]
 """Node, slot, (source, output) that feeds it, and the route: the parameter's leaf, then its nodes."""
 
@@ -63,6 +51,8 @@ class Plan:
     """Owners by node, where proven for every batch; None: to be asked of each batch."""
     routed: bool
     """Whether the indices of a batch tell the owners, where data place rows."""
+    ends: tuple[tuple[int, int], ...]
+    """Where a backward pass to the uses ends (`persample.graph.backward.ends`): node and output."""
     rules: Mapping[str, Rule | None]
     """The rules the first, fully checked batch was built by."""
     calls: int = 0
@@ -83,22 +73,24 @@ class Plan:
         """Whether the rules are still those that were checked."""
         return all(RULES.get(kind) is rule for kind, rule in self.rules.items())
 
-    def owners_in(self, graph: Graph, batch: int) -> dict[Node, tuple[Owner | None, ...]] | None:
+    def owners_in(self, graph: Callable[[], Graph], nodes: Sequence[Node], batch: int) -> Owners | None:
         """Owners in a graph of the same signature, by node; None where they are to be asked for."""
-        nodes = list(graph.order)
         if self.owners is not None:
             return {nodes[position]: each for position, each in self.owners.items()}
         if not self.routed:
             return None
         cuts = dict.fromkeys(nodes[position] for uses in self.uses.values() for position, *_ in uses)
-        proof = Proof(graph, batch, cuts)
+        proof = Proof(graph(), batch, cuts)
         if not all(proof.covers(node) for node in cuts):
             return None
         return {node: proof.owners(node) for node in cuts}
 
-    def restore(self, graph: Graph) -> dict[str, list[Use]]:
+    def ends_in(self, nodes: Sequence[Node]) -> list[Edge]:
+        """Where a backward pass to the uses ends."""
+        return [(nodes[position], output) for position, output in self.ends]
+
+    def restore(self, nodes: Sequence[Node]) -> dict[str, list[Use]]:
         """The uses in a graph of the same signature."""
-        nodes = list(graph.order)
 
         def route(source: tuple[int, int], through: tuple[int, ...]) -> Route:
             return Route(nodes[through[0]], (nodes[source[0]], source[1]), tuple(nodes[i] for i in through[1:]))
@@ -129,6 +121,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
         uses={name: tuple(_positions(order, use) for use in found) for name, found in uses.items()},
         owners={order[node]: known.owners[node] for node in cuts} if regular else None,
         routed=not regular and batch > 1 and _told(Proof(graph, batch, cuts), known, cuts),
+        ends=tuple((order[node], output) for node, output in ends(graph, cuts)),
         rules={node.name(): RULES.get(node.name()) for node in cuts},
         alone=batch == 1,
     )
@@ -205,44 +198,6 @@ def _agrees(owner: Owner, place: AxisLayout | None, batch: int) -> bool:
     return place is not None and owner.axis == place.axis and owner.layout in REGULAR
 
 
-Signature = tuple[tuple[Hashable, ...], ...]
-"""By node: kind, edges, shapes and static attributes. Of a leaf its shape, and which parameter it is, if it is one."""
-
-
-def signature(graph: Graph, parameters: Iterable[Tensor]) -> Signature:
-    """Everything about the graph that a plan relies on.
-
-    What the other leaves are (inputs that require a gradient) makes no difference: rows are gradients of the losses for
-    parameters alone, and where samples lie is proven from the losses back to these.
-    """
-    places = {id(parameter): place for place, parameter in enumerate(parameters)}
-    parts: list[tuple[Hashable, ...]] = []
-    for node in graph.order:
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            parts.append(("leaf", places.get(id(variable)), tuple(variable.shape)))
-            continue
-        kind = _WATCHED_AS.get(node.name(), node.name())
-        if kind not in _static_of_kind:
-            _static_of_kind[kind] = tuple(name for name in _STATIC if hasattr(node, name))
-        parts.append(
-            (
-                kind,
-                tuple((graph.order.get(source), output) for source, output in node.next_functions),
-                (
-                    tuple(shape_of(meta) for meta in node._input_metadata),
-                    tuple(_hashable(getattr(node, f"_saved_{name}")) for name in _CUTS.get(kind, ())),
-                ),
-                tuple(_hashable(getattr(node, name)) for name in _static_of_kind[kind]),
-            )
-        )
-    return tuple(parts)
-
-
-def _hashable(value: object) -> Hashable:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
 @dataclass(frozen=True)
 class Key:
     """What a plan is for."""
@@ -250,7 +205,7 @@ class Key:
     graph: Signature
     coupled: str
     parameters: tuple[tuple[str, int], ...]
-    """Names and identities."""
+    """Their `identities`."""
 
     @property
     def structure(self) -> Hashable:
@@ -258,10 +213,16 @@ class Key:
         return tuple(part[:2] + part[3:] for part in self.graph), self.coupled, self.parameters
 
 
+def identities(parameters: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
+    """Names and identities of parameters."""
+    return tuple([(name, id(parameter)) for name, parameter in parameters.items()])
+
+
 class Plans:
     """Plans of one model, the latest `PLANS_PER_MODEL` keys; safe to use from several threads."""
 
     def __init__(self) -> None:
+        self._latest: tuple[Key, Plan] | None = None
         self._plans: OrderedDict[Key, Plan] = OrderedDict()
         self._of_structure: OrderedDict[Hashable, Plan] = OrderedDict()
         self._lock = threading.Lock()
@@ -273,8 +234,24 @@ class Plans:
             plan = self._plans.get(key)
             if plan is not None:
                 self._plans.move_to_end(key)
+                self._latest = key, plan
                 plan.calls += 1
             return plan
+
+    def latest(self, losses: Tensor, coupled: str, parameters: Mapping[str, Tensor]) -> tuple[Key, Plan, list] | None:
+        """The plan found last, if it is for the graph of the losses, too, and tells owners; with the nodes in order."""
+        latest = self._latest
+        if latest is None or latest[1].owners is None:
+            return None
+        key, plan = latest
+        if key.coupled != coupled or key.parameters != identities(parameters):
+            return None
+        nodes = walked(losses, key.graph, parameters)
+        if nodes is None:
+            return None
+        with self._lock:
+            plan.calls += 1
+        return key, plan, nodes
 
     def similar(self, key: Key) -> Plan | None:
         """The latest plan for a graph of the same structure, see `derived`; none that was made from a single sample."""

@@ -19,9 +19,9 @@ from persample.attribution.uses import Use
 from persample.blocks.types import Block
 from persample.capture.assemble import capture_use, merged
 from persample.capture.types import Captured
-from persample.graph.backward import ends, watched
+from persample.graph.backward import watched
 from persample.graph.calls import outside
-from persample.graph.nodes import Graph, Node
+from persample.graph.nodes import Edge, Node
 from persample.graph.recomputed import Beside
 from persample.rules import Site, build
 
@@ -32,11 +32,11 @@ Place = tuple[Node, int]
 
 
 class Stream:
-    """The pass itself; `run` does it once."""
+    """The pass itself; `run` does it once. It ends at `last`, the `persample.graph.backward.ends` of the uses."""
 
     def __init__(
         self,
-        graph: Graph,
+        last: Sequence[Edge],
         uses: Mapping[str, Sequence[Use]],
         owners: Mapping[Node, tuple[Owner | None, ...]],
         batch: int,
@@ -45,7 +45,7 @@ class Stream:
         checked: int = 0,
         again: Sequence[Node] = (),
     ) -> None:
-        self._graph, self._uses, self._owners, self._batch, self._take = graph, uses, owners, batch, take
+        self._last, self._uses, self._owners, self._batch, self._take = last, uses, owners, batch, take
         places = list(dict.fromkeys((use.node, use.slot) for found in uses.values() for use in found))
         self._slots: dict[Node, list[int]] = {}
         for node, slot in places:
@@ -64,9 +64,9 @@ class Stream:
     @torch.no_grad()
     def run(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Runs the pass."""
-        last, ones = ends(self._graph, self._slots), torch.ones_like(losses)
+        ones = torch.ones_like(losses)
         met = dict.fromkeys((*self._slots, *self._again)) if retain_graph else self._slots
-        watched(self._graph, losses, ones, met, last, self._arrive, retain_graph=retain_graph, again=self._again)
+        watched(losses, ones, met, self._last, self._arrive, retain_graph=retain_graph, again=self._again)
         for name in list(self._waiting):  # those with a use that no loss depends on, after all
             self._hand_over(name)
 

@@ -49,7 +49,9 @@ class Problem:
     @cached_property
     def within_reach(self) -> list[Tensor]:
         """The tensors that the caller can write to at any time: data, parameters, buffers, attributes of modules."""
-        held = [each for m in self.modules for shelf in (m._parameters, m._buffers) for each in shelf.values()]
+        held: list[Any] = [
+            each for m in self.modules for shelf in (m._parameters, m._buffers) for each in shelf.values()
+        ]
         held += [*self.attributes, *self.behind_loss()]
         return [*tensors_of((self.inputs, self.targets)), *(each for each in held if isinstance(each, Tensor))]
 

@@ -13,28 +13,27 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from persample.graph.nodes import Graph, Node
+from persample.graph.nodes import Edge, Graph, Node
 from persample.graph.recomputed import forgetting
 
 Show = Callable[[Node, tuple[Tensor | None, ...]], None]
 """Gets a node and the gradients of its outputs, None where there is none."""
 
 
-def ends(graph: Graph, nodes: Collection[Node]) -> list[Node]:
-    """Those of the nodes that depend on none of the others."""
+def ends(graph: Graph, nodes: Collection[Node]) -> list[Edge]:
+    """The outputs of those of the nodes that depend on none of the others: where a pass for all of them ends."""
     chosen, below = dict.fromkeys(nodes), set[Node]()
     for node in graph.order:  # sources come first
         if any(source in below or source in chosen for source, _ in node.next_functions):
             below.add(node)
-    return [node for node in chosen if node not in below]
+    return [(node, output) for node in chosen if node not in below for output in graph.outputs(node)]
 
 
 def watched(
-    graph: Graph,
     losses: Tensor,
     weights: Tensor,
     nodes: Collection[Node],
-    last: Sequence[Node],
+    last: Sequence[Edge],
     show: Show,
     *,
     retain_graph: bool,
@@ -43,7 +42,6 @@ def watched(
     """Back-propagates Σ_b w_b ℓ_b.
 
     Args:
-        graph: of the losses.
         losses: ℓ [B].
         weights: w [B].
         nodes: where gradients are shown.
@@ -52,12 +50,12 @@ def watched(
         retain_graph: whether the graph is still there afterwards.
         again: nodes of which a checkpoint computes saved tensors again (`persample.graph.recomputed`).
     """
-    edges = [(node, output) for node in last for output in graph.outputs(node)]
-    if not edges:
+    if not last:
         return
+    of_last: dict[Node, list[Tensor | None]] = {node: [None] * outputs_of(node) for node, _ in last}
     with forgetting(again if retain_graph else ()):
-        handles = [node.register_prehook(partial(show, node)) for node in nodes if node not in last]
-        wanted = [GradientEdge(*edge) for edge in edges]
+        handles = [node.register_prehook(partial(show, node)) for node in nodes if node not in of_last]
+        wanted = [GradientEdge(*edge) for edge in last]
         try:
             zs: Sequence[Tensor | None] = torch.autograd.grad(
                 losses, wanted, weights, retain_graph=retain_graph, allow_unused=True
@@ -65,10 +63,12 @@ def watched(
         finally:
             for handle in handles:
                 handle.remove()
-        of_edge = dict(zip(edges, zs, strict=True))
-        del zs
-        for node in last:
-            show(node, tuple(of_edge.pop((node, output), None) for output in range(outputs_of(node))))
+        for (node, output), z in zip(last, zs, strict=True):
+            of_last[node][output] = z
+        del zs, z
+        while of_last:
+            node = next(iter(of_last))
+            show(node, tuple(of_last.pop(node)))
 
 
 def outputs_of(node: Node) -> int:

@@ -34,7 +34,7 @@ class GraphPerSampleGrads(PerSampleGrads):
         super().__init__(Capture(reading.losses.detach(), {}, reading.notes), parameters, backend)
         self._graph = graph
         data = caller - addresses(parameters.values())
-        saved = [each for each in saved_by(reading.graph.order) if lies_in(each, data)]
+        saved = [each for each in saved_by(reading.nodes) if lies_in(each, data)]
         self._read_again = Unchanged(parameters.values()), Unchanged(saved)
 
     def __getstate__(self) -> Any:

@@ -139,7 +139,7 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 def _address(tensor: Tensor) -> int:
     try:
         place = tensor.data_ptr()
-        return place - tensor.storage_offset() * tensor.itemsize if place else 0
+        return place - int(tensor.storage_offset()) * tensor.itemsize if place else 0
     except (NotImplementedError, RuntimeError, ValueError):
         return 0  # no storage: functorch wrappers, fake tensors, sparse ones
 
