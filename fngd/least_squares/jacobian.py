@@ -71,7 +71,7 @@ class Jacobian:
         with torch.enable_grad():
             part = _connected(self.residuals.groups[name][start:stop] * tilt, self.params)
         grads = persample.grad(part, self.params, check=self.check)
-        scale = (self.residuals.factors[name] / tilt).unsqueeze(1)
+        scale = (self.residuals.factor(name, start, stop) / tilt).unsqueeze(1)
         if out is None:
             out = self.scaled.new_empty(stop - start, self.size, requires_grad=False)
         place = 0
@@ -190,7 +190,8 @@ class Jacobian:
 
     def _factored_product(self, first: Any, piece: Any, second: Any, other: Any) -> Tensor:
         left, right = (
-            self.residuals.factors[name] / generic(stop - start, self.scaled) for name, start, stop in (piece, other)
+            self.residuals.factor(name, start, stop) / generic(stop - start, self.scaled)
+            for name, start, stop in (piece, other)
         )
         return first.gram(other=None if second is first else second) * torch.outer(left, right)
 

@@ -33,6 +33,10 @@ class SketchOptions:
         tolerance: ‖(K + λI)a − s‖/‖s‖ to stop at, > 0.
         iterations: most conjugate-gradient steps, each of one backward pass and one differentiated one.
         seed: of the random vectors.
+
+    >>> from fngd import GaussNewton
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> opt = GaussNewton([weight], solve="sketch", sketch=SketchOptions(rank=64, tolerance=1e-3))
     """
 
     rank: int = 256
