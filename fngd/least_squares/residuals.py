@@ -149,7 +149,8 @@ def _check_group(name: str, group: Any) -> None:
     if group.dim() > 1:
         raise ValueError(
             f"residual group {name!r} has shape {list(group.shape)}; it must be [B]. Drop an axis of size 1 with "
-            "squeeze(-1); several residuals for each point become one vector with flatten()"
+            "squeeze(-1); of several residuals for each point make a group each, {'u': r[:, 0], 'v': r[:, 1]} (in one "
+            "long vector, by flatten(), they cost as many passes as there are points)"
         )
     if not len(group):
         raise ValueError(f"residual group {name!r} is empty; leave a group without points out")
