@@ -33,7 +33,7 @@ SMALL: Settings = {
         "allen-cahn": {
             "hidden": WIDE, "points": 2500, "adaptive": 0.5, "initial": 257, "weights": {"initial": 100.0},
         },
-        "kdv": {"hidden": WIDE, "points": 2500, "adaptive": 0.3},
+        "kdv": {"hidden": [30, 30, 28], "points": 2500, "adaptive": 0.3, "modes": 3},
         "helmholtz": {"hidden": WIDE, "points": 2500},
         "advection": {"hidden": WIDE, "points": 2500},
         "kovasznay": {"hidden": WIDE, "points": 900, "edge": 60, "weights": {"boundary 0": 10.0, "boundary 1": 10.0}},
@@ -50,6 +50,11 @@ FULL: Settings = {
     **SMALL,
     "budget": dict.fromkeys(PROBLEMS, 600.0),
     "draws": 40,
+    "problems": {
+        **SMALL["problems"],
+        "burgers": {"hidden": WIDE, "points": 3000, "adaptive": 0.5},
+        "kdv": {"hidden": [30, 30, 28], "points": 3000, "adaptive": 0.3, "modes": 3},
+    },
 }
 SMOKE: Settings = {
     **SMALL,

@@ -185,7 +185,10 @@ def burgers(seed: int, settings: Settings) -> Posed:
 
 
 def allen_cahn(seed: int, settings: Settings) -> Posed:
-    """u_t = 10⁻⁴ u_xx + 5(u − u³), periodic on [−1, 1] and even in x, both held; u(0, x) = x² cos πx as residuals."""
+    """u_t = 10⁻⁴ u_xx + 5(u − u³), periodic on [−1, 1] and even in x, both held; u(0, x) = x² cos πx as residuals.
+
+    The initial value has a kink where the period ends, which no smooth network has: u = network + `kink`.
+    """
     torch.manual_seed(seed)
     box = ((0.0, 0.0), (1.0, 1.0))
     modes = settings.get("modes", 1)
@@ -193,7 +196,7 @@ def allen_cahn(seed: int, settings: Settings) -> Posed:
     def features(p: Tensor) -> Tensor:
         return torch.stack([2 * p[:, 0] - 1, *(torch.cos(math.pi * k * p[:, 1]) for k in range(1, modes + 1))], 1)
 
-    solution = Field(network(1 + modes, settings["hidden"]), orders=(1, 2), features=features)
+    solution = Field(network(1 + modes, settings["hidden"]), orders=(1, 2), features=features, offset=kink)
 
     def equation(jet: Tensor, points: Tensor) -> Tensor:
         u, u_t, _, u_xx = jet[..., 0].unbind(1)
@@ -209,6 +212,18 @@ def allen_cahn(seed: int, settings: Settings) -> Posed:
         others=lambda: {"initial": solution(start, (0, 0))[:, 0, 0] - wanted},
         picture=drawn(solution, at_table(table), ((0.0, -1.0), (1.0, 1.0)), ["t", "x"]),
     )  # fmt: skip
+
+
+def kink(points: Tensor) -> Tensor:
+    """2|s| at t = 0, s = 1 − |x| at the end of the period, and what u_t = 10⁻⁴ u_xx − 10u makes of it later, [B, 1].
+
+    That is Allen and Cahn's equation near u = −1, to first order. s is replaced by 2/π·cos πx/2, which is s there and
+    smooth elsewhere.
+    """
+    t, s = points[:, :1], 2 / math.pi * torch.cos(math.pi / 2 * points[:, 1:])
+    width = torch.sqrt(4e-4 * t + 1e-30)
+    spread = s * torch.erf(s / width) + width / math.sqrt(math.pi) * torch.exp(-((s / width) ** 2))
+    return 2 * torch.exp(-10 * t) * spread
 
 
 def kdv(seed: int, settings: Settings) -> Posed:
