@@ -13,14 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fngd.least_squares.jacobian import FORMS, Jacobian
+from fngd.least_squares.jacobian import FORMS, HELD_BYTES, Jacobian
 from fngd.least_squares.residuals import Residuals
 from fngd.least_squares.systems import SOLVES, SketchOptions, Solved, choose, form
 
 CHECK_EVERY = 16
 """Of the steps, one in this many verifies that the rows of J add up."""
-HELD_BYTES = 2**29
-"""gram="auto" forms J as a whole up to this size."""
 
 
 @dataclass(frozen=True)
