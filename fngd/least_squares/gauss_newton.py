@@ -71,17 +71,15 @@ class GaussNewton(Checked, Optimizer):
         params: a model, parameters, or parameter groups.
         lr: the largest step, > 0; the direction is multiplied by it and then by the search's t ≤ 1. One is the
             Gauss–Newton step. A parameter group's own lr holds for its part.
-        damping: "adaptive" for Levenberg–Marquardt, or `fngd.least_squares.damping.Adaptive(...)` with its options; λ ≥
-            0 on J Jᵀ of
-            the *scaled* residuals; or a function step -> λ. "adaptive" needs no tuning and does not depend on units. A
-            fixed λ that suits can be ahead for some steps, one that does not is stuck on some seeds. For noisy data,
-            where the least loss is not what is wanted, 1e-3 and more.
+        damping: "adaptive" for Levenberg–Marquardt, or `fngd.least_squares.damping.Adaptive(...)` with its options; a
+            number λ ≥ 0 on J Jᵀ of the *scaled* residuals; or a function step -> λ. "adaptive" needs no tuning and does
+            not depend on units. A fixed λ that suits can be ahead for some steps, one that does not is stuck on some
+            seeds. For noisy data, where the least loss is not what is wanted, 1e-3 and more.
         momentum: μ in [0, 1).
         line_search: choose t among 1, ½, ¼, … by the loss (two or three closure calls a step, started where the
             last step ended); False takes t = 1.
         acceleration: bend the line that is searched by geodesic acceleration (`fngd.least_squares.acceleration`); one
-            more closure
-            call and solve a step. Without a line search there is none.
+            more closure call and solve a step. Without a line search there is none.
         weights: w_g ≥ 0 by name of the group; 1 for those not named.
         reweigh: weights of single residuals that follow them from step to step: `ResidualAttention`, `GroupBalance`,
             `CausalWeights` of `fngd.least_squares`, a function of one's own (`fngd.least_squares.reweighing`), or
@@ -93,7 +91,9 @@ class GaussNewton(Checked, Optimizer):
         solve: "samples" (B × B), "parameters" (P × P), "sketch" (neither), or "auto": the smaller matrix, and
             the sketch where both B and P exceed `max_samples`.
         max_samples: largest matrix that is formed.
-        sketch: rank, tolerance and iterations of the randomised solve; its error is `opt.info.error`.
+        sketch: `SketchOptions`, rank, tolerance and iterations of the solve that forms neither matrix: gradients of
+            random sums of points precondition conjugate gradients. Its error is `opt.info.error`; beside the closure's
+            graph it takes at most 512 MiB.
         check: verify rows against the gradient of their sum, and that the closure repeats, in one of 16 steps.
 
     Raises:

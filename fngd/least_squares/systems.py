@@ -97,9 +97,12 @@ class SketchedSystem:
         self._precondition = Preconditioner(jacobian.compressed(options.rank, generator))
         self.trace = _finite(self._precondition.trace)
         """An estimate without bias."""
+        dtype = jacobian.scaled.dtype  # of the products; smaller eigenvalues than these are rounding
+        self._floor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps * self.trace
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """To the tolerance, or as far as the iterations go: `error` says."""
+        damping = max(damping, self._floor)
         found = pcg(
             lambda v: self._jacobian.transposed(self._jacobian.apply(v)).double(),
             self._jacobian.transposed(rhs).double(), damping, lambda v: self._precondition(v, damping),
