@@ -60,10 +60,12 @@ class Owner:
 
         Samples with fewer positions are filled up with zeros.
         """
-        tensor = tensor.movedim(axis if axis is not None else self.axis or 0, 0)
-        rest = tensor.shape[1:]
+        axis = axis if axis is not None else self.axis
+        if axis:
+            tensor = tensor.movedim(axis, 0)
         if self.layout == "identity":
             return tensor.unsqueeze(1)
+        rest = tensor.shape[1:]
         if self.layout == "grouped":
             return tensor.reshape(self.batch, -1, *rest)
         if self.layout == "tiled":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from math import isfinite
 
 import torch
 from jaxtyping import Float, Int
@@ -53,9 +54,10 @@ def norms(parts: Sequence[Uses]) -> Float[Tensor, " batch"]:
 
 def overflowed(found: Float[Tensor, " batch"]) -> Samples | None:
     """The samples whose norm is no number, perhaps because its square is none; None for none. Looks on a CPU only."""
-    if not found.is_cpu or bool(found.isfinite().all()):
+    if not found.is_cpu or isfinite(found.sum()):
         return None
-    return (~found.isfinite()).nonzero()[:, 0]
+    beyond = (~found.isfinite()).nonzero()[:, 0]
+    return beyond if len(beyond) else None
 
 
 def lengths_of(uses: Uses, samples: Samples) -> Float[Tensor, " some"]:

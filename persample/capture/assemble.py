@@ -67,6 +67,8 @@ def saved_on_the_way(block: Block) -> list[Tensor]:
 
 def merged(uses: list[Captured]) -> tuple[Captured, ...]:
     """Uses with the same kind of block made one: a recurrent weight, a module called twice."""
+    if len(uses) == 1:
+        return (uses[0],)
     joined: list[Captured] = []
     outer = [use.block for use in uses if isinstance(use.block, Outer)]
     dense = [use.block for use in uses if isinstance(use.block, Dense)]

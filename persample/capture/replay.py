@@ -11,7 +11,7 @@ ran in: the first batch in training mode is watched, whatever others were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -22,11 +22,9 @@ from torch.nn.parameter import is_lazy
 
 from persample.capture.types import Problem
 from persample.errors import UnsupportedError
-from persample.graph.provenance import Provenance, tensors_of
+from persample.graph.provenance import Provenance
 
 MISSES = 2
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""Attributes that hold no state of the user's, but for parameters and buffers."""
 
 
 @dataclass
@@ -45,36 +43,7 @@ class ReplayPolicy:
 
 def mode_of(problem: Problem) -> Hashable:
     """Which modules are in training mode, and how the samples are read."""
-    return problem.coupled, tuple(module.training for module in modules_of(problem))
-
-
-def modules_of(problem: Problem) -> list[nn.Module]:
-    """Those of the model and of the loss, as far as one can see."""
-    found = dict.fromkeys(problem.model.modules())
-    for held in _behind(problem.loss_fn):
-        if isinstance(held, nn.Module):
-            found.update(dict.fromkeys(held.modules()))
-    return list(found)
-
-
-def _behind(function: Callable[..., Any]) -> Iterator[object]:
-    """A loss function and what it is a method of, or has around itself."""
-    yield function
-    yield getattr(function, "__self__", None)
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # empty
-            continue
-
-
-def within_reach(problem: Problem) -> list[Tensor]:
-    """The tensors that the caller can write to at any time: data, parameters, buffers, attributes of modules."""
-    tensors = tensors_of((problem.inputs, problem.targets))
-    for module in modules_of(problem):
-        for shelf in (vars(module), module._parameters, module._buffers):
-            tensors += [each for each in shelf.values() if isinstance(each, Tensor) and not is_lazy(each)]
-    return [*tensors, *(each for each in _behind(problem.loss_fn) if isinstance(each, Tensor))]
+    return problem.coupled, tuple(module.training for module in problem.modules)
 
 
 class ModelState:
@@ -87,33 +56,23 @@ class ModelState:
     """
 
     def __init__(self, problem: Problem, *, values: bool = False) -> None:
-        modules = modules_of(problem)
-        self._shelves: list[tuple[Any, Any]] = []
-        tensors = tensors_of((problem.inputs, problem.targets))
-        for module in modules:
-            attributes = vars(module)
-            self._note(attributes, tensors)
-            for name in ("_parameters", "_buffers"):
-                if type(attributes.get(name)) is dict and attributes[name]:
-                    self._note(attributes[name], tensors)
-        for each in _behind(problem.loss_fn):
+        shelves = [vars(module) for module in problem.modules]
+        shelves += [
+            shelf[name] for shelf in shelves for name in ("_parameters", "_buffers") if type(shelf.get(name)) is dict
+        ]
+        inside = list(problem.attributes)
+        for each in problem.behind_loss():
             if hasattr(each, "__dict__") and not isinstance(each, (nn.Module, type, FunctionType)):
-                self._note(vars(each), tensors)
+                shelves.append(vars(each))
+                inside += vars(each).values()
+        containers = [each for each in inside if type(each) in (list, dict)]
+        self._shelves: list[tuple[Any, Any]] = [(shelf, shelf.copy()) for shelf in (*shelves, *containers)]
+        inside += [each for held in containers for each in (held.values() if isinstance(held, dict) else held)]
+        tensors = [*problem.within_reach, *(each for each in inside if isinstance(each, Tensor))]
         each_once = {id(each): each for each in tensors}.values()
         self._versions = [(each, each._version) for each in each_once if not (is_lazy(each) or each.is_inference())]
-        buffers = (each for module in modules for each in module._buffers.values()) if values else ()
+        buffers = (each for module in problem.modules for each in module._buffers.values()) if values else ()
         self._values = [(each, each.clone()) for each in buffers if each is not None and not is_lazy(each)]
-
-    def _note(self, shelf: Any, tensors: list[Tensor], *, inside: bool = True) -> None:
-        """Copies attributes, and lists and dicts among them, and adds the tensors there."""
-        self._shelves.append((shelf, shelf.copy()))
-        for key, each in shelf.items() if isinstance(shelf, dict) else enumerate(shelf):
-            if key in _OF_EVERY_MODULE:
-                continue
-            if isinstance(each, Tensor):
-                tensors.append(each)
-            elif inside and type(each) in (list, dict):
-                self._note(each, tensors, inside=False)
 
     def written(self) -> bool:
         """Whether a tensor has been changed in place since."""

@@ -50,7 +50,7 @@ def _by_parameter(parameters: Mapping[str, Tensor]) -> Iterator[str]:
 def _by_module(model: nn.Module) -> Iterator[str]:
     known = {kind: _known("torch.distributed.fsdp", kind) for kind in ("FullyShardedDataParallel", "FSDPModule")}
     wrappers = tuple(each for each in known.values() if each is not None)
-    if not any(isinstance(module, wrappers) for module in model.modules()):
+    if not wrappers or not any(isinstance(module, wrappers) for module in model.modules()):
         return
     for kind, wrapper in known.items():
         for path, module in model.named_modules():

@@ -61,6 +61,7 @@ class Stream:
                 self._names.setdefault(place, []).append(name)
         self._found: dict[str, dict[Place, tuple[Block, str]]] = {name: {} for name in uses}
 
+    @torch.no_grad()
     def run(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Runs the pass."""
         last, ones = ends(self._graph, self._slots), torch.ones_like(losses)
@@ -69,7 +70,6 @@ class Stream:
         for name in list(self._waiting):  # those with a use that no loss depends on, after all
             self._hand_over(name)
 
-    @torch.no_grad()
     def _arrive(self, node: Node, zs: tuple[Tensor | None, ...]) -> None:
         """Builds the blocks of a node from z, if a parameter enters it."""
         if self._beside is None:
@@ -97,11 +97,8 @@ class Stream:
                 if not self._waiting[name]:
                     self._hand_over(name)
 
-    @torch.no_grad()
     def _hand_over(self, name: str) -> None:
         found = self._found.pop(name)
         del self._waiting[name]
-        self._take(
-            name,
-            merged([capture_use(u, *found[u.node, u.slot]) for u in self._uses[name] if (u.node, u.slot) in found]),
-        )
+        uses = self._uses[name]
+        self._take(name, merged([capture_use(u, *found[u.node, u.slot]) for u in uses if (u.node, u.slot) in found]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from persample.blocks.types import Block
 from persample.capture.foreign import explained
+from persample.graph.provenance import tensors_of
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,38 @@ class Problem:
     coupled: str = "error"
     check: bool = True
     randomness: str = "error"
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Those of the model and of the loss, as far as one can see."""
+        found = dict.fromkeys(self.model.modules())
+        for held in self.behind_loss():
+            if isinstance(held, nn.Module):
+                found.update(dict.fromkeys(held.modules()))
+        return tuple(found)
+
+    @cached_property
+    def attributes(self) -> list[Any]:
+        """Those of modules that hold no parameters, buffers or what every module has."""
+        shelves = [vars(module) for module in self.modules]
+        return [shelf[name] for shelf in shelves for name in shelf.keys() - _OF_EVERY_MODULE]
+
+    @cached_property
+    def within_reach(self) -> list[Tensor]:
+        """The tensors that the caller can write to at any time: data, parameters, buffers, attributes of modules."""
+        held = [each for m in self.modules for shelf in (m._parameters, m._buffers) for each in shelf.values()]
+        held += [*self.attributes, *self.behind_loss()]
+        return [*tensors_of((self.inputs, self.targets)), *(each for each in held if isinstance(each, Tensor))]
+
+    def behind_loss(self) -> Iterator[object]:
+        """The loss function and what it is a method of, or has around itself."""
+        yield self.loss_fn
+        yield getattr(self.loss_fn, "__self__", None)
+        for cell in getattr(self.loss_fn, "__closure__", None) or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # empty
+                continue
 
     def losses(self) -> Any:
         """What the loss function returns for the model's outputs.

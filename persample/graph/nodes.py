@@ -121,8 +121,9 @@ def shape_of(meta: Any) -> tuple[int, ...]:
         shape = tuple(meta.shape)
     except RuntimeError as error:
         raise nested_error() from error
-    if not all(isinstance(size, int) for size in shape):  # jagged: one of the sizes is a symbol
-        raise nested_error()
+    for size in shape:
+        if not isinstance(size, int):  # jagged: one of the sizes is a symbol
+            raise nested_error()
     return shape
 
 

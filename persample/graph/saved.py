@@ -68,19 +68,22 @@ def unpacked_by_hooks(nodes: Iterable[Node]) -> bool:
 
 def _hooked(node: Node) -> bool:
     """Whether what a node has saved comes from hooks of others; torch up to 2.9 tells by refusing ours, which stay."""
-    if not all(hasattr(saved, "unpack_hook") for saved in raw_saved(node) if saved is not None):
-        return not reader_of(node).alone
-    return bool(hooked_by_others(node))
+    for saved in raw_saved(node):
+        if saved is not None:
+            if not hasattr(saved, "unpack_hook"):
+                return not reader_of(node).alone
+            if _by_others(saved.unpack_hook):
+                return True
+    return False
 
 
 def hooked_by_others(node: Node) -> list[Any]:
     """What is saved for a node, packed, that hooks of others unpack; none where torch does not tell, up to 2.9."""
-    return [
-        saved
-        for saved in raw_saved(node)
-        if getattr(saved, "unpack_hook", None) is not None
-        and not isinstance(getattr(saved.unpack_hook, "__self__", None), Reader)
-    ]
+    return [saved for saved in raw_saved(node) if _by_others(getattr(saved, "unpack_hook", None))]
+
+
+def _by_others(hook: Any) -> bool:
+    return hook is not None and not isinstance(getattr(hook, "__self__", None), Reader)
 
 
 def _names(node: Node) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from persample.backends import BACKENDS
 from persample.backends.outputs import HeldGraph, capture_losses, capture_or_hold, hold_graph
 from persample.capture.eagerly import eagerly
-from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
@@ -128,7 +127,7 @@ def per_sample(
             found = hold_graph(problem) if hold == "graph" else capture_or_hold(problem)
         else:
             found = BACKENDS[backend].capture(problem)
-        caller = addresses(within_reach(problem))
+        caller = addresses(problem.within_reach)
         if isinstance(found, HeldGraph):
             return GraphPerSampleGrads(found, parameters, name, caller)
         return PerSampleGrads(found, parameters, name, caller)

@@ -144,5 +144,6 @@ class Gradients:
     def _grouped(
         self, values: Mapping[str, Tensor], per: Per, shape: Sequence[int], together: Callable[..., Tensor] = add
     ) -> dict[str, Tensor]:
-        none = self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)
-        return grouped(values, per, self.layers, none, together)
+        if per == "total" and not values:
+            return {"": self.losses.new_zeros(shape, dtype=full_precision(self.losses).dtype)}
+        return grouped(values, per, self.losses.device, together)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Per = Literal["total", "layer", "param"]
@@ -32,27 +33,22 @@ def groups_of(names: Iterable[str], per: Per) -> list[tuple[str, ...]]:
 
 
 def grouped(
-    values: Mapping[str, Tensor],
-    per: Per,
-    layers: Mapping[str, Sequence[str]],
-    none: Tensor,
-    together: Callable[[list[Tensor]], Tensor],
+    values: Mapping[str, Tensor], per: Per, device: torch.device, together: Callable[[list[Tensor]], Tensor]
 ) -> dict[str, Tensor]:
-    """Values of parameters, added up as `per` says; the total under the name "".
+    """Values of parameters, added up as `per` says; the total under the name "", on the device.
 
     Args:
-        values: by parameter.
+        values: by parameter; one at least where the total is asked for.
         per: "total", "layer" or "param".
-        layers: names of the parameters of each layer.
-        none: what no parameters add up to, on the device of the total.
+        device: of the total.
         together: adds up.
     """
     if per == "param":
         return dict(values)
     if per == "layer":
-        return {layer: together([values[name] for name in names]) for layer, names in layers.items()}
+        return {layer: together([values[name] for name in names]) for layer, names in layers_of(values).items()}
     if per == "total":
-        return {"": together([value.to(none.device) for value in values.values()]) if values else none}
+        return {"": together([value.to(device) for value in values.values()])}
     raise ValueError(f"per must be 'total', 'layer' or 'param', of norms and gram also 'position'; got {per!r}")
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from persample.backends.jacobian import capture_jacobian
 from persample.blocks.kinds.outputs import combined
-from persample.capture.replay import within_reach
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.projections import Projection
@@ -83,7 +82,7 @@ def jacobian(
         return check_outputs(returned if output_fn is None else output_fn(returned), output_fn is None)
 
     outputs, capture = capture_jacobian(problem, chosen)
-    return Jacobian(PerSampleGrads(capture, parameters, "outputs", addresses(within_reach(problem))), outputs)
+    return Jacobian(PerSampleGrads(capture, parameters, "outputs", addresses(problem.within_reach)), outputs)
 
 
 class Jacobian:

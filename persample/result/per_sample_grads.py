@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from jaxtyping import Inexact
@@ -151,7 +152,7 @@ class PerSampleGrads(Quantities):
         changed = [name for name, each in before.items() if self._gradients[name] is not each]
         if changed:
             self._condensed |= {*changed}
-            self._unchanged.forget(held(self._gradients.values()))
+            self._unchanged.forget([*chain(*held(self._gradients.values()))])
 
     def _require(self) -> None:
         """Raises `RuntimeError` unless factors are as they were captured."""

@@ -43,6 +43,12 @@ class Site:
         return z
 
     @property
+    def only_output(self) -> bool:
+        """Whether z is that of the first output, and something depends on no other."""
+        zs = self.zs
+        return bool(zs) and zs[0] is not None and (len(zs) == 1 or all(z is None for z in zs[1:]))
+
+    @property
     def owner(self) -> Owner:
         """Owner of the first output's entries."""
         owner = self.owners[0]
@@ -100,14 +106,13 @@ def allowance(*kinds: str) -> Callable[[Allowance], Allowance]:
 
 def build(site: Site) -> tuple[Block, str]:
     """Returns the block of a site and the name of the rule that built it."""
-    from persample.rules import generic
-
-    single = len(site.zs) == 0 or all(z is None for z in site.zs[1:])
     function = RULES.get(site.node.name())
-    if function is not None and single and site.zs and site.zs[0] is not None:
+    if function is not None and site.only_output:
         block = function(site)
         if block is not None:
             return block, function.__name__
+    from persample.rules import generic
+
     return generic.generic(site), "generic"
 
 

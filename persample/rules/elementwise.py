@@ -21,8 +21,8 @@ def summed(site: Site, entries: Tensor) -> Block | None:
     if aligned >= 0 and shape[aligned] != 1:
         return None
     # [B, T, *others] -> [B, ..., T, ...]: z's dimensions again, the samples' axis holding positions alone
-    rows = site.owner.by_sample(entries).movedim(1, axis + 1)
-    return Dense(sum_to(rows, (site.batch, *shape)))
+    rows = site.owner.by_sample(entries)
+    return Dense(sum_to(rows.movedim(1, axis + 1) if axis else rows, (site.batch, *shape)))
 
 
 @rule(

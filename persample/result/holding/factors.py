@@ -34,14 +34,19 @@ def owned(uses: Uses, caller: frozenset[int]) -> Uses:
 
 
 def watched(gradients: Iterable[Gradient], caller: frozenset[int]) -> Unchanged:
-    """Remembers what the gradients are formed from, now."""
-    return Unchanged.of(held(gradients), caller)
+    """Remembers what the gradients are formed from, now: factors that are `owned`, and what lies behind them."""
+    factors, saved = held(gradients)
+    inside: tuple[list[Tensor], list[Tensor]] = [], factors
+    for each in saved:
+        inside[not lies_in(each, caller)].append(each)
+    return Unchanged(*inside)
 
 
-def held(gradients: Iterable[Gradient]) -> list[Tensor]:
-    """The tensors that the gradients are formed from."""
+def held(gradients: Iterable[Gradient]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that the gradients are formed from: factors, and what rows are pulled back with."""
     blocks = [block for gradient in gradients for block in gradient.blocks]
-    return [each for block in blocks for each in (*block.factors, *saved_on_the_way(block))]
+    factors = [factor for block in blocks for factor in block.factors]
+    return factors, [each for block in blocks for each in saved_on_the_way(block)]
 
 
 def portable(gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:

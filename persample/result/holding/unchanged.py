@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 """By bytes, the widest first; a CPU has no vector product of wider ones."""
@@ -35,14 +36,6 @@ class Unchanged:
         versioned = [*others, *(each for each in reached if not _has_bits(each))]
         self._versions = [(each, each._version) for each in versioned if not each.is_inference()]
         self.remember()
-
-    @classmethod
-    def of(cls, tensors: Iterable[Tensor], caller: frozenset[int]) -> Unchanged:
-        """Of tensors, some of which lie in the caller's memory (`addresses`)."""
-        inside: tuple[list[Tensor], list[Tensor]] = [], []
-        for each in tensors:
-            inside[lies_in(each, caller)].append(each)
-        return cls(inside[True], inside[False])
 
     def remember(self) -> None:
         """From now on the values are those that the tensors have."""
@@ -118,12 +111,12 @@ def _weighted(rows: Tensor) -> Tensor:
 
 def addresses(tensors: Iterable[Tensor]) -> frozenset[int]:
     """Where the memory of tensors begins."""
-    return frozenset(address for each in tensors for part in _parts(each) if (address := _address(part)))
+    return frozenset([_address(part) for each in tensors if not is_lazy(each) for part in _parts(each)]) - {0}
 
 
 def lies_in(tensor: Tensor, memory: frozenset[int]) -> bool:
     """Whether a tensor is a part of memory that begins at one of the `addresses`."""
-    return bool(memory) and any(_address(part) in memory for part in _parts(tensor))
+    return bool(memory) and not memory.isdisjoint(map(_address, _parts(tensor)))
 
 
 def _has_bits(tensor: Tensor) -> bool:
@@ -136,16 +129,17 @@ def _place(tensor: Tensor) -> tuple:
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensors that hold the numbers of one."""
-    if tensor.is_nested:
-        return (tensor.values(),)
-    if tensor.layout == torch.sparse_coo:
+    if tensor.layout is torch.strided and not tensor.is_nested:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
-    return (tensor,) if tensor.layout == torch.strided else (tensor.values(),)
+    return (tensor.values(),)
 
 
 def _address(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr()
+        place = tensor.data_ptr()
+        return place - tensor.storage_offset() * tensor.itemsize if place else 0
     except (NotImplementedError, RuntimeError, ValueError):
         return 0  # no storage: functorch wrappers, fake tensors, sparse ones
 
