@@ -103,7 +103,28 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
     name, method, seed = parsed(unit)
     warm_up(name, method, settings)
     problem = PROBLEMS[name](seed, settings["problems"][name])
-    budget, now = settings["budget"][name], {"wall": time.perf_counter, "process": time.process_time}[settings["clock"]]
+    budget, options = settings["budget"][name], {**settings, "options": settings["gauss_newton"][name]}
+    history = followed(
+        problem, lambda elapsed: moves(method, problem, elapsed, budget, options), budget, settings, context
+    )
+    picture = problem.picture() if problem.picture is not None and method == "gauss-newton" else None
+    return {**history, "picture": picture}
+
+
+def followed(
+    problem: Problem,
+    begin: Callable[[Callable[[], float]], Iterator[None]],
+    budget: float,
+    settings: Settings,
+    context: Context,
+) -> Result:
+    """Error and loss by time, the clock standing still while they are measured.
+
+    Arguments:
+        begin: from the function that tells the seconds spent, to the steps; one is made each time it is asked.
+        budget: of seconds of settings["clock"], "wall" or "process", with settings["points"] measurements.
+    """
+    now = {"wall": time.perf_counter, "process": time.process_time}[settings["clock"]]
     paused, start = 0.0, now()
 
     def elapsed() -> float:
@@ -111,7 +132,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
 
     history: dict[str, list[float]] = {"seconds": [], "steps": [], "error": [], "loss": []}
     steps, due = 0, 0.0
-    for _ in moves(method, problem, elapsed, budget, {**settings, "options": settings["gauss_newton"][name]}):
+    for _ in begin(elapsed):
         steps += 1
         passed = elapsed()
         if passed < due and passed < budget:
@@ -127,8 +148,7 @@ def run(unit: str, settings: Settings, context: Context) -> Result:
         if passed >= budget:
             break
     best = min(range(len(history["loss"])), key=lambda place: _or_inf(history["loss"][place]))
-    picture = problem.picture() if problem.picture is not None and method == "gauss-newton" else None
-    return {**history, "final": history["error"][-1], "at_least_loss": history["error"][best], "picture": picture}
+    return {**history, "final": history["error"][-1], "at_least_loss": history["error"][best]}
 
 
 def _or_inf(value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -55,11 +55,11 @@ def ratio(record: Record, problem: str) -> float | None:
     return best[1] / median(ours) if ours and best else None
 
 
-def _range(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{median(values):.1e} ({min(values):.1e} to {max(values):.1e})" if values else "–"
 
 
-def report(record: Record) -> str:
+def report(record: Record, titles: Mapping[str, str] = TITLES) -> str:
     """Returns a table for each problem: error, loss and steps of every method at the end of its budget."""
     s = record.settings
     lines = [
@@ -70,13 +70,13 @@ def report(record: Record) -> str:
     for problem, options in s["problems"].items():
         chosen = s["gauss_newton"][problem]
         lines += [
-            f"## {TITLES[problem]}",
+            f"## {titles[problem]}",
             f"{s['budget'][problem]:g} s a run. Problem: {options}. Gauss–Newton: {chosen}.",
             "| method | n | error | loss | steps |\n|---|---|---|---|---|\n"
             + "\n".join(
                 f"| {method} | {len(runs(record, problem, method))} | "
-                f"{_range(figures(record, problem, method, 'error'))} | "
-                f"{_range(figures(record, problem, method, 'loss'))} | "
+                f"{spread(figures(record, problem, method, 'error'))} | "
+                f"{spread(figures(record, problem, method, 'loss'))} | "
                 f"{median(steps) if (steps := figures(record, problem, method, 'steps')) else 0:.0f} |"
                 for method in s["methods"]
             ),
@@ -87,7 +87,7 @@ def report(record: Record) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def draw(record: Record, stem: Path) -> list[Path]:
+def draw(record: Record, stem: Path, titles: Mapping[str, str] = TITLES) -> list[Path]:
     """Draws error against time, and solution with error of the problems in two variables."""
     import matplotlib
 
@@ -98,8 +98,12 @@ def draw(record: Record, stem: Path) -> list[Path]:
     if not problems:
         return []
     written = [stem.with_name(f"{stem.name}-error.png")]
-    figure, axes = plt.subplots(1, len(problems), figsize=(4.2 * len(problems), 3.6), squeeze=False)
-    for axis, problem in zip(axes[0], problems, strict=True):
+    columns = min(4, len(problems))
+    rows = -(-len(problems) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(problems) :]:
+        axis.set_axis_off()
+    for axis, problem in zip(axes.flat, problems, strict=False):
         for number, method in enumerate(record.settings["methods"]):
             for place, result in enumerate(runs(record, problem, method).values()):
                 pairs = [
@@ -108,7 +112,7 @@ def draw(record: Record, stem: Path) -> list[Path]:
                 if pairs:
                     label = method if place == 0 else None
                     axis.plot(*zip(*pairs, strict=True), color=f"C{number}", lw=1.2, alpha=0.8, label=label)
-        axis.set(title=TITLES[problem], xlabel=f"{record.settings['clock']} seconds", yscale="log")
+        axis.set(title=titles[problem], xlabel=f"{record.settings['clock']} seconds", yscale="log")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("relative error")
     axes[0][-1].legend(fontsize=7)
@@ -129,7 +133,7 @@ def draw(record: Record, stem: Path) -> list[Path]:
                     vmin=-bound, vmax=bound,
                 )  # fmt: skip
                 figure.colorbar(image, ax=axis)
-                axis.set(title=f"{TITLES[problem]}: {name}", xlabel=picture["axes"][1], ylabel=picture["axes"][0])
+                axis.set(title=f"{titles[problem]}: {name}", xlabel=picture["axes"][1], ylabel=picture["axes"][0])
         figure.tight_layout()
         figure.savefig(written[1], dpi=100)
         plt.close(figure)
@@ -146,7 +150,7 @@ def _picture(record: Record, problem: str) -> dict | None:
     return found[0] if found else None
 
 
-def _entered(record: Record, problem: str, *methods: str) -> dict[str, dict[int, bool]]:
+def entered(record: Record, problem: str, *methods: str) -> dict[str, dict[int, bool]]:
     """By method, whether its run of a seed diverged."""
     return {
         method: {seed: result["error"][-1] is None for seed, result in runs(record, problem, method).items()}
@@ -172,12 +176,12 @@ def judge_ratio(problem: str) -> Callable[[Record], Verdict | None]:
         seconds = record.settings["budget"][problem]
         text = (
             f"{record.scale} scale, {seconds:g} {record.settings['clock']} s: median error "
-            f"{_range(errors)}, best baseline ({best[0]}) {best[1]:.1e}, {factor:.3g} times as much"
+            f"{spread(errors)}, best baseline ({best[0]}) {best[1]:.1e}, {factor:.3g} times as much"
         )
         reached = problem != "poisson2" or median(errors) <= POISSON_ERROR
         holds = factor >= NEEDED[problem]
         judgement = "holds" if holds and reached else "holds in part" if holds or reached else "does not hold"
-        return evidence.verdict(text, judgement, [_entered(record, problem, OURS, best[0])], _edges(record, best[0]))
+        return evidence.verdict(text, judgement, [entered(record, problem, OURS, best[0])], _edges(record, best[0]))
 
     return judge
 

@@ -4,6 +4,7 @@ The submodules are private.
 """
 
 from fngd.least_squares.gauss_newton import GaussNewton
+from fngd.least_squares.reweighing import CausalWeights, GroupBalance, ResidualAttention
 from fngd.least_squares.systems import SketchOptions
 
-__all__ = ["GaussNewton", "SketchOptions"]
+__all__ = ["CausalWeights", "GaussNewton", "GroupBalance", "ResidualAttention", "SketchOptions"]

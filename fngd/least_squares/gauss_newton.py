@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -35,13 +34,14 @@ from fngd.least_squares.attempt import Attempt
 from fngd.least_squares.damping import ADAPTIVE, Adaptive, Damping, damping_of
 from fngd.least_squares.jacobian import flatten
 from fngd.least_squares.line_search import FACTOR, Found, Ray
-from fngd.least_squares.linear_model import CHECK_EVERY, FormOptions, LinearModel, finite_or_error
-from fngd.least_squares.progress import Progress
+from fngd.least_squares.linear_model import CHECK_EVERY, FormOptions, LinearModel
+from fngd.least_squares.progress import Progress, StepInfo, advice
 from fngd.least_squares.repeated import DRAWS, RepeatedClosure, graph_kept, same
 from fngd.least_squares.residuals import check_weights
+from fngd.least_squares.reweighing import Reweigh, Reweighing, State
 from fngd.least_squares.systems import SketchOptions
 from fngd.optim.checks import RATE, Checked, Kind, check_options
-from fngd.optim.state.forms import COUNT, NUMBER, Maybe, Where, check_form
+from fngd.optim.state.forms import COUNT, NUMBER, Maybe, Table, Where, check_form
 from fngd.optim.state.parts import TORCH, check_shapes, whole_or_not
 
 RETRIES = 4
@@ -49,33 +49,11 @@ RETRIES = 4
 RAISE = 10.0
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did: `opt.info`."""
-
-    loss: float
-    """L before the step."""
-    loss_after: float | None
-    """L after it; None where nothing asked for it."""
-    step_size: float
-    """t; 0 where the step was rejected."""
-    damping: float
-    gain: float | None
-    """Actual over predicted decrease; None unless damping is adaptive."""
-    method: str
-    error: float | None
-    """Relative residual of the linear system, where the solve is approximate."""
-    iterations: int
-    evaluations: int
-    """Closure calls after the first one."""
-    retries: int
-    accepted: bool
-    """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
-
-
 ABOVE_ZERO = Where(NUMBER, lambda value: 0 < value < math.inf, "a number > 0")
 START = Where(NUMBER, lambda value: 0 < value <= 1, "a number > 0, at most 1")
-FORM = {"gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(ABOVE_ZERO)}}
+FORM = {
+    "gauss_newton": {"steps": COUNT, "start": START, "damping": Maybe(ABOVE_ZERO), "reweigh?": [Table(str, Tensor)]}
+}
 """Of what a state has besides torch's part."""
 
 
@@ -93,18 +71,19 @@ class GaussNewton(Checked, Optimizer):
         params: a model, parameters, or parameter groups.
         lr: the largest step, > 0; the direction is multiplied by it and then by the search's t ≤ 1. One is the
             Gauss–Newton step. A parameter group's own lr holds for its part.
-        damping: "adaptive" for Levenberg–Marquardt, or `fngd.least_squares.damping.Adaptive(...)` with its options; λ ≥
-            0 on J Jᵀ of
-            the *scaled* residuals; or a function step -> λ. "adaptive" needs no tuning and does not depend on units. A
-            fixed λ that suits can be ahead for some steps, one that does not is stuck on some seeds. For noisy data,
-            where the least loss is not what is wanted, 1e-3 and more.
+        damping: "adaptive" for Levenberg–Marquardt, or `fngd.least_squares.damping.Adaptive(...)` with its options; a
+            number λ ≥ 0 on J Jᵀ of the *scaled* residuals; or a function step -> λ. "adaptive" needs no tuning and does
+            not depend on units. A fixed λ that suits can be ahead for some steps, one that does not is stuck on some
+            seeds. For noisy data, where the least loss is not what is wanted, 1e-3 and more.
         momentum: μ in [0, 1).
         line_search: choose t among 1, ½, ¼, … by the loss (two or three closure calls a step, started where the
             last step ended); False takes t = 1.
         acceleration: bend the line that is searched by geodesic acceleration (`fngd.least_squares.acceleration`); one
-            more closure
-            call and solve a step. Without a line search there is none.
+            more closure call and solve a step. Without a line search there is none.
         weights: w_g ≥ 0 by name of the group; 1 for those not named.
+        reweigh: weights of single residuals that follow them from step to step: `ResidualAttention`, `GroupBalance`,
+            `CausalWeights` of `fngd.least_squares`, a function of one's own (`fngd.least_squares.reweighing`), or
+            several. The loss that a step returns has them in it.
         gram: "rows" forms J [B, P]; "factored" forms K from per-sample factors, parameter by parameter, for wide
             layers; "auto" is "rows" up to 512 MiB of J, after which rows are formed in chunks.
         chunk_size: rows of J held at once. Peak memory beside the graph is then three chunks of J and the matrix;
@@ -112,7 +91,9 @@ class GaussNewton(Checked, Optimizer):
         solve: "samples" (B × B), "parameters" (P × P), "sketch" (neither), or "auto": the smaller matrix, and
             the sketch where both B and P exceed `max_samples`.
         max_samples: largest matrix that is formed.
-        sketch: rank, tolerance and iterations of the randomised solve; its error is `opt.info.error`.
+        sketch: `SketchOptions`, rank, tolerance and iterations of the solve that forms neither matrix: gradients of
+            random sums of points precondition conjugate gradients. Its error is `opt.info.error`; beside the closure's
+            graph it takes at most 512 MiB.
         check: verify rows against the gradient of their sum, and that the closure repeats, in one of 16 steps.
 
     Raises:
@@ -148,6 +129,7 @@ class GaussNewton(Checked, Optimizer):
         line_search: bool = True,
         acceleration: bool = True,
         weights: Mapping[str, float] | None = None,
+        reweigh: Reweigh | Sequence[Reweigh] | None = None,
         gram: str = "auto",
         chunk_size: int | None = None,
         solve: str = "auto",
@@ -162,6 +144,8 @@ class GaussNewton(Checked, Optimizer):
         self.momentum, self.line_search, self.weights = momentum, line_search, dict(weights or {})
         self.acceleration = acceleration
         self.form = form
+        self._reweigh = Reweighing(reweigh)
+        self._weight_states: Sequence[State] = ()
         self.info: StepInfo | None = None
         self._steps, self._start = 0, 1.0
         self._adapted: float | None = None
@@ -224,9 +208,10 @@ class GaussNewton(Checked, Optimizer):
             retries, previous = retries + 1, None
             damping = RAISE * max(damping, torch.finfo(torch.float64).eps)
         ray.settle(found.step)
-        gain = self._remember(attempt, ray, found, damping)
+        gain = self._remember(attempt, ray, found, damping, calls.states)
         if attempt:
-            self._progress.note(model.loss, found.loss, attempt.predicted, attempt.hidden, self._advice())
+            tries = advice(isinstance(self.damping, Adaptive), params[0].dtype)
+            self._progress.note(model.loss, found.loss, attempt.predicted, attempt.hidden, tries)
         self.info = StepInfo(
             model.loss, found.loss if attempt else None, found.step, damping, gain, solved.method,
             solved.error, solved.iterations, calls.repeats, retries, found.step > 0,
@@ -234,10 +219,10 @@ class GaussNewton(Checked, Optimizer):
         return params[0].new_tensor(model.loss)
 
     def _calls(self, closure: Callable[[], Any]) -> RepeatedClosure:
-        return RepeatedClosure(closure, self.weights, self._params[0].device)
+        return RepeatedClosure(closure, self.weights, self._params[0].device, self._reweigh, self._weight_states)
 
     def _model(self, calls: RepeatedClosure) -> LinearModel:
-        residuals = finite_or_error(calls.first())
+        residuals = calls.first()
         model = LinearModel(residuals, self._params, calls.again, self.form, step=self._steps)
         if self._looks_ahead and self.form.check and self._steps % CHECK_EVERY == 0 and not self._differed:
             found = same(residuals, calls.again())
@@ -274,9 +259,12 @@ class GaussNewton(Checked, Optimizer):
         """The full step, without a look at the loss there."""
         return Found(float(all(bool(part.isfinite().all()) for part in ray.change)), model.loss, 0)
 
-    def _remember(self, attempt: Attempt | None, ray: Ray, found: Found, damping: float) -> float | None:
+    def _remember(
+        self, attempt: Attempt | None, ray: Ray, found: Found, damping: float, states: Sequence[State]
+    ) -> float | None:
         """Keeps what the next step needs; returns the gain ratio, where damping is adaptive."""
         self._steps += 1
+        self._weight_states = states
         self._start = found.step or 1.0
         if self.momentum:
             for param, moved, rate in zip(ray.params, ray.moved(found.step), self._rates(), strict=True):
@@ -288,14 +276,6 @@ class GaussNewton(Checked, Optimizer):
         seen = (1.0, 1.0) if attempt.hidden else (gain, found.step, left)  # a ratio of rounding errors tells nothing
         self._adapted = self.damping.next(damping, *seen)
         return gain
-
-    def _advice(self) -> str:
-        """What to try where steps bring nothing."""
-        tries = [] if isinstance(self.damping, Adaptive) else ["damping='adaptive'"]
-        if any(p.dtype != torch.float64 for p in self._params):
-            tries.append("float64 (model.double())")
-        tries += ["another random start", "a wider network", "inputs scaled to [−1, 1]", "other weights= of the groups"]
-        return "Try " + ", ".join(tries[:-1]) + " or " + tries[-1]
 
     def _damping(self, model: LinearModel) -> float:
         if isinstance(self.damping, Adaptive):
@@ -313,12 +293,22 @@ class GaussNewton(Checked, Optimizer):
         parts = flat.split([p.numel() for p in params])
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
+    def forget_weights(self) -> None:
+        """Lets `reweigh` begin again, as it has to where points were drawn anew whose residuals it remembers.
+
+        >>> from fngd.least_squares import ResidualAttention
+        >>> opt = GaussNewton(nn.Linear(1, 1), reweigh=ResidualAttention())
+        >>> opt.forget_weights()
+        """
+        self._weight_states = ()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's optimiser state (momentum by parameter) and, under "gauss_newton", the scalars."""
         return {**super().state_dict(), "gauss_newton": self._scalars()}
 
     def _scalars(self) -> dict[str, Any]:
-        return {"steps": self._steps, "start": self._start, "damping": self._adapted}
+        own = {"reweigh": [dict(state) for state in self._weight_states]} if self._reweigh.parts else {}
+        return {"steps": self._steps, "start": self._start, "damping": self._adapted, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError for the state of another kind of optimiser."""
@@ -335,3 +325,4 @@ class GaussNewton(Checked, Optimizer):
 
     def _take(self, scalars: Mapping[str, Any]) -> None:
         self._steps, self._start, self._adapted = scalars["steps"], scalars["start"], scalars["damping"]
+        self._weight_states = scalars.get("reweigh", ())

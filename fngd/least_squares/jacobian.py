@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 
 import persample
 from fngd.least_squares.residuals import Residuals
+from fngd.least_squares.solvers import symmetric_product
 
-SYMMETRIC_BLOCKS = 4
-"""J Jᵀ is formed in this many row blocks, those above the diagonal alone: 5/8 of the whole product."""
 FORMS = ("auto", "rows", "factored")
+HELD_BYTES = 2**29
+"""Of J, and of rows that stand for it, no more is held at once unless told so."""
 
 
 class Jacobian:
@@ -71,7 +71,7 @@ class Jacobian:
         with torch.enable_grad():
             part = _connected(self.residuals.groups[name][start:stop] * tilt, self.params)
         grads = persample.grad(part, self.params, check=self.check)
-        scale = (self.residuals.factors[name] / tilt).unsqueeze(1)
+        scale = (self.residuals.factor(name, start, stop) / tilt).unsqueeze(1)
         if out is None:
             out = self.scaled.new_empty(stop - start, self.size, requires_grad=False)
         place = 0
@@ -161,13 +161,24 @@ class Jacobian:
             return torch.zeros_like(self.scaled, requires_grad=False)
         return torch.autograd.grad(image, u, v.to(image.dtype), retain_graph=True)[0]
 
-    def gram_product(self, vectors: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch columns"]:
-        """K V: two passes over the pieces."""
-        vectors = vectors.to(self.scaled.dtype)
-        middle = self.scaled.new_zeros(self.size, vectors.shape[1], requires_grad=False)
-        for place, piece in self.placed():
-            middle.addmm_(self.rows(piece).T, vectors[place])
-        return torch.cat([self.rows(piece) @ middle for _, piece in self.placed()])
+    def compressed(self, rank: int, generator: torch.Generator) -> Float[Tensor, "rank size"]:
+        """J̃ = S J in float64: about `rank` sums of rows with random signs, each row in one of them; E[J̃ᵀJ̃] = JᵀJ.
+
+        The sums are formed before the derivatives are: a row of J̃ costs what a row of J does, however many it stands
+        for. At most `HELD_BYTES` of them are formed, and all rows of J themselves where there are no more.
+        """
+        rank = max(1, min(rank, HELD_BYTES // (8 * self.size)))
+        found = []
+        for name, group in self.residuals.groups.items():
+            count = min(len(group), math.ceil(rank * len(group) / len(self.scaled)))
+            order = torch.randperm(len(group), generator=generator).to(group.device)
+            signs = (2 * torch.randint(2, (len(group),), generator=generator) - 1).to(group)
+            with torch.enable_grad():
+                signed = _connected(group * (self.residuals.factor(name) * signs), self.params)
+                sums = group.new_zeros(count).index_add(0, order % count, signed)
+            grads = persample.grad(sums, self.params, check=self.check)
+            found.append(torch.cat([grad.reshape(count, -1) for grad in grads], 1).double())
+        return torch.cat(found)
 
     # --- the factored form ------------------------------------------------------------------------------------
 
@@ -190,7 +201,8 @@ class Jacobian:
 
     def _factored_product(self, first: Any, piece: Any, second: Any, other: Any) -> Tensor:
         left, right = (
-            self.residuals.factors[name] / generic(stop - start, self.scaled) for name, start, stop in (piece, other)
+            self.residuals.factor(name, start, stop) / generic(stop - start, self.scaled)
+            for name, start, stop in (piece, other)
         )
         return first.gram(other=None if second is first else second) * torch.outer(left, right)
 
@@ -245,20 +257,6 @@ def _residuals_themselves(residuals: Tensor, _: Any) -> Tensor:
 
 def _product(first: Any, _piece: Any, second: Any, _other: Any) -> Tensor:
     return first @ second.T
-
-
-def symmetric_product(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows rows"]:
-    """A Aᵀ at 5/8 of its cost: blocks on and above the diagonal, the others copied."""
-    count = len(rows)
-    if count < 64 * SYMMETRIC_BLOCKS:
-        return rows @ rows.T
-    result = rows.new_empty(count, count)
-    bounds = [count * k // SYMMETRIC_BLOCKS for k in range(SYMMETRIC_BLOCKS + 1)]
-    for start, stop in pairwise(bounds):
-        strip = rows[start:stop] @ rows[start:].T
-        result[start:stop, start:] = strip
-        result[stop:, start:stop] = strip[:, stop - start :].T
-    return result
 
 
 def flatten(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Float[Tensor, " size"]:

@@ -8,20 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fngd.least_squares.jacobian import FORMS, Jacobian
+from fngd.least_squares.jacobian import FORMS, HELD_BYTES, Jacobian
 from fngd.least_squares.residuals import Residuals
 from fngd.least_squares.systems import SOLVES, SketchOptions, Solved, choose, form
 
 CHECK_EVERY = 16
 """Of the steps, one in this many verifies that the rows of J add up."""
-HELD_BYTES = 2**29
-"""gram="auto" forms J as a whole up to this size."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +112,3 @@ class LinearModel:
         """L − m(v), predicted for a change v, from its image J v."""
         left = self.jacobian.scaled.detach() - image
         return self.loss - left.double().square().sum().item() / 2
-
-
-def finite_or_error(residuals: Residuals) -> Residuals:
-    """Returns the residuals. Raises ValueError where one is NaN or infinite, with their numbers by group."""
-    if residuals.finite:
-        return residuals
-    bad: dict[str, Any] = {name: int((~group.isfinite()).sum()) for name, group in residuals.groups.items()}
-    raise ValueError(
-        f"residuals are not finite at the current parameters (entries by group: {bad}), so there is no direction. "
-        "Look for a division by zero or a square root at zero in the closure; if earlier steps diverged, use "
-        "line_search=True or a larger damping"
-    )

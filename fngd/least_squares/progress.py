@@ -1,8 +1,11 @@
-"""Whether steps still lower the loss as their linear model foretells; a sentence, once, where they do not."""
+"""What a step did, and whether steps still lower the loss as their linear model foretells; if not, a sentence, once."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+
+import torch
 
 LITTLE = 1e-3
 """A decrease of the loss below this part of it is none,"""
@@ -11,6 +14,30 @@ PREDICTED = 0.1
 PATIENCE = 20
 """Such steps in a row until it is said; a step that was rejected counts as REJECTED of them."""
 REJECTED = 5
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did: `opt.info`."""
+
+    loss: float
+    """L before the step."""
+    loss_after: float | None
+    """L after it; None where nothing asked for it."""
+    step_size: float
+    """t; 0 where the step was rejected."""
+    damping: float
+    gain: float | None
+    """Actual over predicted decrease; None unless damping is adaptive."""
+    method: str
+    error: float | None
+    """Relative residual of the linear system, where the solve is approximate."""
+    iterations: int
+    evaluations: int
+    """Closure calls after the first one."""
+    retries: int
+    accepted: bool
+    """False: no step size of no damping tried lowered the loss, and the parameters are what they were."""
 
 
 class Progress:
@@ -40,3 +67,12 @@ class Progress:
             f"model foretells {100 * predicted / loss:.2g} % less by a step. {advice}",
             stacklevel=5,
         )
+
+
+def advice(adaptive: bool, dtype: torch.dtype) -> str:
+    """What to try where steps bring nothing, in a sentence."""
+    tries = [] if adaptive else ["damping='adaptive'"]
+    if dtype != torch.float64:
+        tries.append("float64 (model.double())")
+    tries += ["another random start", "a wider network", "inputs scaled to [−1, 1]", "other weights= of the groups"]
+    return "Try " + ", ".join(tries[:-1]) + " or " + tries[-1]

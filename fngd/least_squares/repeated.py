@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fngd.least_squares.residuals import Residuals, read_residuals
+from fngd.least_squares.residuals import Residuals, finite_or_error, read_residuals
+from fngd.least_squares.reweighing import Reweighing, State
 
 DRAWS = (
     "Points drawn within the closure from the global generators (torch.rand, numpy.random.rand, random) are the same "
@@ -33,20 +34,30 @@ class RepeatedClosure:
         closure: returns residuals, and gets no arguments.
         weights: of their groups.
         device: of the parameters, whose generator counts besides the CPU's.
+        reweigh: gives the weights of single residuals, at the first call for all of them.
+        states: of `reweigh`; those that follow the first call after it.
     """
 
-    def __init__(self, closure: Callable[[], Any], weights: Mapping[str, float], device: torch.device) -> None:
+    def __init__(
+        self, closure: Callable[[], Any], weights: Mapping[str, float], device: torch.device,
+        reweigh: Reweighing | None = None, states: Sequence[State] = (),
+    ) -> None:  # fmt: skip
         self._closure, self._weights, self._device = closure, weights, device
+        self._reweigh, self.states = reweigh or Reweighing(None), list(states)
+        self._omega: dict[str, Tensor] = {}
         self._before = self._after = random_states(device)
         self.repeats = 0
         """Calls after the first one."""
 
     def first(self) -> Residuals:
-        """Returns the residuals, with their graph, where nothing has been drawn yet."""
+        """Returns the residuals, with their graph, where nothing has been drawn yet. Raises ValueError for NaN."""
         with torch.enable_grad():
-            found = read_residuals(self._closure(), self._weights)
+            found = finite_or_error(read_residuals(self._closure(), self._weights))
         self._after = random_states(self._device)
-        return found
+        if self._reweigh.parts:
+            groups = {name: group.detach() for name, group in found.groups.items()}
+            self._omega, self.states = self._reweigh(groups, self.states)
+        return found.weighted(self._omega)
 
     def again(self) -> Residuals:
         """Returns the residuals at the parameters as they are now, of the same random numbers."""
@@ -54,7 +65,7 @@ class RepeatedClosure:
         restore(self._before, self._device)
         try:
             with torch.enable_grad():
-                return read_residuals(self._closure(), self._weights)
+                return read_residuals(self._closure(), self._weights).weighted(self._omega)
         finally:
             restore(self._after, self._device)
 

@@ -3,15 +3,16 @@
 symbol      meaning                                                             shape
 r_g         residuals of group g (interior, boundary, data)                     [B_g]
 w_g         weight of the group's mean square in the loss
-s           all residuals, s_gb = √(w_g/B_g)·r_gb                               [B], B = Σ_g B_g
-L           the loss, ½ Σ_g w_g·mean_b r_gb² = ½‖s‖²
+ω_gb        weights of single residuals (reweighing); 1 without                 [B_g]
+s           all residuals, s_gb = √(w_g ω_gb/B_g)·r_gb                          [B], B = Σ_g B_g
+L           the loss, ½ Σ_g w_g·mean_b ω_gb r_gb² = ½‖s‖²
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +25,27 @@ SINGLE = "residual"
 
 @dataclass(frozen=True)
 class Residuals:
-    """Named groups of residuals with their graphs, and the factor √(w_g/B_g) of each."""
+    """Named groups of residuals with their graphs, the factor √(w_g/B_g) of each, and √ω where there are weights."""
 
     groups: dict[str, Tensor]
     factors: dict[str, float]
+    roots: dict[str, Tensor] = field(default_factory=dict)
+
+    def weighted(self, weights: Mapping[str, Tensor]) -> Residuals:
+        """The same with weights ω [B_g] by group. Raises ValueError where a group has another size."""
+        for name, group in self.groups.items():
+            if name in weights and len(weights[name]) != len(group):
+                raise ValueError(
+                    f"residual group {name!r} has {len(group)} entries, and in the first call of this step it had "
+                    f"{len(weights[name])}. With reweigh= each residual has a weight, so all calls of a step must be "
+                    "at the same points; draw them between steps, outside the closure"
+                )
+        return replace(self, roots={name: weight.sqrt() for name, weight in weights.items()})
+
+    def factor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """√(w_g ω_gb/B_g) of rows of a group, [stop − start]; one number, [], without ω."""
+        factor = torch.as_tensor(self.factors[name], dtype=self.groups[name].dtype, device=self.groups[name].device)
+        return factor if name not in self.roots else factor * self.roots[name][start:stop]
 
     @property
     def count(self) -> int:
@@ -38,7 +56,7 @@ class Residuals:
     def scaled(self) -> Float[Tensor, " batch"]:
         """s, with its graph."""
         with torch.enable_grad():
-            return torch.cat([group * self.factors[name] for name, group in self.groups.items()])
+            return torch.cat([group * self.factor(name) for name, group in self.groups.items()])
 
     @property
     def finite(self) -> bool:
@@ -47,9 +65,7 @@ class Residuals:
 
     def loss(self, dtype: torch.dtype = torch.float64) -> float:
         """L, summed in float64; inf where a residual is NaN, so that comparisons reject it."""
-        squares = [
-            (group.detach().to(dtype) * self.factors[name]).square().sum() for name, group in self.groups.items()
-        ]
+        squares = [(group.detach().to(dtype) * self.factor(name)).square().sum() for name, group in self.groups.items()]
         value = torch.stack(squares).sum().item() / 2
         return math.inf if math.isnan(value) else value
 
@@ -99,6 +115,18 @@ def read_residuals(returned: Any, weights: Mapping[str, float] | None = None) ->
     return Residuals(named, {name: math.sqrt(weights.get(name, 1.0) / len(group)) for name, group in named.items()})
 
 
+def finite_or_error(residuals: Residuals) -> Residuals:
+    """Returns the residuals. Raises ValueError where one is NaN or infinite, with their numbers by group."""
+    if residuals.finite:
+        return residuals
+    bad: dict[str, Any] = {name: int((~group.isfinite()).sum()) for name, group in residuals.groups.items()}
+    raise ValueError(
+        f"residuals are not finite at the current parameters (entries by group: {bad}), so there is no direction. "
+        "Look for a division by zero or a square root at zero in the closure; if earlier steps diverged, use "
+        "line_search=True or a larger damping"
+    )
+
+
 def check_weights(weights: Mapping[str, float] | None) -> None:
     """Raises ValueError for a weight that is negative or not finite."""
     if weights is not None and not isinstance(weights, Mapping):
@@ -121,7 +149,8 @@ def _check_group(name: str, group: Any) -> None:
     if group.dim() > 1:
         raise ValueError(
             f"residual group {name!r} has shape {list(group.shape)}; it must be [B]. Drop an axis of size 1 with "
-            "squeeze(-1); several residuals for each point become one vector with flatten()"
+            "squeeze(-1); of several residuals for each point make a group each, {'u': r[:, 0], 'v': r[:, 1]} (in one "
+            "long vector, by flatten(), they cost as many passes as there are points)"
         )
     if not len(group):
         raise ValueError(f"residual group {name!r} is empty; leave a group without points out")

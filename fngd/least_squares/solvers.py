@@ -1,13 +1,15 @@
-"""Solving (K + λI) a = s in sample space: dense where K fits, by a randomised sketch and conjugate gradients else.
+"""Solving with a damped positive semidefinite matrix: dense, or by conjugate gradients where it is known by products.
 
-    symbol    meaning                                                          shape
-    K         Gram matrix of the residuals' Jacobian, J Jᵀ                     [B, B]
-    Ω         random test matrix with orthonormal columns                      [B, ℓ]
-    Y         the sketch, K Ω                                                  [B, ℓ]
-    U, σ      eigenvectors and -values of Nyström's Y (Ωᵀ Y)⁻¹ Yᵀ ≈ K          [B, ℓ], [ℓ]
+    symbol    meaning                                                                shape
+    A         J Jᵀ in sample space or JᵀJ in parameter space                         [n, n]
+    J̃         few rows that stand for all, E[J̃ᵀJ̃] = JᵀJ (`Jacobian.compressed`)      [m, P]
+    M         the preconditioner, J̃ᵀJ̃ + λI                                           [P, P]
 
-Sources: Frangella, Tropp, Udell, "Randomized Nyström preconditioning" (2023), algorithms 2.1 and 5.1; Halko,
-Martinsson, Tropp (2011) for the sketch.
+    M⁻¹v = (v − J̃ᵀ(J̃J̃ᵀ + λI)⁻¹J̃v)/λ          (Woodbury): one dense matrix of size m
+
+Where m is a few times the number of eigenvalues of JᵀJ above λ, those of M⁻¹(JᵀJ + λI) are near 1 and a few iterations
+are enough. Sources: Clarkson and Woodruff (2013) for the compression, each row with a random sign in one of m sums;
+Avron, Maymounkov, Toledo, "Blendenpik" (2010) for sketches that precondition.
 """
 
 from __future__ import annotations
@@ -15,31 +17,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
-"""v -> K v, for v [B]."""
+"""v -> A v."""
+SYMMETRIC_BLOCKS = 4
+"""J Jᵀ is formed in this many row blocks, those above the diagonal alone: 5/8 of the whole product."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients a, how they were found, and the relative residual ‖(K + λI)a − s‖/‖s‖ that is left."""
+    """x, the relative residual ‖(A + λI)x − b‖/‖b‖ that is left, and the iterations."""
 
-    coefficients: Float[Tensor, " batch"]
-    method: str
+    x: Float[Tensor, " size"]
     error: float
     iterations: int = 0
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Nyström's approximation U diag(σ) Uᵀ of K, the largest σ first."""
-
-    vectors: Float[Tensor, "batch rank"]
-    values: Float[Tensor, " rank"]
 
 
 class DenseSolver:
@@ -80,74 +76,72 @@ class DenseSolver:
         return "cholesky" if self._factor is not None else "eigenvalues"
 
 
-def nystrom(
-    product: Callable[[Tensor], Tensor],
-    batch: int,
-    rank: int,
-    generator: torch.Generator,
-    device: torch.device | None = None,
-) -> Sketch:
-    """Returns Nyström's approximation of K of a rank from `rank` products with orthonormal random vectors.
+class Preconditioner:
+    """v -> M⁻¹v, with M = J̃ᵀJ̃ + λI, for any number of dampings.
 
-    Arguments:
-        product: V [B, ℓ] -> K V, in float64 or less.
-        generator: on the CPU, so that every device draws the same.
-
-    Error: E‖K − K̂‖ ≤ (1 + 2k/(ℓ−k−1)) σ_(k+1) + 2e²ℓ/((ℓ−k)² − 1) Σ_(j>k) σ_j for every k ≤ ℓ − 2 (Frangella et
-    al., proposition 2.2): small where K's eigenvalues decay fast, as those of smooth networks' Jacobians do. `pcg`
-    corrects what is left of it.
+    λ is at least `floor`·tr: below that the difference that Woodbury's identity takes is rounding.
     """
-    test = torch.randn(batch, rank, generator=generator, dtype=torch.float64)
-    test = torch.linalg.qr(test.to(device))[0]
-    sketch = product(test).double()
-    if not bool(sketch.isfinite().all()):
-        raise ValueError("K has entries that are not finite: a derivative of the residuals is infinite or NaN")
-    shift = torch.finfo(sketch.dtype).eps * torch.linalg.matrix_norm(sketch)  # makes ΩᵀY safely definite
-    sketch = sketch + shift * test
-    core = test.T @ sketch
-    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
-    if failed.item():  # K = 0, or noise: no approximation, and conjugate gradients have all the work
-        return Sketch(test, torch.zeros(rank, dtype=torch.float64, device=test.device))
-    half = torch.linalg.solve_triangular(factor, sketch.T, upper=False).T  # Y F⁻ᵀ, with F Fᵀ = ΩᵀY
-    vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    return Sketch(vectors, (singular.square() - shift).clamp_min(0))
+
+    floor = 1e-13
+
+    def __init__(self, rows: Float[Tensor, "rank size"]) -> None:
+        self._rows = rows
+        self._solver = DenseSolver(symmetric_product(rows))
+        self.trace = self._solver.trace
+
+    def __call__(self, v: Float[Tensor, " size"], damping: float) -> Float[Tensor, " size"]:
+        """Returns M⁻¹v, up to a factor."""
+        damping = max(damping, self.floor * self.trace)
+        return v - self._rows.T @ self._solver(self._rows @ v, damping)
 
 
 def pcg(
-    product: Product, rhs: Float[Tensor, " batch"], damping: float, sketch: Sketch, *, tolerance: float, limit: int
+    product: Product,
+    rhs: Float[Tensor, " size"],
+    damping: float,
+    precondition: Product,
+    *,
+    tolerance: float,
+    limit: int,
 ) -> Solution:
-    """Solves (K + λI) a = s by conjugate gradients, preconditioned with the sketch, to a relative residual.
+    """Solves (A + λI)x = b by preconditioned conjugate gradients, to a relative residual or as far as iterations go.
 
-    One product with K an iteration; few are needed where the sketch holds the eigenvalues above λ. The error in the
-    result is computed from K itself, not from the recurrence.
+    One product with A an iteration. The error in the result is computed from A itself, not from the recurrence.
     """
-    rhs = rhs.double()
     norm = torch.linalg.vector_norm(rhs).item()
     if norm == 0:
-        return Solution(torch.zeros_like(rhs), "nystrom", 0.0)
-    last = sketch.values[-1]
-    weights = (last + damping) / (sketch.values + damping).clamp_min(torch.finfo(torch.float64).tiny) - 1
-
-    def precondition(v: Tensor) -> Tensor:
-        return v + sketch.vectors @ (weights * (sketch.vectors.T @ v))
-
+        return Solution(torch.zeros_like(rhs), 0.0)
     solution, residual = torch.zeros_like(rhs), rhs.clone()
     direction = precondition(residual)
     inner = residual @ direction
     steps = 0
     while steps < limit and torch.linalg.vector_norm(residual).item() > tolerance * norm:
-        image = product(direction).double() + damping * direction
+        image = product(direction) + damping * direction
         curvature = (direction @ image).item()
         if not 0 < curvature < math.inf:
-            break  # K is no longer definite to rounding: what is there is the best to be had
+            break  # the matrix is no longer definite to rounding: what is there is the best to be had
         length = inner / curvature
         solution, residual = solution + length * direction, residual - length * image
         preconditioned = precondition(residual)
         previous, inner = inner, residual @ preconditioned
         direction = preconditioned + inner / previous * direction
         steps += 1
-    left = rhs - product(solution).double() - damping * solution
-    return Solution(solution, "nystrom", torch.linalg.vector_norm(left).item() / norm, steps)
+    left = rhs - product(solution) - damping * solution
+    return Solution(solution, torch.linalg.vector_norm(left).item() / norm, steps)
+
+
+def symmetric_product(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows rows"]:
+    """A Aᵀ at 5/8 of its cost: blocks on and above the diagonal, the others copied."""
+    count = len(rows)
+    if count < 64 * SYMMETRIC_BLOCKS:
+        return rows @ rows.T
+    result = rows.new_empty(count, count)
+    bounds = [count * k // SYMMETRIC_BLOCKS for k in range(SYMMETRIC_BLOCKS + 1)]
+    for start, stop in pairwise(bounds):
+        strip = rows[start:stop] @ rows[start:].T
+        result[start:stop, start:] = strip
+        result[stop:, start:stop] = strip[:, stop - start :].T
+    return result
 
 
 def _shifted(gram: Tensor, damping: float) -> Tensor:

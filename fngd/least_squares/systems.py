@@ -5,7 +5,7 @@ d = (JᵀJ + λI)⁻¹ Jᵀ s  =  Jᵀ (J Jᵀ + λI)⁻¹ s        (push-throug
 system       matrix           taken where                            error
 samples      J Jᵀ [B, B]      B ≤ P and B ≤ max_samples              rounding
 parameters   JᵀJ  [P, P]      P < B and P ≤ max_samples              rounding
-sketch       J Jᵀ, never      both are larger                        relative residual of (K + λI)a = s, stated
+sketch       JᵀJ, never       both are larger                        relative residual of (JᵀJ + λI)d = Jᵀs, stated
              formed
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fngd.least_squares.jacobian import Jacobian
-from fngd.least_squares.solvers import DenseSolver, nystrom, pcg
+from fngd.least_squares.solvers import DenseSolver, Preconditioner, pcg
 
 SOLVES = ("auto", "samples", "parameters", "sketch")
 
@@ -29,15 +29,20 @@ class SketchOptions:
     """Options of the randomised solve.
 
     Arguments:
-        rank: ℓ, random vectors in the sketch; more make fewer iterations.
-        tolerance: ‖(K + λI)a − s‖/‖s‖ to stop at, > 0.
+        rank: m, random sums of the points whose gradients precondition; more make fewer iterations. They take m·P
+            numbers of memory, of which there are never more than 512 MiB, and the work of a dense m × m system.
+        tolerance: ‖(JᵀJ + λI)d − Jᵀs‖/‖Jᵀs‖ to stop at, > 0.
         iterations: most conjugate-gradient steps, each of one backward pass and one differentiated one.
-        seed: of the random vectors.
+        seed: of the random signs.
+
+    >>> from fngd import GaussNewton
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> opt = GaussNewton([weight], solve="sketch", sketch=SketchOptions(rank=64, tolerance=1e-3))
     """
 
-    rank: int = 256
-    tolerance: float = 1e-6
-    iterations: int = 100
+    rank: int = 2048
+    tolerance: float = 1e-2
+    iterations: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,25 +89,26 @@ class ParameterSystem:
 
 
 class SketchedSystem:
-    """J Jᵀ known by products only: Nyström's sketch preconditions conjugate gradients."""
+    """JᵀJ known by products only: conjugate gradients, preconditioned by the gradients of random sums of points."""
 
     def __init__(self, jacobian: Jacobian, options: SketchOptions, step: int) -> None:
         self._jacobian, self._options = jacobian, options
         generator = torch.Generator().manual_seed(options.seed + step)
-        batch = len(jacobian.scaled)
-        rank = min(options.rank, batch)
-        self._sketch = nystrom(jacobian.gram_product, batch, rank, generator, jacobian.scaled.device)
-        self.trace = self._sketch.values.sum().item()
+        self._precondition = Preconditioner(jacobian.compressed(options.rank, generator))
+        self.trace = _finite(self._precondition.trace)
+        """An estimate without bias."""
+        dtype = jacobian.scaled.dtype  # of the products; smaller eigenvalues than these are rounding
+        self._floor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps * self.trace
 
     def solve(self, rhs: Float[Tensor, " batch"], damping: float) -> Solved:
         """To the tolerance, or as far as the iterations go: `error` says."""
+        damping = max(damping, self._floor)
         found = pcg(
-            lambda v: self._jacobian.apply(self._jacobian.transposed(v)),
-            rhs, damping, self._sketch,
+            lambda v: self._jacobian.transposed(self._jacobian.apply(v)).double(),
+            self._jacobian.transposed(rhs).double(), damping, lambda v: self._precondition(v, damping),
             tolerance=self._options.tolerance, limit=self._options.iterations,
         )  # fmt: skip
-        direction = self._jacobian.transposed(found.coefficients)
-        return Solved(direction, found.method, found.error, found.iterations)
+        return Solved(found.x, "sketch", found.error, found.iterations)
 
 
 System = SampleSystem | ParameterSystem | SketchedSystem

@@ -27,7 +27,7 @@ import persample.opacus
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (persample, fngd)
-ROOMS = (persample, persample.opacus, persample.projections, fngd)
+ROOMS = (persample, persample.opacus, persample.projections, fngd, fngd.least_squares)
 """Whose names the reference explains, on the page of their package."""
 needs_docs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
@@ -137,7 +137,13 @@ def test_reference_names_all_exports(package: ModuleType) -> None:
     page = (ROOT / "docs" / "reference" / f"{package.__name__}.md").read_text()
     named = [line.removeprefix("::: ") for line in page.splitlines() if line.startswith("::: ")]
     rooms = [room for room in ROOMS if room.__name__.partition(".")[0] == package.__name__]
-    assert sorted(named) == sorted(f"{room.__name__}.{name}" for room in rooms for name in room.__all__)
+    there = [
+        f"{room.__name__}.{name}"
+        for room in rooms
+        for name in room.__all__
+        if room is package or name not in package.__all__  # GaussNewton is at both doors
+    ]
+    assert sorted(named) == sorted(there)
 
 
 @needs_docs

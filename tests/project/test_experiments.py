@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from experiments import __main__ as command
-from experiments import correlation, images, options, pinn, sharing, step_time, translation, verdicts
+from experiments import correlation, equations, images, options, pinn, sharing, step_time, translation, verdicts
 from experiments import record as records
 from experiments.record import Claim, Experiment, Record, Verdict
 from fngd.training import data
 
-MODULES = (correlation, images, pinn, sharing, step_time, translation)
+MODULES = (correlation, equations, images, pinn, sharing, step_time, translation)
 RAN: list[str] = []
 
 
