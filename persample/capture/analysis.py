@@ -43,6 +43,8 @@ class Reading:
     known: Separation | None
     """What attribution knows, with z where it was kept; None where a plan was followed."""
     key: Key | None
+    shared: bool = False
+    """Whether the graph is the caller's, and is still there afterwards."""
 
     @cached_property
     def read_once(self) -> bool:
