@@ -23,14 +23,17 @@ from persample.backends.outputs import build_uses, check_batch
 from persample.blocks.chunking import CHUNK_BYTES
 from persample.blocks.kinds.outputs import combined, outputs
 from persample.blocks.reductions import materialise
-from persample.blocks.types import Dense, Outer
+from persample.blocks.types import Block, Dense, Outer, Outputs
 from persample.capture.analysis import Reading, run
+from persample.capture.assemble import capture_use
 from persample.capture.plans import plans_of
 from persample.capture.streaming import Take
 from persample.capture.sum_check import distinct_weights
 from persample.capture.types import Capture, Captured, Problem
 from persample.graph.backward import outputs_of
 from persample.graph.nodes import Edge, Graph, Node, edge_dtype, edge_shape
+from persample.rules import Site
+from persample.rules.outputs import build_together
 
 SMALL = 2**21
 """Bytes of z up to which all outputs go through the graph at once on a CPU: in larger ones nothing is saved."""
@@ -76,29 +79,60 @@ def captured(reading: Reading, flat: Tensor) -> dict[str, tuple[Captured, ...]]:
     edges = [
         (node, output) for node, owners in reading.owners.items() for output, o in enumerate(owners) if o is not None
     ]
+    silent = set(edges)
     of_output: list[dict[str, tuple[Captured, ...]]] = []
-    read: dict[Node, dict[str, Any]] = {}
-    owners, silent = dict(reading.owners), set(edges)
-    for zs in passes(reading.graph, flat, edges, once=reading.read_once):
-        for c in range(len(next(iter(zs), ()))):
-            z = {edge: each[c] for edge, each in zip(edges, zs, strict=True)}
-            silent -= {edge for edge, each in z.items() if each is not None}
-            given = {edge: _zeros(edge) if each is None else each for edge, each in z.items()}
-            at = {node: tuple(given.get((node, k)) for k in range(outputs_of(node))) for node in owners}
+    found: dict[str, tuple[Captured, ...]] = {}
+    read: dict[Node, dict[str, Any]] = {}  # of one batch
+    for part in passes(reading.graph, flat, edges, once=reading.read_once):
+        zs = dict(zip(edges, part, strict=True))
+        silent -= {edge for edge, many in zs.items() if any(z is not None for z in many)}
+        if all(isinstance(many, Tensor) and len(many) == flat.shape[1] for many in part):
+            found = _together(reading, zs, len(flat), read)
+        left = {name: places for name, places in reading.uses.items() if name not in found}
+        for c in range(len(part[0]) if part and left else 0):
+            z = {edge: _zeros(edge) if many[c] is None else many[c] for edge, many in zs.items()}
+            at = {node: tuple(z.get((node, k)) for k in range(outputs_of(node))) for node in reading.owners}
+            known = Separation(zs=at, owners=dict(reading.owners))
             with torch.no_grad():
-                built = build_uses(reading.uses, Separation(zs=at, owners=owners), len(flat), read)
-                of_output.append({name: tuple(map(_smaller, found)) for name, found in built.items()})
-    quiet = {node for node in owners if all((node, k) in silent or o is None for k, o in enumerate(owners[node]))}
+                built = build_uses(left, known, len(flat), read)
+                of_output.append({name: tuple(map(_smaller, uses)) for name, uses in built.items()})
+    quiet = {
+        node
+        for node, owners in reading.owners.items()
+        if all(o is None or (node, k) in silent for k, o in enumerate(owners))
+    }
     there = {name for name, places in reading.uses.items() if any(use.node not in quiet for use in places)}
-    return {name: _joined([each.pop(name) for each in of_output]) if name in there else () for name in reading.uses}
+    joined = {name: _joined([each.pop(name) for each in of_output]) for name in there if name not in found}
+    return {name: found.get(name) or joined.get(name, ()) for name in reading.uses}
+
+
+def _together(
+    reading: Reading, zs: Mapping[Edge, Many], batch: int, read: dict[Node, dict[str, Any]]
+) -> dict[str, tuple[Captured, ...]]:
+    """The uses that one rule builds of all outputs, of parameters with one use."""
+    found: dict[str, tuple[Captured, ...]] = {}
+    with torch.no_grad():
+        for name, places in reading.uses.items():
+            many = zs.get((places[0].node, 0)) if len(places) == 1 else None
+            if isinstance(many, Tensor):
+                use = places[0]
+                site = Site(use.node, use.slot, (), reading.owners[use.node], batch, read=read.setdefault(use.node, {}))
+                built = build_together(site, many)
+                if built is not None and not crowded(built[0]):
+                    found[name] = (capture_use(use, *built),)
+    return found
 
 
 def _smaller(use: Captured) -> Captured:
-    """A use with its rows in place of factors, where these are larger by far: many positions, and few entries."""
-    block = use.block
-    if not isinstance(block, Outer) or block.z.shape[1] < CROWDED * block.x.shape[2]:
-        return use
-    return replace(use, block=Dense(materialise(block)))
+    """A use with its rows in place of factors, where these are larger by far."""
+    return replace(use, block=Dense(materialise(use.block))) if crowded(use.block) else use
+
+
+def crowded(block: Block) -> bool:
+    """Whether there are many positions, and few entries."""
+    if isinstance(block, Outputs) and block.spec is None:
+        return block.x.shape[1] >= CROWDED * block.x.shape[2]
+    return isinstance(block, Outer) and block.z.shape[1] >= CROWDED * max(block.x.shape[2], block.z.shape[2])
 
 
 def passes(graph: Graph, flat: Tensor, edges: list[Edge], *, once: bool = False) -> Iterator[list[Many]]:

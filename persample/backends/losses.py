@@ -58,14 +58,14 @@ def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: b
         return Capture(found.losses.detach(), {name: uses.get(name, ()) for name in parameters}, notes=notes)
 
 
-def _reading(found: Found, parameters: Mapping[str, Tensor], grouping: Grouping | None, losses: Tensor) -> Reading:
-    """The reading of the losses of rows: by the plan, or by attribution."""
-    plan = found.plan
-    if plan is not None and plan.current():
-        owners = plan.owners_in(found.graph, len(losses))
-        if owners is not None:
-            uses = plan.restore(found.graph)
-            return Reading(losses, found.graph, uses, owners, plan, None, found.key, shared=True)
+def _reading(found: Found, parameters: Mapping[str, Tensor], grouping: Grouping | None, rows: Tensor) -> Reading:
+    """The reading of one loss for each row: by the plan, or by attribution."""
+    plan, losses = found.plan, rows
+    owners = plan.owners_in(found.graph, len(rows)) if plan is not None and plan.current() else None
+    if rows.ndim > 1 and (owners is None or plan is None or plan.turn is not None):
+        losses = (rows * different(rows)).sum(1)  # else only their number counts
+    if owners is not None and plan is not None:
+        return Reading(losses, found.graph, plan.restore(found.graph), owners, plan, None, found.key, shared=True)
     graph = found.graph if grouping is None else trace(losses)
     last = reading_data(graph, parameters.values())
     keep = plan is not None  # every batch is attributed: time counts
@@ -74,6 +74,8 @@ def _reading(found: Found, parameters: Mapping[str, Tensor], grouping: Grouping 
     places = {name: at for name, at in places.items() if name not in mixed}
     # nodes of the losses come first in the graph of their sums: positions are the same in both
     plan = replace(make(graph, places, known, len(losses)), grouping=grouping, mixed=mixed)
+    if grouping is not None:
+        plan.routed = False  # indices tell whose rows are whose for losses, not for groups of them
     owners = {use.node: known.owners[use.node] for at in places.values() for use in at}
     return Reading(losses, graph, places, owners, plan, known, found.key, shared=True)
 
