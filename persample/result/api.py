@@ -22,6 +22,7 @@ from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph.nodes import trace
 from persample.graph.saved import saved_by
+from persample.result.arguments import check_size
 from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
 from persample.result.holding.graph_held import GraphPerSampleGrads
 from persample.result.holding.unchanged import addresses
@@ -86,8 +87,7 @@ def per_sample(
     """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive number of samples, or None; got {chunk_size!r}")
+    check_size(chunk_size)
     if coupled not in ("error", "rows"):
         raise ValueError(f"coupled must be 'error' or 'rows'; got {coupled!r}")
     if chunk_size is not None and coupled == "rows":
