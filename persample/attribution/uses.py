@@ -13,7 +13,7 @@ which: from the first kind the search goes on to the consumers, the second kind 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -69,14 +69,19 @@ def find_uses(
     provenance: Provenance | None,
     *,
     keep: bool = True,
+    last: Collection[Node] = (),
 ) -> tuple[dict[str, list[Use]], Separation]:
-    """Returns every place where each parameter meets the data, and owners there; with `keep` z as well."""
+    """Returns every place where each parameter meets the data, and owners there; with `keep` z as well.
+
+    A parameter that losses mix at, at one of the `last` nodes, has no uses: its rows are had from passes to itself.
+    """
     batch = losses.shape[0]
     known = Separation(keep, proof=Proof(graph, batch))
     regions: dict[str, set[Node]] = {name: set() for name in parameters}
     leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
     refuses = provenance is not None and coupled == "error" and batch > 1
     mixing: set[Node] = set()
+    mixed: set[str] = set()
 
     def look(node: Node, zs: tuple[Tensor | None, ...], owners: tuple[Owner | None, ...]) -> None:
         apart = all(z is None or owner is not None for z, owner in zip(zs, owners, strict=True))
@@ -118,9 +123,13 @@ def find_uses(
                             raise not_finite_error(repr(name))
                         raise coupled_at(node, name)
                     reached[name].append(meeting)
+                elif node in last:
+                    mixed.add(name)
                 elif node not in regions[name]:
                     regions[name].add(node)
                     waiting[name] += first_nodes(graph, node, regions[name])
+        for name in mixed:
+            waiting[name], reached[name] = [], []
         step += 1
     if keep:
         lacking = dict.fromkeys(m[0] for meetings in reached.values() for m in meetings if m[0] not in known.zs)

@@ -46,7 +46,7 @@ def _load() -> None:
 
 
 _load()
-from persample.backends.outputs import capture_losses  # noqa: E402
+from persample.backends.losses import capture_losses  # noqa: E402
 from persample.backends.shared import buffers_kept, check_rows  # noqa: E402
 from persample.capture.sum_check import check_losses  # noqa: E402
 

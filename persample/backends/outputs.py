@@ -49,14 +49,6 @@ CANCELS = (
 )
 
 
-def capture_losses(losses: Tensor, parameters: Mapping[str, Tensor], *, check: bool = True) -> Capture:
-    """Returns the capture of losses that are already there; their graph is kept.
-
-    Nothing tells data from parameters: rows are ∂ℓ_b/∂θ, other samples held fixed.
-    """
-    return captured_by(read(losses, parameters), parameters, None, "error", check=check)
-
-
 READ_ONCE = (
     "hold='graph' reads saved tensors once for every reduction, but those of this model come from hooks that give them "
     "once (offloading, or checkpointing in torch before 2.10). Use hold='factors', and chunk_size to save memory"
@@ -146,7 +138,7 @@ def capture_reading(reading: Reading, turn: int | None, take: Take | None = None
         if take is not None:
             take(name, found)
 
-    stream(reading, turn, arrive, retain_graph=reading.plan is None or not reading.plan.proven)
+    stream(reading, turn, arrive, retain_graph=reading.shared or reading.plan is None or not reading.plan.proven)
     for name, factor, version in versions:
         if factor._version != version:
             raise CheckError(

@@ -263,6 +263,11 @@ class Outputs(Block):
         return self._ordinary(self.x, self.z[:, output])
 
     @property
+    def turned(self) -> Outputs:
+        """The same rows, each transposed."""
+        return replace(self, transposed=not self.transposed)
+
+    @property
     def each(self) -> list[Block]:
         """The blocks of all outputs."""
         return [self.one(output) for output in range(self.outputs)]

@@ -49,6 +49,8 @@ class Reading:
     """What attribution knows, with z where it was kept; None where a plan was followed."""
     key: Key | None
     traced: Graph | None = None
+    shared: bool = False
+    """Whether the graph is the caller's, and is still there afterwards."""
 
     @cached_property
     def graph(self) -> Graph:

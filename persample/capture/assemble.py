@@ -12,7 +12,7 @@ from torch import Tensor
 from persample.attribution.coupling import not_finite_error
 from persample.attribution.uses import Use
 from persample.blocks.kinds.stacked import join_dense, join_outer, stacked
-from persample.blocks.types import Block, Dense, Outer, Pulled, Stacked
+from persample.blocks.types import Block, Dense, Outer, Outputs, Pulled, Stacked
 from persample.capture.types import Captured
 from persample.graph.routes import Route
 from persample.graph.saved import saved_by
@@ -29,6 +29,8 @@ def pulled(block: Block, path: Route) -> Block:
         return block
     if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
         return block.transposed
+    if path.names in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outputs) and block.spec is None:
+        return block.turned
     shape = tuple(path.leaf.variable.shape)
     part = _slice(block, path)
     if part is not None:
@@ -46,6 +48,8 @@ def _slice(block: Block, path: Route) -> Stacked | None:
         return None
     if rest in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outer):
         block, rest = block.transposed, []
+    if rest in (["TBackward0"], ["TransposeBackward0"]) and isinstance(block, Outputs) and block.spec is None:
+        block, rest = block.turned, []
     return None if rest else Stacked(((cut.place, block),), cut.dim, tuple(path.leaf.variable.shape))
 
 

@@ -14,11 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from persample.attribution.groups import Grouping
 from persample.attribution.owner import NOBODY, Owner
 from persample.attribution.proof.batching_rules import AxisLayout
 from persample.attribution.proof.proven import Proof, owner_at, proven
@@ -58,6 +59,10 @@ class Plan:
     calls: int = 0
     alone: bool = False
     """Whether it was made from a single sample, which is apart everywhere: in operations on parameters alone, too."""
+    grouping: Grouping | None = None
+    """How several losses share a row, which then counts as a sample; None where each has its own."""
+    mixed: tuple[str, ...] = ()
+    """Parameters at which rows are not told apart."""
 
     @property
     def proven(self) -> bool:
@@ -129,7 +134,7 @@ def make(graph: Graph, uses: Mapping[str, list[Use]], known: Separation, batch: 
 
 def derived(plan: Plan, graph: Graph, batch: int) -> Plan | None:
     """Returns the plan for a graph of the same structure and other shapes, if the layout is proven for that, too."""
-    if batch < 2 or not plan.current():
+    if batch < 2 or not plan.current() or plan.grouping is not None or plan.mixed:
         return None
     if plan.routed:
         return replace(plan, calls=_next_turn(plan))
@@ -271,11 +276,12 @@ class Plans:
                     kept.popitem(last=False)
 
 
-_OF_MODEL: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
+_OF_MODEL: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def plans_of(model: nn.Module) -> Plans:
-    """The plans of a model; they go when the model goes."""
-    if model not in _OF_MODEL:
-        _OF_MODEL[model] = Plans()
-    return _OF_MODEL[model]
+def plans_of(owner: nn.Module | Tensor) -> Plans:
+    """The plans of a model, or of the first of some parameters; they go when it goes."""
+    if owner not in _OF_MODEL:
+        _OF_MODEL[owner] = Plans()
+    found: Plans = _OF_MODEL[owner]
+    return found

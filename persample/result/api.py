@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persample.backends import BACKENDS
-from persample.backends.outputs import HeldGraph, capture_losses, capture_or_hold, hold_graph
+from persample.backends.losses import capture_losses
+from persample.backends.outputs import HeldGraph, capture_or_hold, hold_graph
 from persample.capture.eagerly import eagerly
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.errors import CheckError, CoupledSamplesError, PerSampleError, UnsupportedError
 from persample.graph.nodes import trace
 from persample.graph.saved import saved_by
+from persample.result.arguments import check_size
 from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
 from persample.result.holding.graph_held import GraphPerSampleGrads
 from persample.result.holding.unchanged import addresses
@@ -84,8 +86,7 @@ def per_sample(
     """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive number of samples, or None; got {chunk_size!r}")
+    check_size(chunk_size)
     if coupled not in ("error", "rows"):
         raise ValueError(f"coupled must be 'error' or 'rows'; got {coupled!r}")
     if chunk_size is not None and coupled == "rows":
@@ -225,8 +226,14 @@ def from_losses(
     returns, without a module.
 
     Losses alone do not tell data from parameters, so samples that influence each other cannot be refused: row b is
-    ∂ℓ_b/∂θ whatever else ℓ_b depends on, the row of the Jacobian. Each call is probed, and checked in full, as the
-    first batch of `per_sample` is.
+    ∂ℓ_b/∂θ whatever else ℓ_b depends on, the row of the Jacobian. The first call with a graph of its kind is probed,
+    and checked in full; later ones follow its plan where the graph proves it, as those of `per_sample` do.
+
+    Several losses may share what the model has computed. Let there be N of them, of B rows each: all C outputs of a
+    sample (N = B·C), the T tokens of a sequence (N = B·T). The graph shows it, and one backward pass for each loss of a
+    row, C or T, is made, all at once in small models; what no loss changes is held once for a row. Where every loss
+    depends on all rows (contrastive losses, batch normalisation) there are N passes, as in a loop, at once in small
+    models. Losses that were selected of these (`losses[mask]`) count as the latter: give all of them, and select rows.
 
     Args:
         losses: [B], the losses of a batch, their graph still there; it is kept.
@@ -254,22 +261,23 @@ def from_losses(
 
 @torch.compiler.disable
 def grad(
-    losses: Float[Tensor, " batch"],
+    losses: Float[Tensor, " *batch"],
     params: Tensor | Iterable[Tensor],
     *,
     check: bool = True,
-) -> tuple[Inexact[Tensor, "batch *shape"], ...]:
+) -> tuple[Inexact[Tensor, " *batch_shape"], ...]:
     """Returns the gradient of each loss for each parameter: like `torch.autograd.grad`, one row per loss.
 
-    The rows of `from_losses`, which has norms, Gram matrices and sums without forming them.
+    The rows of `from_losses`, which has norms, Gram matrices and sums without forming them, and says what it costs
+    where losses share what the model has computed: all outputs of a sample, one loss a token, pairs.
 
     Args:
-        losses: [B], the losses of a batch, their graph still there; it is kept.
+        losses: [B], the losses of a batch, or of several axes, as [B, C] or [B, T]; their graph is kept.
         params: leaf tensors that require a gradient.
         check: as in `per_sample`.
 
     Returns:
-        One tensor [B, *shape] for each parameter; zeros where no loss depends on it, but on others.
+        One tensor [*losses.shape, *shape] for each parameter; zeros where no loss depends on it, but on others.
 
     Raises:
         PerSampleError: the losses do not require a gradient, so that there is no graph, or depend on no parameter.
@@ -279,10 +287,16 @@ def grad(
         >>> grad((torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * w).sum(1), w)
         (tensor([[1., 2.],
                 [3., 4.]]),)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> [rows.shape for rows in grad(model(torch.randn(5, 3)), model.parameters())]
+        [torch.Size([5, 2, 2, 3]), torch.Size([5, 2, 2])]
     """
     names = named(params)
-    capture = capture_losses(losses, names, check=check)
-    return tuple(PerSampleGrads(capture, names, "outputs").grads().values())
+    several = isinstance(losses, Tensor) and losses.ndim > 1
+    with torch.enable_grad():
+        capture = capture_losses(losses.flatten() if several else losses, names, check=check)
+    rows = PerSampleGrads(capture, names, "outputs").grads().values()
+    return tuple(each.view(*losses.shape, *each.shape[1:]) if several else each for each in rows)
 
 
 def named(params: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from persample.blocks.precision import full_precision
 from persample.errors import UnsupportedError
@@ -142,6 +142,43 @@ def _clip(norms: Tensor, max_norm: float | int) -> Tensor:
     if not positive:
         raise ValueError(f"max_norm must be positive; got {max_norm!r}. Give a number, or a dict layer -> number")
     return (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
+
+
+def selected(model: nn.Module, params: Iterable[str | Tensor] | None) -> dict[str, Tensor]:
+    """The parameters to differentiate for, by name.
+
+    Raises:
+        TypeError, ValueError: what is no parameter of the model, or requires no gradient; nothing.
+    """
+    there = dict(model.named_parameters())
+    if params is None:
+        return {name: each for name, each in there.items() if each.requires_grad}
+    if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be several names of parameters, or tensors; got {type(params).__name__}. For one, [params]"
+        )
+    names: dict[int, str] = {id(each): name for name, each in there.items()}
+    found: dict[str, Tensor] = {}
+    for each in params.values() if isinstance(params, Mapping) else params:
+        name = each if isinstance(each, str) else names.get(id(each))
+        if name is None or name not in there:
+            told = repr(each) if isinstance(each, str) else f"a {type(each).__name__}"
+            raise ValueError(
+                f"params has {told}, which is no parameter of the model ({type(model).__name__}). Give names as in "
+                "model.named_parameters(), or its tensors"
+            )
+        if not there[name].requires_grad:
+            raise ValueError(f"params has {name!r}, which requires no gradient: call requires_grad_() on it")
+        found[name] = there[name]
+    if not found:
+        raise ValueError("params holds no parameter; leave it out for all that require a gradient")
+    return found
+
+
+def check_size(chunk_size: int | None) -> None:
+    """Raises `ValueError` for what is no number of samples."""
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive number of samples, or None; got {chunk_size!r}")
 
 
 def check_outputs(outputs: Any, of_model: bool) -> Tensor:

@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from persample.backends.jacobian import capture_jacobian
 from persample.blocks.kinds.outputs import combined
+from persample.capture.eagerly import eagerly
 from persample.capture.sharded import refuse_sharded
 from persample.capture.types import Capture, Problem
 from persample.projections import Projection
-from persample.result.api import arguments_of, refuse_gradient_hooks, refuse_meta, refuse_nothing
-from persample.result.arguments import check_outputs, root_of
+from persample.result.api import arguments_of, refuse_gradient_hooks, refuse_meta, refuse_nothing, state_of
+from persample.result.arguments import check_outputs, check_size, root_of, selected
 from persample.result.centred import refuse_mean, without_mean
 from persample.result.explanation import Explanation
 from persample.result.grouping import Per
+from persample.result.holding.chunked import ChunkedPerSampleGrads, batch_of
 from persample.result.holding.unchanged import addresses
+from persample.result.holding.whole import whole
 from persample.result.per_sample_grads import PerSampleGrads
 
 
@@ -41,6 +44,7 @@ def jacobian(
     params: Iterable[str | Tensor] | None = None,
     output_fn: Callable[[Any], Inexact[Tensor, "batch *out"]] | None = None,
     check: bool = True,
+    chunk_size: int | None = None,
 ) -> Jacobian:
     """Returns the Jacobian ∂f_bc/∂θ of the outputs of every sample, as factors.
 
@@ -55,6 +59,8 @@ def jacobian(
         output_fn: from what the model returns to the outputs, for models that return no tensor, or too many: `lambda
             out: out.logits[:, -1]`. Along dimension 0 outputs count samples.
         check: as in `per_sample`.
+        chunk_size: samples held at once, as in `per_sample`: their factors are C times z. There is no `hold="graph"`:
+            a parameter's factors are complete when the last output has been through the graph.
 
     Raises:
         CoupledSamplesError, CheckError, UnsupportedError, PerSampleError: as in `per_sample`.
@@ -76,13 +82,38 @@ def jacobian(
     refuse_nothing(model, parameters)
     refuse_gradient_hooks(parameters)
     refuse_meta(parameters)
-    problem = Problem(model, _no_loss, arguments_of(inputs), None, parameters, check=check)
 
     def chosen(returned: Any) -> Tensor:
         return check_outputs(returned if output_fn is None else output_fn(returned), output_fn is None)
 
-    outputs, capture = capture_jacobian(problem, chosen)
-    return Jacobian(PerSampleGrads(capture, parameters, "outputs", addresses(problem.within_reach)), outputs)
+    def losses(returned: Any, _: Any) -> Tensor:
+        return chosen(returned).flatten()
+
+    problem = Problem(model, losses, arguments_of(inputs), None, parameters, check=check)
+
+    shape: list[int] = []
+    random: dict[int, Any] = {}
+
+    @eagerly
+    def capture(some_inputs: Any, root: Any) -> PerSampleGrads:
+        part = replace(problem, inputs=some_inputs)
+        outputs, captured = capture_jacobian(part, chosen)
+        shape[:] = outputs.shape[1:]
+        rows = PerSampleGrads(captured, parameters, "outputs", addresses(part.within_reach))
+        return rows if root is None else combinations(rows, root)
+
+    def in_chunks(root: Tensor | None) -> ChunkedPerSampleGrads:
+        together = whole(problem) if check and root is None else None  # else checked before
+        data = capture, problem.inputs, root, chunk_size or 1, batch or 0, state_of(model), together
+        return ChunkedPerSampleGrads(*data, several=True, random=random)
+
+    batch = batch_of(problem.inputs)
+    check_size(chunk_size)
+    if chunk_size is None or batch is None or batch <= chunk_size:
+        rows = capture(problem.inputs, None)
+        return Jacobian(rows, rows.losses.view(-1, *shape) if shape else rows.losses)
+    parts = in_chunks(None)
+    return Jacobian(parts, parts.losses.view(batch, *shape), in_chunks)
 
 
 class Jacobian:
@@ -98,8 +129,14 @@ class Jacobian:
     torch.Size([5, 2])
     """
 
-    def __init__(self, rows: PerSampleGrads, outputs: Tensor) -> None:
-        self._rows, self.outputs = rows, outputs
+    def __init__(
+        self,
+        rows: PerSampleGrads | ChunkedPerSampleGrads,
+        outputs: Tensor,
+        again: Callable[[Tensor], ChunkedPerSampleGrads] | None = None,
+    ) -> None:
+        """`again`: from roots S to the rows S J, of a Jacobian in chunks."""
+        self._rows, self.outputs, self._again = rows, outputs, again
 
     def __repr__(self) -> str:
         return f"Jacobian(outputs={list(self.outputs.shape)}, {self._rows!r})"
@@ -255,18 +292,13 @@ class Jacobian:
         torch.Size([5])
         """
         root = root_of(hessian, tuple(self.outputs.shape))
-        with torch.no_grad():
-            self._rows._require()
-            uses = {
-                name: tuple(replace(use, block=combined(use.block, root.to(use.block.device))) for use in gradient.uses)
-                for name, gradient in self._rows._held().items()
-            }
-        rows = self._rows
-        capture = Capture(rows.losses, uses, rows.notes)
-        return Jacobian(PerSampleGrads(capture, rows._parameters, rows.backend), self.outputs)
+        if isinstance(self._rows, PerSampleGrads):
+            return Jacobian(combinations(self._rows, root), self.outputs)
+        assert self._again is not None, "rows in chunks come with it"
+        return Jacobian(self._again(root), self.outputs)
 
     def explain(self) -> list[Explanation]:
-        """Returns, for every use of every parameter, operation, rule, block, algorithm and bytes held.
+        """Returns what `PerSampleGrads.explain` does.
 
         >>> [use.block for use in persample.jacobian(nn.Linear(3, 2), torch.randn(5, 3)).explain()]
         ['Outputs', 'Dense']
@@ -280,7 +312,8 @@ class Jacobian:
         centers = {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
         shape = (self.batch, self._count, self.batch, self._count)
         with torch.no_grad():
-            return _each(self._rows._gram_around(per, self._rows, centers), lambda found: found.view(shape))
+            matrices = self._rows._gram_around(per, self._rows, centers)  # type: ignore[arg-type]
+            return _each(matrices, lambda found: found.view(shape))
 
     @property
     def _count(self) -> int:
@@ -298,40 +331,16 @@ class Jacobian:
         return weights.reshape(-1)
 
 
-def selected(model: nn.Module, params: Iterable[str | Tensor] | None) -> dict[str, Tensor]:
-    """The parameters to differentiate for, by name.
-
-    Raises:
-        TypeError, ValueError: what is no parameter of the model, or requires no gradient; nothing.
-    """
-    there = dict(model.named_parameters())
-    if params is None:
-        return {name: each for name, each in there.items() if each.requires_grad}
-    if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be several names of parameters, or tensors; got {type(params).__name__}. For one, [params]"
-        )
-    names = {id(each): name for name, each in there.items()}
-    found: dict[str, Tensor] = {}
-    for each in params.values() if isinstance(params, Mapping) else params:
-        name = each if isinstance(each, str) else names.get(id(each))
-        if name not in there:
-            told = repr(each) if isinstance(each, str) else f"a {type(each).__name__}"
-            raise ValueError(
-                f"params has {told}, which is no parameter of the model ({type(model).__name__}). Give names as in "
-                "model.named_parameters(), or its tensors"
-            )
-        if not there[name].requires_grad:
-            raise ValueError(f"params has {name!r}, which requires no gradient: call requires_grad_() on it")
-        found[name] = there[name]
-    if not found:
-        raise ValueError("params holds no parameter; leave it out for all that require a gradient")
-    return found
+def combinations(rows: PerSampleGrads, root: Float[Tensor, "batch outs others"]) -> PerSampleGrads:
+    """The rows Σ_c S_bcd g_bc, from factors alone."""
+    with torch.no_grad():
+        rows._require()
+        uses = {
+            name: tuple(replace(use, block=combined(use.block, root.to(use.block.device))) for use in gradient.uses)
+            for name, gradient in rows._held().items()
+        }
+    return PerSampleGrads(Capture(rows.losses, uses, rows.notes), rows._parameters, rows.backend)
 
 
 def _each(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return {name: change(each) for name, each in found.items()} if isinstance(found, Mapping) else change(found)
-
-
-def _no_loss(outputs: Any, targets: Any) -> Tensor:
-    raise NotImplementedError("a Jacobian has no loss")

@@ -12,6 +12,10 @@ BUDGET = 64 * 2**20  # bytes of temporary memory in gram and sqnorms
 CACHE = 4 * 2**20  # bytes that the parts of a batch may touch: about what stays in the cache of a few cores
 
 
+FEW = 4096
+"""Entries of a sample's patches up to which these cost less than what oneDNN does before it starts."""
+
+
 def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
     """The name of the algorithm that per_sample_grads uses.
 
@@ -20,7 +24,7 @@ def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
     on two CPU cores (float32, AVX-512), in units of the summed weight gradient: `fold`, a cache-sized part of
     the batch at a time, costs 0.9 to 1.3 for most layers, because oneDNN's convolutions run at twice the speed
     of a batched matmul. The others win where the gradients of one sample are larger than the data they come
-    from (few positions, many channels), where patches do not overlap, and (`rows`) for images.
+    from (few positions, many channels), where patches do not overlap or are few, and (`rows`) for images.
     """
     x, z, spec = ordinary(x, z, spec)
     forced = forced_among(ALGORITHMS)
@@ -35,6 +39,8 @@ def choose(x: Tensor, z: Tensor, spec: ConvSpec) -> str:
         return "fold"
     disjoint = all(stride >= size for stride, size in zip(spec.stride, spec.kernel, strict=True))
     if disjoint or result * x.element_size() > CACHE:
+        return "unfold"
+    if x.is_cpu and result * math.prod(z.shape[2:]) <= FEW * out * spec.groups:
         return "unfold"
     if inp % 8 and inp < 32 and out >= 8 and x.dtype == torch.float32:
         return "rows"

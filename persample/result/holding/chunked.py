@@ -53,18 +53,23 @@ class ChunkedPerSampleGrads:
         batch: int,
         state: Sequence[Tensor],
         whole: Whole | None = None,
+        *,
+        several: bool = False,
+        random: dict[int, tuple[Tensor, list[Tensor]]] | None = None,
     ) -> None:
-        if whole is not None and len(whole.losses) != batch:
+        """`several`: samples have several losses each, neighbours: B is the number of losses, chunks are of samples.
+        `random`: random numbers of each chunk, those of an earlier one of these."""
+        if whole is not None and (len(whole.losses) % max(batch, 1) if several else len(whole.losses) != batch):
             raise ValueError(
                 f"chunk_size cuts along dimension 0, which of the first tensor of the inputs has {batch} entries; but "
                 f"there are {len(whole.losses)} samples, by the losses{_remedy(batch, len(whole.losses))}"
             )
-        self.batch = batch
+        self._samples, self._each = batch, None if several else 1
         self._whole = whole
         self._capture = capture
         self._data, self._state = (inputs, targets), state
         self._slices = [slice(i, min(i + chunk_size, batch)) for i in range(0, batch, chunk_size)]
-        self._random: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._random = {} if random is None else random
         self._losses: dict[int, Tensor] = {}
         self._read_again: Unchanged | None = None
         self._parts_unchanged = [Unchanged(_strided(self._part(i))) for i in range(len(self._slices))]
@@ -72,6 +77,21 @@ class ChunkedPerSampleGrads:
         first = self._chunk(0)  # what cannot be captured is refused here, not at the first reduction
         self.backend, self.notes, self.unused, self.layers = first.backend, first.notes, first.unused, first.layers
         self._explanation, self._parameters = first.explain(), first._parameters
+
+    @property
+    def _instead(self) -> str:
+        return INSTEAD if self._each == 1 else "Or leave chunk_size out"
+
+    @property
+    def batch(self) -> int:
+        """Number of losses B."""
+        return self._samples * (self._each or 1)
+
+    @property
+    def _parts(self) -> list[slice]:
+        """The rows of each chunk."""
+        each = self._each or 1
+        return [slice(part.start * each, part.stop * each) for part in self._slices]
 
     def __repr__(self) -> str:
         return (
@@ -97,7 +117,7 @@ class ChunkedPerSampleGrads:
         """See `PerSampleGrads.grads`."""
         self._check_buffers({} if out is None else out)
         result = dict(out or {})
-        for i, part in enumerate(self._slices):
+        for i, part in enumerate(self._parts):
             psg = self._chunk(i)
             filled = {name: buffer[part] for name, buffer in result.items()}
             for name, rows in psg._rows(filled).items():
@@ -152,13 +172,16 @@ class ChunkedPerSampleGrads:
                 grid[i] += [product(left, None), *(product(left, right) for right in later)]
         return _cat([_cat(blocks, right=True) for blocks in grid])
 
+    def _gram_around(self, per: Per, right: ChunkedPerSampleGrads, centers: PerName) -> Tensor | PerName:
+        return self._gram(per, None, centers)
+
     def weighted_sum(self, c: Tensor | Mapping[str, Tensor]) -> dict[str, Inexact[Tensor, " *shape"]]:
         """See `PerSampleGrads.weighted_sum`."""
         for layer, values in c.items() if isinstance(c, Mapping) else [("all", c)]:
             if not isinstance(values, Tensor) or tuple(values.shape) != (self.batch,):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"c must be a tensor of shape [B] = [{self.batch}] (layer {layer!r}); got {got}")
-        parts = (tree_map(lambda values, part=part: values[part], c) for part in self._slices)
+        parts = (tree_map(lambda values, part=part: values[part], c) for part in self._parts)
         return _sum(self._chunk(i).weighted_sum(part) for i, part in enumerate(parts))
 
     def dot(
@@ -230,21 +253,25 @@ class ChunkedPerSampleGrads:
                 if self._random[i][1]:
                     torch.cuda.set_rng_state_all(self._random[i][1])
                 psg = self._captured(inputs, targets)
-        if psg.batch != part.stop - part.start:
+        size = part.stop - part.start
+        if self._each is None:
+            self._each = psg.batch // max(size, 1)
+        if psg.batch != size * self._each:
             raise ValueError(
-                f"a chunk of {part.stop - part.start} samples gave {psg.batch} losses. chunk_size cuts every tensor of "
-                f"inputs and targets with {self.batch} entries along dimension 0; the batch must lie there. {INSTEAD}"
+                f"a chunk of {size} samples gave {psg.batch} losses. chunk_size cuts every tensor of inputs and "
+                f"targets with {self._samples} entries along dimension 0; the batch must lie there. {self._instead}"
             )
         if (
             self._whole is not None
             and not (i in self._losses and self._whole.still)
-            and not self._whole.agrees(part, psg.losses, inputs, targets)
+            and not self._whole.agrees(self._parts[i], psg.losses, inputs, targets)
         ):
             raise CheckError(
                 f"samples {part.start} to {part.stop - 1} have other losses in a chunk of their own than in the whole "
-                f"batch: chunk_size cuts every tensor of inputs and targets with {self.batch} entries along dimension "
-                "0, and one of them may hold no samples (then give it a first dimension of one), or the model's state "
-                f"or padding depends on the whole batch. {INSTEAD}. check=False turns this check off"
+                f"batch: chunk_size cuts every tensor of inputs and targets with {self._samples} entries along "
+                "dimension 0, and one of them may hold no samples (then give it a first dimension of one), or the "
+                f"model's state or padding depends on the whole batch. {self._instead}. check=False turns this "
+                "check off"
             )
         self._losses[i] = psg.losses
         if self._read_again is None:
@@ -255,7 +282,7 @@ class ChunkedPerSampleGrads:
 
     def _part(self, i: int) -> Any:
         """Inputs and targets of chunk i."""
-        return part_of(self._data, self._slices[i], self.batch)
+        return part_of(self._data, self._slices[i], self._samples)
 
     def _captured(self, inputs: Any, targets: Any) -> PerSampleGrads:
         try:
@@ -265,8 +292,8 @@ class ChunkedPerSampleGrads:
                 raise
             raise ValueError(
                 f"the model runs on the whole batch and not on a part of it: {error}. chunk_size cuts every tensor of "
-                f"inputs and targets with {self.batch} entries along dimension 0 alone; the batch must lie there. "
-                f"{INSTEAD}"
+                f"inputs and targets with {self._samples} entries along dimension 0 alone; the batch must lie there. "
+                f"{self._instead}"
             ) from error
 
 

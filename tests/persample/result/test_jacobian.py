@@ -130,6 +130,38 @@ def test_as_functorch_and_outputs_of_several_axes() -> None:
     assert jac.project(persample.projections.Rademacher(7)).shape == (5, 2, 3, 7)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_in_chunks_as_at_once(check: bool) -> None:
+    model, x, y = network(), torch.randn(5, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    model.append(nn.Dropout(0.3))
+    torch.manual_seed(2)
+    jac = persample.jacobian(model.eval() if check else model, x, chunk_size=2, check=check)
+    torch.manual_seed(2)
+    outputs = torch.cat([model(part) for part in x.split(2)]) if not check else model(x)
+    torch.testing.assert_close(jac.outputs, outputs.detach())
+    want = loop(outputs, trainable(model))
+    compare(jac, want, 1e-9)
+    at_once = persample.jacobian(model.eval(), x)
+    if check:
+        assert rel_err(jac.gram(centred=True), at_once.gram(centred=True)) < 1e-9
+        other = persample.jacobian(model, y, chunk_size=3)
+        expected = at_once.gram(other=persample.jacobian(model, y))
+        assert rel_err(jac.gram(other=other), expected) < 1e-9
+        assert rel_err(at_once.gram(other=other), expected) < 1e-9
+        assert rel_err(jac.gram(other=persample.jacobian(model, y)), expected) < 1e-9
+
+
+def test_chunks_that_are_no_samples_are_refused() -> None:
+    class Padded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0).detach())
+
+    with pytest.raises(persample.CheckError, match="Or leave chunk_size out"):
+        persample.jacobian(Padded(3, 2), torch.randn(6, 3), chunk_size=2)
+    with pytest.raises(ValueError, match="chunk_size must be a positive number"):
+        persample.jacobian(nn.Linear(3, 2), torch.randn(6, 3), chunk_size=0)
+
+
 def test_two_batches_layers_and_parameters() -> None:
     model = network()
     x, y = torch.randn(5, 1, 8, 8), torch.randn(3, 1, 8, 8)
